@@ -1,0 +1,318 @@
+"""`attention`: problem, schema, fake, autograd, public functions.
+
+Calls go attention -> op (or autograd Function around it) -> `choose` -> kernels/<backend>/attention.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastattn import masks
+from fastattn.masks import LoweredMask, Mask
+from fastattn.ops import dispatch
+
+BACKENDS = ("cpu", "eager")  # in order of preference
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """One request, from metadata alone: what a backend accepts or refuses, and what its config depends on."""
+
+    device: str
+    dtype: torch.dtype
+    B: int
+    H: int
+    M: int
+    N: int
+    D: int
+    causal: bool
+    ranges: bool  # key_begin, key_end or query_end
+    keys: bool
+    pairs: bool
+
+    def __str__(self) -> str:
+        mask = [name for name in ("causal", "ranges", "keys", "pairs") if getattr(self, name)]
+        dtype = str(self.dtype).removeprefix("torch.")
+        sizes = f"B={self.B} H={self.H} M={self.M} N={self.N} D={self.D}"
+        return f"attention({sizes}, {dtype}, {self.device}, mask: {' & '.join(mask) or 'none'})"
+
+
+def _problem(q: Tensor, k: Tensor, mask: LoweredMask) -> AttentionProblem:
+    ranges = mask.key_begin is not None or mask.key_end is not None or mask.query_end is not None
+    return AttentionProblem(
+        q.device.type, q.dtype, *q.shape[:3], k.shape[2], q.shape[3],
+        mask.diagonal is not None, ranges, mask.keys is not None, mask.pairs is not None,
+    )  # fmt: skip
+
+
+# The op
+
+_MASK = "SymInt? diagonal, Tensor? key_begin, Tensor? key_end, Tensor? query_end, Tensor? keys, Tensor? pairs"
+_REQUEST = f"{_MASK}, float scale, str backend"
+
+
+def _forward(q, k, v, diagonal, key_begin, key_end, query_end, keys, pairs, scale, backend):
+    mask = LoweredMask(diagonal, key_begin, key_end, query_end, keys, pairs)
+    module = dispatch.choose("attention", BACKENDS, _problem(q, k, mask), backend)
+    return module.forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), mask, scale)
+
+
+def _forward_fake(q, k, v, diagonal, key_begin, key_end, query_end, keys, pairs, scale, backend):
+    B, H, M, D = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(B, M, H, D).transpose(1, 2), q.new_empty(B, H, M, dtype=lse_dtype)
+
+
+def _forward_autograd(*args):
+    if torch.compiler.is_dynamo_compiling():
+        return _FORWARD(*args)  # stays one node of the graph; this function runs again beneath it
+    if dispatch.wants_autograd(*args[:3]):
+        return _Attention.apply(*args)
+    with dispatch.below_autograd():
+        return _FORWARD(*args)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        q, k, v, diagonal, *tensors, scale, backend = args
+        with dispatch.below_autograd():
+            out, lse = _FORWARD(*args)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
+        ctx.diagonal, ctx.scale, ctx.backend = diagonal, scale, backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        grads = dispatch.call_backward(
+            _BACKWARD, dout, dlse, q, k, v, out, lse, ctx.diagonal, *tensors, ctx.scale, ctx.backend
+        )
+        return (*grads, *(None,) * 8)
+
+
+def _backward(dout, dlse, q, k, v, out, lse, diagonal, key_begin, key_end, query_end, keys, pairs, scale, backend):
+    mask = LoweredMask(diagonal, key_begin, key_end, query_end, keys, pairs)
+    module = dispatch.choose("attention", BACKENDS, _problem(q, k, mask), backend)
+    return module.backward(
+        _unit_stride(dout), dlse, _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(out), lse, mask, scale
+    )
+
+
+def _backward_fake(dout, dlse, q, k, v, *rest):
+    return tuple(x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
+
+
+def _backward_autograd(*args):
+    return dispatch.call_backward(_BACKWARD, *args)
+
+
+_FORWARD = dispatch.define(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_REQUEST}) -> (Tensor, Tensor)",
+    _forward, _forward_fake, _forward_autograd,
+)  # fmt: skip
+_BACKWARD = dispatch.define(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_REQUEST}) -> (Tensor, Tensor, Tensor)",
+    _backward, _backward_fake, _backward_autograd,
+)  # fmt: skip
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """Kernels take any strides but read the last dimension as adjacent elements."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+# Public functions
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Fused multi-head attention, softmax(scale q k^T + mask) v, differentiable in q, k and v.
+
+    Args:
+        q: (B, H, M, D), any strides; fp16, bf16, fp32, or fp64 (backends `eager` and `cpu`).
+        k, v: (B, H, N, D), q's dtype and device.
+        mask: a `masks.Mask`, a bool tensor broadcastable to (B, H, M, N) with True = may attend, or None.
+        bias, dropout, seed: not served yet; anything but the default raises NotImplementedError.
+        scale: any finite float; default D ** -0.5.
+        return_lse: also return the natural log-sum-exp of the masked scores, (B, H, M) in fp32 (fp64 for fp64 inputs);
+            it is differentiable.
+        backend: "auto", or one of "triton", "cpu", "eager"; a named backend never falls back.
+
+    Returns:
+        out (B, H, M, D) in q's dtype, in (B, M, H, D) memory; or (out, lse). A query with no visible key has output 0,
+        lse -inf and gradients 0. A key hidden from every query of its sequence by `padding` or `key_padding` may hold NaN.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, in a sentence that names it.
+        NotImplementedError: no backend, or not the named one, serves the request; its reasons are in the message.
+        A second derivative and forward-mode differentiation raise too.
+
+    The algorithm is the online softmax of FlashAttention (Dao et al., 2022, arXiv:2205.14135).
+    """
+    args = _arguments(q, k, v, mask, bias, scale, dropout, seed, backend)
+    out, lse = _forward_autograd(*args)
+    return (out, lse) if return_lse else out
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, served by fastattn.
+
+    query (..., H, M, D), key and value (..., H, N, D) with equal leading dimensions; a bool attn_mask broadcastable to
+    (..., M, N), True = may attend; is_causal is top-left and excludes attn_mask. A float attn_mask, dropout_p > 0 and
+    grouped heads are not served yet and raise NotImplementedError.
+    """
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask and is_causal exclude each other: set one of them")
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        raise NotImplementedError(f"attn_mask of dtype {attn_mask.dtype} is a bias, which is not served yet; pass a bool mask")
+    if query.dim() < 2 or key.dim() != query.dim() or value.dim() != query.dim():
+        raise ValueError(f"query, key and value need the same number of dimensions, at least 2; got {query.dim()}, {key.dim()}, {value.dim()}")
+    if not enable_gqa and key.dim() > 2 and key.shape[-3] != query.shape[-3]:
+        raise ValueError(f"key has {key.shape[-3]} heads and query {query.shape[-3]}; that needs enable_gqa=True")
+    lead = query.shape[:-2]
+    mask: Mask | Tensor | None = masks.causal("top_left") if is_causal else None
+    if attn_mask is not None:
+        mask = attn_mask if query.dim() == 4 else _four_dimensions(attn_mask.expand(*lead, *attn_mask.shape[-2:]))
+    q, k, v = (_four_dimensions(x) for x in (query, key, value))
+    out = attention(q, k, v, mask, scale=scale, dropout=dropout_p)
+    return out if query.dim() == 4 else out.reshape(*lead, *out.shape[-2:])
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `attention` would do with a request. `str()` of it is for reading."""
+
+    problem: AttentionProblem
+    backend: str  # "none" where nothing serves the request
+    rejected: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.problem}", f"  served by: {self.backend}"]
+        lines += [f"  not by {name}: {'; '.join(reasons)}" for name, reasons in self.rejected.items()]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Explanation:
+    """Which backend `attention` would take for these arguments, and why not the others. Runs no kernel."""
+    args = _arguments(q, k, v, mask, bias, scale, dropout, seed, backend)
+    q, k, v = args[:3]
+    problem = _problem(q, k, LoweredMask(*args[3:9]))
+    allowed = dispatch.candidates(BACKENDS, problem, backend)
+    rejected, chosen = {}, "none"
+    for name, reasons in dispatch.rejections("attention", BACKENDS, problem).items():
+        if name not in allowed and not reasons:
+            reasons = [f"backend={backend!r} was asked for"] if backend != "auto" else ["auto never interprets on the CPU"]
+        if reasons:
+            rejected[name] = reasons
+        elif chosen == "none":
+            chosen = name
+    notes = [
+        f"{name} has a last stride of {x.stride(-1)} and is copied"
+        for name, x in (("q", q), ("k", k), ("v", v))
+        if _unit_stride(x) is not x
+    ]
+    return Explanation(problem, chosen, rejected, notes)
+
+
+def _arguments(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple:
+    """The op's arguments from the public ones: checked, cast for autocast, defaults filled in, the mask lowered."""
+    for name, value, default in (("bias", bias, None), ("dropout", dropout, 0.0), ("seed", seed, None)):
+        if value is not default and value != default:
+            raise NotImplementedError(f"{name} is not served yet: leave it at {default}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    dtype = dispatch.autocast_dtype(q)
+    if dtype is not None:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check_tensors(q, k, v)
+    dispatch.check_backend(backend, BACKENDS)
+    B, H, M, D = q.shape
+    N = k.shape[2]
+    if scale is None:
+        scale = D**-0.5 if D else 1.0
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
+    if mask is None:
+        return (q, k, v, None, None, None, None, None, None, scale, backend)
+    if not isinstance(mask, Mask):
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a masks.Mask, a bool tensor or None, got {type(mask).__name__}")
+        mask = masks.from_tensor(mask)
+    mask.check(B, H, M, N, q.device)
+    return (q, k, v, *mask.lower(M, N), scale, backend)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head dimension), got shape {tuple(x.shape)}")
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q must be fp16, bf16, fp32 or fp64, got {q.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} is {x.dtype}, but q is {q.dtype}: q, k and v share one dtype")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, but q is on {q.device}")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has batch size {x.shape[0]}, but q has {q.shape[0]}")
+    if k.shape[2] != v.shape[2] or k.shape[1] != v.shape[1]:
+        raise ValueError(f"k has {k.shape[1]} heads of length {k.shape[2]}, but v has {v.shape[1]} of {v.shape[2]}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k has head dimension {k.shape[3]}, but q has {q.shape[3]}")
+    if v.shape[3] != q.shape[3]:
+        raise NotImplementedError(f"v has head dimension {v.shape[3]} and q {q.shape[3]}: different ones are not served yet")
+    if k.shape[1] != q.shape[1]:
+        raise NotImplementedError(f"k has {k.shape[1]} heads and q {q.shape[1]}: grouped heads are not served yet")
+
+
+def _four_dimensions(x: Tensor) -> Tensor:
+    """(..., H, L, D) with any leading dimensions, or none, as (B, H, L, D)."""
+    if x.dim() == 4:
+        return x
+    if x.dim() < 4:
+        return x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
+    return x.flatten(0, x.dim() - 4)
