@@ -1,8 +1,20 @@
 """Fused masked multi-head attention and FFN for encoders: BERT, CLIP, ViT and their kin."""
 
 from fastattn import masks
+from fastattn.kernels.cpu.ffn import clear_packed
 from fastattn.ops.attention import attention, explain, scaled_dot_product_attention
+from fastattn.ops.ffn import ffn, linear
+from fastattn.ops.norm import add_layer_norm
 
 __version__ = "0.1.0"
 
-__all__ = ["attention", "explain", "masks", "scaled_dot_product_attention"]
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "clear_packed",
+    "explain",
+    "ffn",
+    "linear",
+    "masks",
+    "scaled_dot_product_attention",
+]

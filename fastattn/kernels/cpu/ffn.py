@@ -1,0 +1,116 @@
+"""The cpu backend of `linear`: oneDNN through PyTorch, with the activation or the residual fused into the product.
+
+oneDNN wants its weights in a blocked layout. Without a cache they are packed on every call, in fp32 only: there packing still
+beats the other BLAS where that is slow (2x on AMD), while PyTorch's own bf16 linear is oneDNN already. Leaves used
+without grad keep their packed copy, see `_packed`. Training runs plain linears and saves the pre-activation.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastattn.activations import ACTIVATIONS
+from fastattn.reference import linear_backward
+
+QUICK_GELU = 1.702  # quick_gelu(z) = silu(1.702 z) / 1.702, so a weight scaled by it lets oneDNN's silu serve
+ONEDNN_ACTIVATIONS = {
+    None: ("none", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "quick_gelu": ("swish", ""),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+}
+_packed_weights = WeakTensorKeyDictionary()  # weight -> (what it was when packed, the packed copy)
+
+
+def unsupported(problem) -> list[str]:
+    return [] if problem.device == "cpu" else [f"tensors are on {problem.device}"]
+
+
+def forward(x, weight, bias, residual, activation: str | None, train: bool) -> tuple[Tensor, Tensor]:
+    """y, and z where `train` asks for it."""
+    if train or not _onednn(x, weight):
+        z = _plain(x, weight, bias)
+        y = z if activation is None else ACTIVATIONS[activation][0](z)
+    else:
+        y = z = _fused(x, weight, bias, activation)
+    return (y if residual is None else y + residual), z
+
+
+def backward(dy, x, weight, z, activation: str | None, need_dx: bool, need_dw: bool, need_db: bool):
+    return linear_backward(dy, x, weight, z, activation)
+
+
+def clear_packed() -> None:
+    """Drop every packed copy of a weight that CPU inference keeps.
+
+    A copy is dropped by itself when its weight dies or is changed in place by PyTorch. Writes that PyTorch does not count,
+    through `.data`, NumPy or another process, need this call. `FASTATTN_PREPACK=0` keeps no copies at all.
+    """
+    _packed_weights.clear()
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    if x.dtype != torch.float32 or not _onednn(x, weight):
+        return F.linear(x, weight.to(x.dtype), bias)
+    return _pointwise(x, _pack(weight, x.dtype, 1.0), bias, "none", [], "")
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    scale = QUICK_GELU if activation == "quick_gelu" else 1.0
+    packed = _packed(weight, x.dtype, scale)
+    if packed is None and x.dtype != torch.float32:
+        z = _plain(x, weight, bias)
+        return z if activation is None else ACTIVATIONS[activation][0](z)
+    if packed is None:
+        packed = _pack(weight, x.dtype, scale)
+    if bias is not None:
+        bias = (bias * scale).to(x.dtype) if scale != 1.0 else bias.to(x.dtype)
+    name, algorithm = ONEDNN_ACTIVATIONS[activation]
+    y = _pointwise(x, packed, bias, name, [], algorithm)
+    return y if scale == 1.0 else y.mul_(1 / scale)
+
+
+def _pointwise(*args) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(*args)
+
+
+def _onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's prepacked linear takes this: fp32, or bf16 on a CPU with the instructions for it, and nothing empty."""
+    return x.numel() > 0 and weight.numel() > 0 and _onednn_takes(x.dtype)
+
+
+@functools.cache
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _pack(weight: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    weight = weight.detach() if scale == 1.0 else weight.detach() * scale
+    return torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
+
+
+def _packed(weight: Tensor, dtype: torch.dtype, scale: float) -> Tensor | None:
+    """The packed copy of a weight that may be kept, else None.
+
+    Only leaves with a version counter may: the counter, the address and the layout then tell that the weight is still the one
+    that was packed. Inference tensors have no counter.
+    """
+    if weight.is_inference() or not weight.is_leaf or os.environ.get("FASTATTN_PREPACK") == "0":
+        return None
+    identity = (weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), dtype, scale)
+    kept = _packed_weights.get(weight)
+    if kept is None or kept[0] != identity:
+        kept = (identity, _pack(weight, dtype, scale))
+        _packed_weights[weight] = kept
+    return kept[1]
