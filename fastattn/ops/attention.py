@@ -50,19 +50,19 @@ def _problem(q: Tensor, k: Tensor, mask: LoweredMask) -> AttentionProblem:
     )  # fmt: skip
 
 
-# The op
+# The op. `exact_lse` says that the caller wants lse itself; without it only the backward reads it.
 
 _MASK = "SymInt? diagonal, Tensor? key_begin, Tensor? key_end, Tensor? query_end, Tensor? keys, Tensor? pairs"
 _REQUEST = f"{_MASK}, float scale, str backend"
 
 
-def _forward(q, k, v, diagonal, key_begin, key_end, query_end, keys, pairs, scale, backend):
+def _forward(q, k, v, diagonal, key_begin, key_end, query_end, keys, pairs, scale, backend, exact_lse):
     mask = LoweredMask(diagonal, key_begin, key_end, query_end, keys, pairs)
     module = dispatch.choose("attention", BACKENDS, _problem(q, k, mask), backend)
-    return module.forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), mask, scale)
+    return module.forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), mask, scale, exact_lse)
 
 
-def _forward_fake(q, k, v, diagonal, key_begin, key_end, query_end, keys, pairs, scale, backend):
+def _forward_fake(q, k, v, *rest):
     B, H, M, D = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(B, M, H, D).transpose(1, 2), q.new_empty(B, H, M, dtype=lse_dtype)
@@ -80,7 +80,7 @@ def _forward_autograd(*args):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        q, k, v, diagonal, *tensors, scale, backend = args
+        q, k, v, diagonal, *tensors, scale, backend, _ = args
         with dispatch.below_autograd():
             out, lse = _FORWARD(*args)
         ctx.save_for_backward(q, k, v, out, lse, *tensors)
@@ -96,7 +96,7 @@ class _Attention(torch.autograd.Function):
         grads = dispatch.call_backward(
             _BACKWARD, dout, dlse, q, k, v, out, lse, ctx.diagonal, *tensors, ctx.scale, ctx.backend
         )
-        return (*grads, *(None,) * 8)
+        return (*grads, *(None,) * 9)
 
 
 def _backward(dout, dlse, q, k, v, out, lse, diagonal, key_begin, key_end, query_end, keys, pairs, scale, backend):
@@ -116,7 +116,7 @@ def _backward_autograd(*args):
 
 
 _FORWARD = dispatch.define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_REQUEST}) -> (Tensor, Tensor)",
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_REQUEST}, bool exact_lse) -> (Tensor, Tensor)",
     _forward, _forward_fake, _forward_autograd,
 )  # fmt: skip
 _BACKWARD = dispatch.define(
@@ -171,7 +171,7 @@ def attention(
     The algorithm is the online softmax of FlashAttention (Dao et al., 2022, arXiv:2205.14135).
     """
     args = _arguments(q, k, v, mask, bias, scale, dropout, seed, backend)
-    out, lse = _forward_autograd(*args)
+    out, lse = _forward_autograd(*args, return_lse)
     return (out, lse) if return_lse else out
 
 

@@ -13,7 +13,7 @@ def unsupported(problem) -> list[str]:
     return []
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool) -> tuple[Tensor, Tensor]:
     out, lse = reference.attention(q, k, v, mask, scale)
     return _heads_inside(out), lse
 

@@ -1,0 +1,241 @@
+"""Inputs, masks and the one accuracy rule, used by the tests, the benchmarks and `python -m fastattn verify`.
+
+The rule, per tensor, with T the result, R the fp64 result on the same rounded inputs, T_m the specification in the same dtype
+(fp32 accumulation, rounded where a fused kernel rounds) and A the fp64 formula with absolute values inside every sum:
+
+1. max|T - R| <= 2 max|T_m - R| + c 2^-24 max A
+2. ||T - R|| <= 1.25 ||T_m - R|| + c 2^-24 ||A||   (Frobenius)
+3. half precision: max|T - R| <= max|T_e - R| + 2 ulp + c 2^-24 max A, with T_e eager PyTorch in that dtype
+4. lse: |T - R| <= 1e-5 max(1, |R|)
+
+c is 32, or 256 for scores up to |s| = 60. Gradients of the cpu backend in half precision get 4 and 2 in place of 2 and 1.25:
+PyTorch's kernel accumulates them in the dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn import masks, reference
+from fastattn.masks import LoweredMask, Mask
+
+UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+HALF = (torch.float16, torch.bfloat16)
+GRADIENTS = ("dq", "dk", "dv", "dx", "dw", "db", "dresidual", "dweight", "dbias")
+COLD, HOT = 32, 256
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What the rule needs, each a dict from tensor name to tensor; `eager` is filled for half precision."""
+
+    exact: dict[str, Tensor]
+    model: dict[str, Tensor]
+    magnitude: dict[str, Tensor]
+    eager: dict[str, Tensor] = field(default_factory=dict)
+
+
+def assert_accurate(
+    actual: dict[str, Tensor], yardstick: Yardstick, *, c: int = COLD, cpu_half_gradients: bool = False
+) -> dict[str, float]:
+    """Raise AssertionError, naming tensor and rule, unless every tensor of `actual` meets the rule.
+
+    Returns the relative Frobenius error of each tensor, in units of its dtype's roundoff (2^-8 for bf16, 2^-11 for fp16).
+    """
+    errors = {}
+    for name, tensor in actual.items():
+        exact = yardstick.exact[name]
+        assert tensor.shape == exact.shape, f"{name}: shape {tuple(tensor.shape)} instead of {tuple(exact.shape)}"
+        if tensor.numel() == 0:
+            continue
+        if name == "lse":
+            _assert_lse(tensor.double(), exact)
+            continue
+        assert torch.isfinite(tensor).all(), f"{name}: NaN or Inf"
+        wide = cpu_half_gradients and name in GRADIENTS and tensor.dtype in HALF
+        error, model_error = tensor.double() - exact, yardstick.model[name].double() - exact
+        magnitude = c * 2.0**-24 * yardstick.magnitude[name]
+        most, bound = error.abs().max(), (4 if wide else 2) * model_error.abs().max() + magnitude.max()
+        assert most <= bound, f"{name}: max error {most:.3e} over {bound:.3e} (rule 1)"
+        norm, bound = error.norm(), (2 if wide else 1.25) * model_error.norm() + magnitude.norm()
+        assert norm <= bound, f"{name}: error norm {norm:.3e} over {bound:.3e} (rule 2)"
+        if name in yardstick.eager:
+            ulp = 2 * UNIT[tensor.dtype] * exact.abs().max()
+            bound = (yardstick.eager[name].double() - exact).abs().max() + 2 * ulp + magnitude.max()
+            assert most <= bound, f"{name}: max error {most:.3e} over eager's {bound:.3e} (rule 3)"
+        errors[name] = float(norm / exact.norm().clamp_min(1e-300)) / UNIT[tensor.dtype]
+    return errors
+
+
+def _assert_lse(lse: Tensor, exact: Tensor) -> None:
+    dead = exact == float("-inf")
+    assert torch.equal(lse == float("-inf"), dead), "lse: -inf at other rows than those that see no key"
+    error = torch.where(dead, 0, lse - exact).abs() / torch.where(dead, 1, exact.abs().clamp_min(1))
+    assert error.max() <= 1e-5, f"lse: relative error {error.max():.3e} over 1e-5 (rule 4)"
+
+
+# Attention
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """q, k, v and the gradients of out and lse, all (B, H, L, D) in (B, L, H, D) memory."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    dlse: Tensor | None
+    mask: Mask | None
+    scale: float
+
+    def lowered(self) -> LoweredMask:
+        return LoweredMask() if self.mask is None else self.mask.lower(self.q.shape[2], self.k.shape[2])
+
+
+def attention_inputs(
+    B: int, H: int, M: int, N: int, D: int, dtype: torch.dtype, device: str = "cpu", *,
+    mask: str = "none", seed: int = 0, amplitude: float = 1.0, dlse: bool = False,
+) -> AttentionInputs:  # fmt: skip
+    """Seeded normal inputs with a mask from MASKS; amplitude multiplies q and k (4 gives hot scores)."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(length: int, factor: float = 1.0) -> Tensor:
+        return (torch.randn(B, length, H, D, generator=g) * factor).to(device, dtype).transpose(1, 2)
+
+    q, k, v, dout = normal(M, amplitude), normal(N, amplitude), normal(N), normal(M)
+    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    lse_grad = torch.randn(B, H, M, generator=g).to(device, lse_dtype) if dlse else None
+    return AttentionInputs(q, k, v, dout, lse_grad, MASKS[mask](B, H, M, N, g, device), D**-0.5)
+
+
+def run_attention(x: AttentionInputs, backend: str) -> dict[str, Tensor]:
+    """out, lse and every gradient of the public function."""
+    q, k, v = (t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x.q, x.k, x.v))
+    out, lse = fastattn.attention(q, k, v, x.mask, scale=x.scale, return_lse=True, backend=backend)
+    grads = torch.autograd.grad([out, lse], [q, k, v], [x.dout, torch.zeros_like(lse) if x.dlse is None else x.dlse])
+    if x.dlse is None:  # the common call, which some backends serve by another path
+        out = fastattn.attention(q, k, v, x.mask, scale=x.scale, backend=backend)
+        grads = torch.autograd.grad(out, [q, k, v], x.dout)
+    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads), strict=True))
+
+
+def attention_yardstick(x: AttentionInputs) -> Yardstick:
+    mask = x.lowered()
+    tensors = (x.dout, x.dlse, x.q, x.k, x.v)
+    exact = _attention(mask, x.scale, *(None if t is None else t.double() for t in tensors))
+    model = _attention(mask, x.scale, *tensors)
+    eager = _eager_attention(x, mask) if x.q.dtype in HALF and x.q.numel() and x.k.numel() else {}
+    return Yardstick(exact, model, _attention_magnitude(x, mask), eager)
+
+
+def _attention(mask: LoweredMask, scale: float, dout, dlse, q, k, v) -> dict[str, Tensor]:
+    out, lse = reference.attention(q, k, v, mask, scale)
+    dq, dk, dv = reference.attention_backward(dout, dlse, q, k, v, out, lse, mask, scale)
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+def _attention_magnitude(x: AttentionInputs, mask: LoweredMask) -> dict[str, Tensor]:
+    s, visible = reference.scores(x.q.double(), x.k.double(), mask, x.scale)
+    p = torch.nan_to_num(torch.softmax(s, -1), 0.0)
+    rows, columns = visible.any(-1)[..., None], visible.any(-2)[..., None]
+    q, do = (torch.where(rows, t, 0).double().abs() for t in (x.q, x.dout))
+    k, v = (torch.where(columns, t, 0).double().abs() for t in (x.k, x.v))
+    out = p @ v
+    delta = (do * out).sum(-1, keepdim=True)
+    if x.dlse is not None:
+        delta = delta + x.dlse.double().abs()[..., None]
+    ds = p * (do @ v.mT + delta) * abs(x.scale)
+    return {"out": out, "dq": ds @ k, "dk": ds.mT @ q, "dv": p.mT @ do}
+
+
+def _eager_attention(x: AttentionInputs, mask: LoweredMask) -> dict[str, Tensor]:
+    """What a user gets from matmul, softmax and matmul in the dtype."""
+    q, k, v = (torch.nan_to_num(t.detach(), 0.0).requires_grad_() for t in (x.q, x.k, x.v))
+    visible = mask.visible(*q.shape[:3], k.shape[2], q.device)
+    s = (q @ k.mT * x.scale).masked_fill(~visible, float("-inf"))
+    p = torch.softmax(s, -1).masked_fill(~visible.any(-1, keepdim=True), 0)
+    out = p @ v
+    if x.dlse is not None or not bool(visible.any(-1).all()):
+        return {"out": out.detach()}  # dead rows and the gradient of lse are not eager PyTorch's to answer
+    grads = torch.autograd.grad(out, [q, k, v], torch.nan_to_num(x.dout, 0.0))
+    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
+
+
+def _lengths(B: int, N: int, g: torch.Generator, device: str) -> Tensor:
+    """Lengths in [0, N], the last sequence full."""
+    lengths = torch.randint(0, N + 1, (B,), generator=g)
+    lengths[-1:] = N
+    return lengths.to(device)
+
+
+def _keep(B: int, N: int, g: torch.Generator, device: str, kind: str) -> Tensor:
+    j = torch.arange(N)
+    lengths = _lengths(B, N, g, "cpu")[:, None]
+    keep = {"right": j < lengths, "left": j >= N - lengths, "holes": torch.rand(B, N, generator=g) < 0.6}[kind]
+    return keep.to(device)
+
+
+# name -> mask for (B, H, M, N, generator, device): every mask of the algebra that a backend must agree on
+MASKS: dict[str, Callable[[int, int, int, int, torch.Generator, str], Mask | None]] = {
+    "none": lambda B, H, M, N, g, device: None,
+    "causal": lambda B, H, M, N, g, device: masks.causal(),
+    "causal_top_left": lambda B, H, M, N, g, device: masks.causal("top_left"),
+    "padding": lambda B, H, M, N, g, device: masks.padding(_lengths(B, N, g, device)),
+    "padding_queries": lambda B, H, M, N, g, device: masks.padding(_lengths(B, N, g, device), _lengths(B, M, g, device)),
+    "right": lambda B, H, M, N, g, device: masks.key_padding(_keep(B, N, g, device, "right")),
+    "left": lambda B, H, M, N, g, device: masks.key_padding(_keep(B, N, g, device, "left")),
+    "holes": lambda B, H, M, N, g, device: masks.key_padding(_keep(B, N, g, device, "holes")),
+    "causal_padding": lambda B, H, M, N, g, device: masks.causal() & masks.padding(_lengths(B, N, g, device)),
+    "causal_left": lambda B, H, M, N, g, device: masks.causal("top_left") & masks.key_padding(_keep(B, N, g, device, "left")),
+    "dense": lambda B, H, M, N, g, device: masks.from_tensor((torch.rand(B, H, M, N, generator=g) < 0.7).to(device)),
+    "dense_rows": lambda B, H, M, N, g, device: masks.from_tensor((torch.rand(M, 1, generator=g) < 0.7).to(device)),
+}  # fmt: skip
+
+
+# Linear and norm
+
+
+def linear_yardstick(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dy: Tensor, activation: str | None
+) -> Yardstick:
+    """For `linear`: y, dx, dw, db, dresidual."""
+
+    def run(x, weight, bias, residual, dy):
+        y, z = reference.linear(x, weight, bias, activation, residual)
+        dx, dw, db = reference.linear_backward(dy, x, weight, z, activation)
+        return {"y": y, "dx": dx, "dw": dw, "db": db, "dresidual": dy}
+
+    tensors = (x, weight, bias, residual, dy)
+    wide = tuple(None if t is None else t.double() for t in tensors)
+    sizes = tuple(None if t is None else t.abs() for t in wide)
+    magnitude = run_linear_magnitude(*sizes, activation)
+    return Yardstick(run(*wide), run(*tensors), magnitude)
+
+
+def run_linear_magnitude(x, weight, bias, residual, dy, activation: str | None) -> dict[str, Tensor]:
+    """|act| and |act'| are at most 1.2 |z| and 1.2 for every activation, and act' varies by at most 1.2 |z| along an error in z."""
+    z = torch.nn.functional.linear(x, weight, bias)
+    dz = dy if activation is None else 1.2 * dy * (1 + z)
+    rows = dz.reshape(-1, dz.shape[-1])
+    return {
+        "y": z if residual is None else z + residual,
+        "dx": dz @ weight,
+        "dw": rows.mT @ x.reshape(-1, x.shape[-1]),
+        "db": rows.sum(0),
+        "dresidual": dy,
+    }
+
+
+def run_linear(x, weight, bias, residual, dy, activation: str | None, backend: str) -> dict[str, Tensor]:
+    leaves = {"dx": x, "dw": weight, "db": bias, "dresidual": residual}
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items() if t is not None}
+    args = (leaves["dx"], leaves["dw"], leaves.get("db"))
+    y = fastattn.linear(*args, activation=activation, residual=leaves.get("dresidual"), backend=backend)
+    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
