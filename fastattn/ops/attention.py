@@ -15,7 +15,7 @@ from fastattn import masks
 from fastattn.masks import LoweredMask, Mask
 from fastattn.ops import dispatch
 
-BACKENDS = ("cpu", "eager")  # in order of preference
+BACKENDS = ("triton", "cpu", "eager")  # in order of preference
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

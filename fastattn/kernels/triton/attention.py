@@ -1,0 +1,152 @@
+"""The triton backend of attention: what it takes, tile sizes, launches.
+
+Three kernels: `_attention_forward_kernel` in attention_forward.py; `_attention_dq_kernel` and `_attention_dkdv_kernel` in
+attention_backward.py. No atomics, so results are deterministic. Lengths, strides and the mask's tensors are run-time
+arguments; what is compiled in is the dtype, D, which mask fields there are, and whether rows start at multiples of 16 bytes.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+import triton
+from torch import Tensor
+
+from fastattn.kernels.triton.attention_backward import _attention_dkdv_kernel, _attention_dq_kernel
+from fastattn.kernels.triton.attention_forward import _attention_forward_kernel
+from fastattn.kernels.triton.primitives import INTERPRET
+from fastattn.masks import LoweredMask
+
+
+class Config(NamedTuple):
+    """Tile sizes in queries and keys, warps per program, pipeline stages of the loop."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+# (fp32?, BLOCK_D) -> forward, dq, dkdv. All fit 99 KB of shared memory (sm_86, sm_89, sm_120). An IEEE fp32 tl.dot spills
+# beyond 32 x 32, so fp32 has rows of its own.
+CONFIGS = {
+    (False, 16): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    (False, 32): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    (False, 64): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    (False, 128): (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
+    (True, 16): (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    (True, 32): (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    (True, 64): (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    (True, 128): (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+}
+
+
+class Launch(NamedTuple):
+    """One kernel launch, as data: tests compile it for other architectures without running it."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    config: Config
+
+
+def unsupported(problem) -> list[str]:
+    reasons = []
+    if problem.device != "cuda" and not INTERPRET.value:
+        reasons.append(f"tensors are on {problem.device}")
+    if problem.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        reasons.append("the GPU's compute capability is below 8.0")
+    if INTERPRET.value and triton.__version__ < "3.7" and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        reasons.append(f"Triton {triton.__version__} cannot interpret with NumPy {numpy.__version__} (2.4 or later)")
+    if problem.dtype == torch.float64:
+        reasons.append("fp64 is served by eager and cpu")
+    if not 1 <= problem.D <= 128:
+        reasons.append(f"head dimension {problem.D} is not in 1..128")
+    return reasons
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool
+) -> tuple[Tensor, Tensor]:
+    B, H, M, D = q.shape
+    out = q.new_empty(B, M, H, D).transpose(1, 2)
+    lse = q.new_empty(B, H, M, dtype=torch.float32)
+    _run(forward_launch(q, k, v, out, lse, mask, scale))
+    return out, lse
+
+
+def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, M, D = q.shape
+    dq = q.new_empty(B, M, H, D).transpose(1, 2)
+    dk, dv = (x.new_empty(B, x.shape[2], H, D).transpose(1, 2) for x in (k, v))
+    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    dlse = None if dlse is None else dlse.contiguous()
+    for launch in backward_launches(dout, dlse, q, k, v, out, lse.contiguous(), delta, dq, dk, dv, mask, scale):
+        _run(launch)
+    return dq, dk, dv
+
+
+def forward_launch(q, k, v, out, lse, mask: LoweredMask, scale: float) -> Launch:
+    config = _configs(q)[0]
+    tensors = {"q": q, "k": k, "v": v, "out": out}
+    arguments = {**_shared(tensors, mask, scale, q, k), "lse": lse}
+    return Launch(_attention_forward_kernel, _programs(q, config.BLOCK_M), arguments, config)
+
+
+def backward_launches(dout, dlse, q, k, v, out, lse, delta, dq, dk, dv, mask: LoweredMask, scale: float) -> list[Launch]:
+    """dq first: it also makes delta = rowsum(dO * O) - dlse, which dkdv reads."""
+    _, dq_config, dkdv_config = _configs(q)
+    tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq}
+    arguments = {**_shared(tensors, mask, scale, q, k), "lse": lse, "dlse": dlse, "delta": delta}
+    first = Launch(_attention_dq_kernel, _programs(q, dq_config.BLOCK_M), arguments, dq_config)
+    tensors = {"q": q, "k": k, "v": v, "dout": dout, "dk": dk, "dv": dv}
+    arguments = {**_shared(tensors, mask, scale, q, k), "lse": lse, "delta": delta}
+    return [first, Launch(_attention_dkdv_kernel, _programs(k, dkdv_config.BLOCK_N), arguments, dkdv_config)]
+
+
+def _shared(tensors: dict[str, Tensor], mask: LoweredMask, scale: float, q: Tensor, k: Tensor) -> dict[str, Any]:
+    """Arguments that all kernels take: the (B, H, L, D) tensors with their strides, the mask, sizes, what is compiled in."""
+    aligned = True
+    arguments: dict[str, Any] = dict(tensors)
+    for name, x in tensors.items():
+        b, h, length, _ = x.stride()
+        arguments.update({f"{name}_b": b, f"{name}_h": h, f"{name}_l": length})
+        bytes_ = x.element_size()
+        aligned &= not (x.data_ptr() % 16 or b * bytes_ % 16 or h * bytes_ % 16 or length * bytes_ % 16)
+    keys_b, keys_n = (0, 0) if mask.keys is None else mask.keys.stride()
+    pairs_strides = (0, 0, 0, 0) if mask.pairs is None else _broadcast_strides(mask.pairs)
+    arguments.update(zip(("pairs_b", "pairs_h", "pairs_m", "pairs_n"), pairs_strides, strict=True))
+    arguments.update(mask._asdict(), keys_b=keys_b, keys_n=keys_n, scale=scale)
+    arguments.update(H=q.shape[1], M=q.shape[2], N=k.shape[2])
+    arguments.update(D=q.shape[3], BLOCK_D=_block_d(q), VECTOR=16 // q.element_size() if aligned else 1)
+    arguments.update(PRECISION="tf32" if q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee")
+    return arguments
+
+
+def _broadcast_strides(pairs: Tensor) -> tuple[int, ...]:
+    return tuple(0 if size == 1 else stride for size, stride in zip(pairs.shape, pairs.stride(), strict=True))
+
+
+def _block_d(q: Tensor) -> int:
+    return max(16, triton.next_power_of_2(q.shape[3]))
+
+
+def _configs(q: Tensor) -> tuple[Config, Config, Config]:
+    return CONFIGS[q.dtype == torch.float32, _block_d(q)]
+
+
+def _programs(x: Tensor, block: int) -> int:
+    """One program per head and block of rows, all on the grid's first axis: the others end at 65,535."""
+    return x.shape[0] * x.shape[1] * triton.cdiv(x.shape[2], block)
+
+
+def _run(launch: Launch) -> None:
+    if launch.programs == 0:
+        return
+    device = launch.arguments["q"].device
+    other = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if other else nullcontext():
+        launch.kernel[(launch.programs,)](**launch.arguments, **launch.config._asdict())
