@@ -1,14 +1,15 @@
 """Fused masked multi-head attention and FFN for encoders: BERT, CLIP, ViT and their kin."""
 
 from fastattn import masks
+from fastattn.integrations.torch_sdpa import sdpa_override
 from fastattn.kernels.cpu.ffn import clear_packed
 from fastattn.ops.attention import attention, explain, scaled_dot_product_attention
 from fastattn.ops.ffn import ffn, linear
 from fastattn.ops.norm import add_layer_norm
-
-__version__ = "0.1.0"
+from fastattn.version import __version__
 
 __all__ = [
+    "__version__",
     "add_layer_norm",
     "attention",
     "clear_packed",
@@ -17,4 +18,5 @@ __all__ = [
     "linear",
     "masks",
     "scaled_dot_product_attention",
+    "sdpa_override",
 ]

@@ -66,7 +66,8 @@ class Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         keys = _both(torch.logical_and, self.keys, other.keys)
-        if self.keys is not None and other.keys is not None:
+        key_begin: Tensor | None
+        if keys is not None and self.keys is not None and other.keys is not None:
             key_begin, live_end = _live_range(keys)  # holes of two masks may hide what was the first live key of each
             key_end = _both(torch.minimum, _both(torch.minimum, self.key_end, other.key_end), live_end)
         else:
@@ -169,10 +170,9 @@ def _both(combine, a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _lengths(lengths: Tensor | Sequence[int], name: str) -> Tensor:
-    tensor = lengths if isinstance(lengths, Tensor) else torch.tensor(lengths)
+    tensor = lengths if isinstance(lengths, Tensor) else torch.tensor(lengths or (), dtype=None if lengths else torch.int32)
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        if tensor.numel() or isinstance(lengths, Tensor):  # an empty list is read as float
-            raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
+        raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
     if tensor.dim() != 1:
         raise ValueError(f"{name} must have shape (B,), got {tuple(tensor.shape)}")
     return tensor.clamp(0, INT32_MAX).to(torch.int32)

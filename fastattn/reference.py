@@ -58,7 +58,8 @@ def attention_backward(
         delta = delta - torch.where(dead, 0, dlse)
     dv = p.to(dout.dtype).to(p.dtype).mT @ do
     ds = torch.where(visible, p * (do @ v.mT - delta[..., None]), 0).to(dout.dtype).to(p.dtype)
-    return tuple(x.to(dout.dtype) for x in ((ds @ k) * scale, (ds.mT @ q) * scale, dv))
+    dq, dk = (ds @ k) * scale, (ds.mT @ q) * scale
+    return dq.to(dout.dtype), dk.to(dout.dtype), dv.to(dout.dtype)
 
 
 def scores(q: Tensor, k: Tensor, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor]:
@@ -66,7 +67,8 @@ def scores(q: Tensor, k: Tensor, mask: LoweredMask, scale: float) -> tuple[Tenso
 
     A key hidden from every query and a query that sees no key are read as 0: NaN in them reaches nothing.
     """
-    visible = mask.visible(*q.shape[:3], k.shape[2], q.device)
+    B, H, M, _ = q.shape
+    visible = mask.visible(B, H, M, k.shape[2], q.device)
     q = torch.where(visible.any(-1)[..., None], q, 0).to(compute_dtype(q.dtype))
     k = torch.where(visible.any(-2)[..., None], k, 0).to(q.dtype)
     return torch.where(visible, q @ k.mT * scale, float("-inf")), visible
@@ -86,7 +88,7 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dW and db of `linear`: dz = dy * act'(z), dx = dz W, dW = dz^T x, db = the sum of dz over rows."""
     dz = dy
-    if activation is not None:
+    if activation is not None and z is not None:
         compute = compute_dtype(dy.dtype)
         dz = (dy.to(compute) * ACTIVATIONS[activation][1](z.to(compute))).to(dy.dtype)
     rows = dz.reshape(-1, dz.shape[-1])
@@ -94,9 +96,7 @@ def linear_backward(
     return dz @ weight.to(dy.dtype), dw.to(weight.dtype), rows.sum(0, dtype=compute_dtype(dy.dtype))
 
 
-def layer_norm(
-    total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm(total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """weight * (total - mean) * rstd + bias over the last dimension, with mean and rstd (..., 1), all in fp32 or fp64."""
     total = total.to(compute_dtype(total.dtype))
     mean = total.mean(-1, keepdim=True)

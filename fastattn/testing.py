@@ -157,7 +157,7 @@ def _attention_magnitude(x: AttentionInputs, mask: LoweredMask) -> dict[str, Ten
 def _eager_attention(x: AttentionInputs, mask: LoweredMask) -> dict[str, Tensor]:
     """What a user gets from matmul, softmax and matmul in the dtype."""
     q, k, v = (torch.nan_to_num(t.detach(), 0.0).requires_grad_() for t in (x.q, x.k, x.v))
-    visible = mask.visible(*q.shape[:3], k.shape[2], q.device)
+    visible = mask.visible(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
     s = (q @ k.mT * x.scale).masked_fill(~visible, float("-inf"))
     p = torch.softmax(s, -1).masked_fill(~visible.any(-1, keepdim=True), 0)
     out = p @ v
@@ -209,17 +209,19 @@ def linear_yardstick(
     def run(x, weight, bias, residual, dy):
         y, z = reference.linear(x, weight, bias, activation, residual)
         dx, dw, db = reference.linear_backward(dy, x, weight, z, activation)
-        return {"y": y, "dx": dx, "dw": dw, "db": db, "dresidual": dy}
+        return {"y": y, "dx": dx, "dw": dw, "db": db.to(dy.dtype), "dresidual": dy}
 
     tensors = (x, weight, bias, residual, dy)
     wide = tuple(None if t is None else t.double() for t in tensors)
-    sizes = tuple(None if t is None else t.abs() for t in wide)
-    magnitude = run_linear_magnitude(*sizes, activation)
+    magnitude = linear_magnitude(*(None if t is None else t.abs() for t in wide), activation=activation)
     return Yardstick(run(*wide), run(*tensors), magnitude)
 
 
-def run_linear_magnitude(x, weight, bias, residual, dy, activation: str | None) -> dict[str, Tensor]:
-    """|act| and |act'| are at most 1.2 |z| and 1.2 for every activation, and act' varies by at most 1.2 |z| along an error in z."""
+def linear_magnitude(x, weight, bias, residual, dy, activation: str | None) -> dict[str, Tensor]:
+    """The A of the rule, from the absolute values of x, weight, bias, residual and dy, in fp64.
+
+    |act(z)| and |act'(z)| are at most 1.2 |z| and 1.2 for every activation; an error in z moves act'(z) by at most 1.2 times it.
+    """
     z = torch.nn.functional.linear(x, weight, bias)
     dz = dy if activation is None else 1.2 * dy * (1 + z)
     rows = dz.reshape(-1, dz.shape[-1])

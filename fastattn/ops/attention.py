@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -44,10 +45,9 @@ class AttentionProblem:
 
 def _problem(q: Tensor, k: Tensor, mask: LoweredMask) -> AttentionProblem:
     ranges = mask.key_begin is not None or mask.key_end is not None or mask.query_end is not None
-    return AttentionProblem(
-        q.device.type, q.dtype, *q.shape[:3], k.shape[2], q.shape[3],
-        mask.diagonal is not None, ranges, mask.keys is not None, mask.pairs is not None,
-    )  # fmt: skip
+    B, H, M, D = q.shape
+    causal, keys, pairs = mask.diagonal is not None, mask.keys is not None, mask.pairs is not None
+    return AttentionProblem(q.device.type, q.dtype, B, H, M, k.shape[2], D, causal, ranges, keys, pairs)
 
 
 # The op. `exact_lse` says that the caller wants lse itself; without it only the backward reads it.
@@ -93,9 +93,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        grads = dispatch.call_backward(
-            _BACKWARD, dout, dlse, q, k, v, out, lse, ctx.diagonal, *tensors, ctx.scale, ctx.backend
-        )
+        grads = dispatch.call_backward(_BACKWARD, dout, dlse, q, k, v, out, lse, ctx.diagonal, *tensors, ctx.scale, ctx.backend)
         return (*grads, *(None,) * 9)
 
 
@@ -132,6 +130,20 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 # Public functions
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, *, bias: Tensor | None = None, scale: float | None = None,
+    dropout: float = 0.0, seed: int | Tensor | None = None, return_lse: Literal[False] = False, backend: str = "auto",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, *, bias: Tensor | None = None, scale: float | None = None,
+    dropout: float = 0.0, seed: int | Tensor | None = None, return_lse: Literal[True], backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def attention(
@@ -196,7 +208,8 @@ def scaled_dot_product_attention(
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         raise NotImplementedError(f"attn_mask of dtype {attn_mask.dtype} is a bias, which is not served yet; pass a bool mask")
     if query.dim() < 2 or key.dim() != query.dim() or value.dim() != query.dim():
-        raise ValueError(f"query, key and value need the same number of dimensions, at least 2; got {query.dim()}, {key.dim()}, {value.dim()}")
+        dims = f"{query.dim()}, {key.dim()}, {value.dim()}"
+        raise ValueError(f"query, key and value need the same number of dimensions, at least 2; got {dims}")
     if not enable_gqa and key.dim() > 2 and key.shape[-3] != query.shape[-3]:
         raise ValueError(f"key has {key.shape[-3]} heads and query {query.shape[-3]}; that needs enable_gqa=True")
     lead = query.shape[:-2]
@@ -274,7 +287,7 @@ def _arguments(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple:
     N = k.shape[2]
     if scale is None:
         scale = D**-0.5 if D else 1.0
-    elif not math.isfinite(scale):
+    elif not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be a finite number, got {scale}")
     if mask is None:
         return (q, k, v, None, None, None, None, None, None, scale, backend)
@@ -289,7 +302,8 @@ def _arguments(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple:
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head dimension), got shape {tuple(x.shape)}")
+            shape = tuple(x.shape)
+            raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head dimension), got shape {shape}")
     if q.dtype not in DTYPES:
         raise TypeError(f"q must be fp16, bf16, fp32 or fp64, got {q.dtype}")
     for name, x in (("k", k), ("v", v)):

@@ -17,12 +17,14 @@ from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
 below_autograd = torch._C._AutoDispatchBelowAutograd
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
 class Problem(Protocol):
     """A frozen, hashable description of one request, made from metadata alone."""
 
-    device: str
+    @property
+    def device(self) -> str: ...
 
 
 def define(schema: str, implementation: Callable, fake: Callable, autograd: Callable) -> torch._ops.OpOverload:
@@ -31,9 +33,14 @@ def define(schema: str, implementation: Callable, fake: Callable, autograd: Call
     Without the autograd entry an exported module would train with gradients of None, silently.
     """
     name = schema.split("(")[0]
+
+    def kernel(*args):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):  # what is to be cast was cast by the public function
+            return implementation(*args)
+
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, implementation, "CPU")
-    LIBRARY.impl(name, implementation, "CUDA")
+    LIBRARY.impl(name, kernel, "CPU")
+    LIBRARY.impl(name, kernel, "CUDA")
     LIBRARY.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"fastattn::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.fastattn, name).default
@@ -104,7 +111,7 @@ def check_backend(backend: str, backends: tuple[str, ...]) -> None:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants for x, or None where it is off or x is not a floating point number it would cast."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(kind)
 

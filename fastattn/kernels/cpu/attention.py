@@ -1,8 +1,9 @@
 """The cpu backend: PyTorch's flash-attention kernel for CPUs, wherever it is right.
 
 What that kernel gets wrong or refuses is handled here: an empty M or N kills the process, a row with no visible key has
-lse 0.0, bool masks are refused, NaN in a padded key leaks, lse is inexact in half precision, and no gradient of the log-sum-exp is taken. Padding is not
-computed: with key ranges or key bits each sequence is one call on its real keys.
+lse 0.0, bool masks are refused, NaN in a padded key leaks, lse is inexact in half precision, a causal mask with scale <= 0
+gives NaN or Inf, and no gradient of the log-sum-exp is taken. Padding is not computed: with key ranges or key bits each
+sequence is one call on its real keys.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ def unsupported(problem) -> list[str]:
     return [] if problem.device == "cpu" else [f"tensors are on {problem.device}"]
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool) -> tuple[Tensor, Tensor]:
     if exact_lse and q.dtype in (torch.float16, torch.bfloat16):
         # in half precision the kernel's exp is a polynomial that leaves lse 5e-5 off
         out, lse = forward(q.float(), k.float(), v.float(), mask, scale, exact_lse)
         return _heads_inside(out.to(q.dtype)), lse
+    if scale <= 0:
+        q, scale, _ = _positive_scale(q, scale)
     B, H, M, D = q.shape
     N = k.shape[2]
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    parts = _parts(mask, B, M, N)
+    parts = _parts(mask, B, M, N) if q.numel() and k.numel() else []
     if len(parts) == 1 and parts[0].whole(B, M, N):
         out, lse = _forward_part(q, k, v, parts[0], mask, scale)
         return _heads_inside(out), lse.contiguous()
@@ -48,22 +49,31 @@ def forward(
 
 
 def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    if scale <= 0:
+        q, scale, sign = _positive_scale(q, scale)
+        dq, dk, dv = backward(dout, dlse, q, k, v, out, lse, mask, scale)
+        return dq.mul_(sign), dk, dv
     B, H, M, D = q.shape
     N = k.shape[2]
-    parts = _parts(mask, B, M, N)
+    parts = _parts(mask, B, M, N) if q.numel() and k.numel() else []
     if len(parts) == 1 and parts[0].whole(B, M, N):
         return _backward_part(dout, dlse, q, k, v, out, lse, parts[0], mask, scale)
     dq, dk, dv = (x.new_zeros(B, x.shape[2], H, D).transpose(1, 2) for x in (q, k, v))
     for part in parts:
-        part_dlse = None if dlse is None else dlse[part.batch, :, : part.queries]
-        part_lse = lse[part.batch, :, : part.queries]
-        grads = _backward_part(
-            part.rows(dout), part_dlse, part.rows(q), part.columns(k), part.columns(v), part.rows(out), part_lse, part, mask, scale
-        )  # fmt: skip
+        part_dlse = None if dlse is None else part.rows(dlse)
+        query_side = part.rows(dout), part_dlse, part.rows(q)
+        key_side = part.columns(k), part.columns(v)
+        grads = _backward_part(*query_side, *key_side, part.rows(out), part.rows(lse), part, mask, scale)
         part.rows(dq).copy_(grads[0])
         part.write_columns(dk, grads[1])
         part.write_columns(dv, grads[2])
     return dq, dk, dv
+
+
+def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """q, scale and sign with the same scores and scale > 0: the kernel multiplies its -inf by the scale."""
+    sign = -1.0 if scale < 0 else 0.0
+    return q * sign, -scale or 1.0, sign
 
 
 class _Part(NamedTuple):

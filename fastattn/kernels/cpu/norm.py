@@ -1,4 +1,4 @@
-"""The cpu backend of `add_layer_norm`: PyTorch's native LayerNorm kernels, with fp32 parameters so that their statistics are fp32."""
+"""The cpu backend of `add_layer_norm`: PyTorch's LayerNorm kernels, given fp32 parameters so that their statistics are fp32."""
 
 from __future__ import annotations
 

@@ -30,17 +30,27 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# (fp32?, BLOCK_D) -> forward, dq, dkdv. All fit 99 KB of shared memory (sm_86, sm_89, sm_120). An IEEE fp32 tl.dot spills
-# beyond 32 x 32, so fp32 has rows of its own.
+# (fp32?, dense mask?, BLOCK_D) -> forward, dq, dkdv. All fit the 99 KB of shared memory of sm_86, sm_89 and sm_120, and none
+# spills more than 64 bytes. An IEEE fp32 tl.dot takes small tiles; the tile of a dense mask takes registers of its own.
 CONFIGS = {
-    (False, 16): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    (False, 32): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    (False, 64): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    (False, 128): (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
-    (True, 16): (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    (True, 32): (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    (True, 64): (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    (True, 128): (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    (False, False, 16): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    (False, False, 32): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    (False, False, 64): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
+    (False, False, 128): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
+    (False, True, 16): (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
+    (False, True, 32): (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
+    (False, True, 64): (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
+    (False, True, 128): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
+    **{
+        (True, dense, block_d): configs
+        for dense in (False, True)
+        for block_d, configs in {
+            16: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
+            32: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+            64: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+            128: (Config(32, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 32, 8, 1)),
+        }.items()
+    },
 }
 
 
@@ -68,9 +78,7 @@ def unsupported(problem) -> list[str]:
     return reasons
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool) -> tuple[Tensor, Tensor]:
     B, H, M, D = q.shape
     out = q.new_empty(B, M, H, D).transpose(1, 2)
     lse = q.new_empty(B, H, M, dtype=torch.float32)
@@ -90,7 +98,7 @@ def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> 
 
 
 def forward_launch(q, k, v, out, lse, mask: LoweredMask, scale: float) -> Launch:
-    config = _configs(q)[0]
+    config = _configs(q, mask)[0]
     tensors = {"q": q, "k": k, "v": v, "out": out}
     arguments = {**_shared(tensors, mask, scale, q, k), "lse": lse}
     return Launch(_attention_forward_kernel, _programs(q, config.BLOCK_M), arguments, config)
@@ -98,7 +106,7 @@ def forward_launch(q, k, v, out, lse, mask: LoweredMask, scale: float) -> Launch
 
 def backward_launches(dout, dlse, q, k, v, out, lse, delta, dq, dk, dv, mask: LoweredMask, scale: float) -> list[Launch]:
     """dq first: it also makes delta = rowsum(dO * O) - dlse, which dkdv reads."""
-    _, dq_config, dkdv_config = _configs(q)
+    _, dq_config, dkdv_config = _configs(q, mask)
     tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq}
     arguments = {**_shared(tensors, mask, scale, q, k), "lse": lse, "dlse": dlse, "delta": delta}
     first = Launch(_attention_dq_kernel, _programs(q, dq_config.BLOCK_M), arguments, dq_config)
@@ -108,20 +116,23 @@ def backward_launches(dout, dlse, q, k, v, out, lse, delta, dq, dk, dv, mask: Lo
 
 
 def _shared(tensors: dict[str, Tensor], mask: LoweredMask, scale: float, q: Tensor, k: Tensor) -> dict[str, Any]:
-    """Arguments that all kernels take: the (B, H, L, D) tensors with their strides, the mask, sizes, what is compiled in."""
-    aligned = True
+    """Arguments that all kernels take: the (B, H, L, D) tensors with their strides, the mask, sizes, what is compiled in.
+
+    Strides go in units of VECTOR elements: multiplied by that constant inside, they let the compiler see 16-byte rows.
+    """
+    vector = 16 // q.element_size()
+    aligned = all(x.data_ptr() % 16 == 0 and not any(s % vector for s in x.stride()[:3]) for x in tensors.values())
+    vector = vector if aligned else 1
     arguments: dict[str, Any] = dict(tensors)
     for name, x in tensors.items():
-        b, h, length, _ = x.stride()
+        b, h, length = (stride // vector for stride in x.stride()[:3])
         arguments.update({f"{name}_b": b, f"{name}_h": h, f"{name}_l": length})
-        bytes_ = x.element_size()
-        aligned &= not (x.data_ptr() % 16 or b * bytes_ % 16 or h * bytes_ % 16 or length * bytes_ % 16)
     keys_b, keys_n = (0, 0) if mask.keys is None else mask.keys.stride()
     pairs_strides = (0, 0, 0, 0) if mask.pairs is None else _broadcast_strides(mask.pairs)
     arguments.update(zip(("pairs_b", "pairs_h", "pairs_m", "pairs_n"), pairs_strides, strict=True))
     arguments.update(mask._asdict(), keys_b=keys_b, keys_n=keys_n, scale=scale)
     arguments.update(H=q.shape[1], M=q.shape[2], N=k.shape[2])
-    arguments.update(D=q.shape[3], BLOCK_D=_block_d(q), VECTOR=16 // q.element_size() if aligned else 1)
+    arguments.update(D=q.shape[3], BLOCK_D=_block_d(q), VECTOR=vector)
     arguments.update(PRECISION="tf32" if q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee")
     return arguments
 
@@ -134,8 +145,8 @@ def _block_d(q: Tensor) -> int:
     return max(16, triton.next_power_of_2(q.shape[3]))
 
 
-def _configs(q: Tensor) -> tuple[Config, Config, Config]:
-    return CONFIGS[q.dtype == torch.float32, _block_d(q)]
+def _configs(q: Tensor, mask: LoweredMask) -> tuple[Config, Config, Config]:
+    return CONFIGS[q.dtype == torch.float32, mask.pairs is not None, _block_d(q)]
 
 
 def _programs(x: Tensor, block: int) -> int:

@@ -32,12 +32,12 @@ def _attention_forward_kernel(
     m0 = tl.program_id(0) % blocks * BLOCK_M
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)
-    q += b * tl.multiple_of(q_b, VECTOR) + h * tl.multiple_of(q_h, VECTOR)
-    k += b * tl.multiple_of(k_b, VECTOR) + h * tl.multiple_of(k_h, VECTOR)
-    v += b * tl.multiple_of(v_b, VECTOR) + h * tl.multiple_of(v_h, VECTOR)
-    out += b * tl.multiple_of(out_b, VECTOR) + h * tl.multiple_of(out_h, VECTOR)
-    q_l, k_l = tl.multiple_of(q_l, VECTOR), tl.multiple_of(k_l, VECTOR)
-    v_l, out_l = tl.multiple_of(v_l, VECTOR), tl.multiple_of(out_l, VECTOR)
+    q += b * q_b * VECTOR + h * q_h * VECTOR
+    k += b * k_b * VECTOR + h * k_h * VECTOR
+    v += b * v_b * VECTOR + h * v_h * VECTOR
+    out += b * out_b * VECTOR + h * out_h * VECTOR
+    q_l, k_l = q_l * VECTOR, k_l * VECTOR
+    v_l, out_l = v_l * VECTOR, out_l * VECTOR
 
     begin, end, rows = mask_ranges(key_begin, key_end, query_end, b, M, N)
     m = m0 + tl.arange(0, BLOCK_M)

@@ -1,0 +1,228 @@
+"""Hugging Face transformers: importing this module registers attn_implementation="fastattn".
+
+    import fastattn.integrations.transformers
+    model = AutoModel.from_pretrained(path, attn_implementation="fastattn")
+
+Two functions are registered: the attention, and the mask function without which transformers would drop padding silently.
+A model whose attention layers do not look their function up in transformers' AttentionInterface is refused when it is
+constructed; `check` does the same for a model that exists.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.utils.import_utils import is_tracing
+
+from fastattn import masks
+from fastattn.masks import Mask
+from fastattn.ops.attention import attention
+
+NAME = "fastattn"
+
+# Keyword arguments that reach every attention function and cannot change its result: they are about the rest of the model.
+HARMLESS = frozenset({
+    "cache_position", "deterministic", "interpolate_pos_encoding", "logits_to_keep", "num_items_in_batch",
+    "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "use_cache",
+})  # fmt: skip
+_PACKED = "sequences packed end to end"
+NOT_SERVED = {
+    "position_bias": "an additive bias on the scores",
+    "softcap": "a soft cap on the scores",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "cache": "a paged cache",
+    "head_mask": "a factor per head",
+    "layer_head_mask": "a factor per head",
+    "indices": "a choice of keys per query",
+    "block_indices": "a choice of key blocks per query",
+    "cu_seq_lens_q": _PACKED,
+    "cu_seq_lens_k": _PACKED,
+    "max_length_q": _PACKED,
+    "max_length_k": _PACKED,
+    "seq_idx": _PACKED,
+}
+_INSTEAD = 'load the model with attn_implementation="sdpa" or "eager" for that'
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query (B, H, M, D), key and value (B, H, N, D), any strides -> (B, M, H, D), None.
+
+    attention_mask is None, a bool (B, H or 1, M or 1, N) that says everything, or a bool (B, N) of real keys, beside which
+    causality is `is_causal`, else the module's. A causal (B, N) is aligned at the bottom right (the queries are the last
+    tokens of a cache), a causal None at the top left, as in transformers' own "sdpa".
+
+    Raises:
+        NotImplementedError: for every argument that changes the result and is not served, in a sentence that names it.
+        ValueError, TypeError: an argument does not fit.
+    """
+    if dropout:
+        raise NotImplementedError(
+            f'fastattn does not serve attention dropout yet (dropout={dropout}): set it to 0 in the config, call model.eval(), '
+            'or load the model with attn_implementation="sdpa"'
+        )  # fmt: skip
+    if getattr(module, "num_key_value_groups", 1) > 1:
+        raise NotImplementedError(f"fastattn does not serve grouped heads (num_key_value_groups > 1) yet: {_INSTEAD}")
+    _check_keywords(kwargs)
+    _check_window(sliding_window, attention_mask, query.shape[2], key.shape[2])
+    mask = _mask(module, attention_mask, is_causal, query.shape[2])
+    out = attention(query, key, value, mask, scale=scaling)
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2), None
+
+
+def padding_or_pairs(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,  # an int, or a tensor from a static cache
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    *,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = True,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask function: the padding mask alone where the rest of the pattern needs no tensor, else every pair.
+
+    Returns None or a bool (batch_size, kv_length) where the pattern is bidirectional, or causal with the queries at the end
+    of the keys; else, and where transformers asks for a full mask, a bool (batch_size, 1, q_length, kv_length).
+    """
+    bidirectional = mask_function is bidirectional_mask_function
+    plain = kv_offset == 0 and not use_vmap and (attention_mask is None or attention_mask.shape == (batch_size, kv_length))
+    if bidirectional:
+        plain = plain and allow_is_bidirectional_skip
+    else:  # a static cache holds keys beyond the last query
+        last = mask_function is causal_mask_function and isinstance(q_offset, int) and q_offset + q_length == kv_length
+        plain = plain and allow_is_causal_skip and last
+    square = bidirectional or q_length == 1 or q_length == kv_length  # beside None, causal is aligned at the top left
+    if plain and attention_mask is None and square:
+        return None
+    if plain and attention_mask is not None:
+        # Reading the mask's values would break a traced graph, and would be frozen into it.
+        all_real = square and not is_tracing(attention_mask) and bool(attention_mask.all())
+        return None if all_real else attention_mask
+    return sdpa_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
+        **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": use_vmap},
+    )  # fmt: skip
+
+
+def check(model: PreTrainedModel) -> None:
+    """Raise unless every part of the model that has attn_implementation="fastattn" really calls fastattn.
+
+    Raises:
+        NotImplementedError: the attention layers of a part do not use transformers' AttentionInterface.
+        ValueError: no part of the model has attn_implementation="fastattn".
+    """
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    parts = [part for part in parts if part.config._attn_implementation == NAME]
+    for part in parts:
+        _check_class(type(part))
+    if not parts:
+        _check_class(type(model))
+        raise ValueError(f'{type(model).__name__} does not use fastattn: call model.set_attn_implementation("{NAME}") first')
+
+
+def _check_keywords(kwargs: dict[str, Any]) -> None:
+    for name, value in kwargs.items():
+        if name in NOT_SERVED and value is not None:
+            raise NotImplementedError(f"fastattn does not serve {name}, {NOT_SERVED[name]}, yet: {_INSTEAD}")
+        if name == "output_attentions":
+            if value:
+                raise NotImplementedError(f"output_attentions=True needs weights that fastattn never forms: {_INSTEAD}")
+        elif name not in HARMLESS and value is not None:
+            raise NotImplementedError(f"fastattn does not know {name}, which may change the result of attention: {_INSTEAD}")
+
+
+def _check_window(sliding_window: int | None, mask: Tensor | None, M: int, N: int) -> None:
+    """A window must be in the mask already, or be too wide to hide anything."""
+    if sliding_window is None or (mask is not None and mask.dim() == 4 and mask.shape[2] == M):
+        return
+    if not isinstance(sliding_window, int) or sliding_window < max(M, N):
+        raise NotImplementedError(
+            f"fastattn serves a window only as part of a mask (B, 1, M, N), but sliding_window={sliding_window} came without: "
+            f"{_INSTEAD}"
+        )
+
+
+def _mask(module: nn.Module, attention_mask: Tensor | None, is_causal: bool | None, M: int) -> Mask | Tensor | None:
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise NotImplementedError(
+            f"attention_mask is {attention_mask.dtype}: fastattn does not serve additive masks yet, only bool ones "
+            "(True = may attend)"
+        )
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask must be (B, N) or (B, H, M, N), got shape {tuple(attention_mask.shape)}")
+    causal = M > 1 and _causal(module, is_causal)
+    if attention_mask is None:
+        return masks.causal("top_left") if causal else None
+    padding = masks.key_padding(attention_mask)
+    return padding & masks.causal("bottom_right") if causal else padding
+
+
+def _causal(module: nn.Module, is_causal: bool | None) -> bool:
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", None)
+    if is_causal is None:
+        raise NotImplementedError(
+            f"{type(module).__name__} does not say whether it is causal, and fastattn needs is_causal to be an argument or "
+            'an attribute of it: load the model with attn_implementation="eager"'
+        )
+    return bool(is_causal)
+
+
+def _check_class(cls: type) -> None:
+    """Raise unless the module that defines a model class looks attention up in the interface, or defines no attention."""
+    namespace = list(vars(sys.modules[cls.__module__]).values())
+    if any(isinstance(item, AttentionInterface) for item in namespace):
+        return
+    own = [item for item in namespace if isinstance(item, type) and item.__module__ == cls.__module__]
+    if any(issubclass(item, nn.Module) and "Attention" in item.__name__ for item in own):
+        raise NotImplementedError(
+            f"{cls.__name__} computes attention itself and does not use transformers' AttentionInterface, so fastattn cannot "
+            'serve it: load it with attn_implementation="eager"'
+        )
+
+
+def _refuse_at_construction() -> None:
+    """Let PreTrainedModel's check of the requested attention, run by every model's __init__, refuse what `check` would.
+
+    transformers accepts any registered name for any class; some classes would then add our bool mask to their scores.
+    """
+    accepts = PreTrainedModel.get_correct_attn_implementation
+
+    @functools.wraps(accepts)
+    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+        if requested_attention == NAME:
+            _check_class(type(self))
+        return accepts(self, requested_attention, *args, **kwargs)
+
+    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation  # type: ignore[method-assign]
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, padding_or_pairs)
+_refuse_at_construction()

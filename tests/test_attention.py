@@ -1,0 +1,211 @@
+"""Every backend of attention against the fp64 specification: values, gradients, hidden NaN, strides, sizes."""
+
+import pytest
+import torch
+from backends import BACKENDS, TRITON, device_of
+
+import fastattn
+from fastattn import masks
+from fastattn.testing import COLD, HOT, MASKS, assert_accurate, attention_inputs, attention_yardstick, run_attention
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LENGTHS = [(1, 1), (17, 17), (63, 63), (64, 64), (65, 65), (77, 77), (129, 129), (197, 197), (5, 66), (66, 5)]
+HEAD_DIMS = [64, 32, 40, 16, 80, 128]
+INF = float("inf")
+
+# each (mask, length) pair once; dtype, head dimension, logit size and the gradient of lse rotate through them
+PAIRWISE = [
+    (mask, M, N, HEAD_DIMS[(i + j) % 6] if M < 100 else 32, DTYPES[(i + j) % 3], 4 if (i + 2 * j) % 4 == 0 else 1, j % 2 == 0)
+    for i, mask in enumerate(MASKS)
+    for j, (M, N) in enumerate(LENGTHS)
+]  # fmt: skip
+
+
+def check(backend, B, H, M, N, D, dtype, mask, amplitude=1, dlse=False):
+    x = attention_inputs(B, H, M, N, D, dtype, device_of(backend), mask=mask, amplitude=amplitude, dlse=dlse)
+    c = HOT if amplitude > 1 else COLD
+    assert_accurate(run_attention(x, backend), attention_yardstick(x), c=c, cpu_half_gradients=backend == "cpu")
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("amplitude", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_matches_specification(backend, mask, dtype, amplitude):
+    for i, (M, N) in enumerate(LENGTHS):
+        check(backend, 2, 2, M, N, HEAD_DIMS[i % 6], dtype, mask, amplitude, dlse=i % 2 == 0)
+
+
+@pytest.mark.usefixtures("poisoned", "alone")
+@pytest.mark.parametrize(("mask", "M", "N", "D", "dtype", "amplitude", "dlse"), PAIRWISE)
+@pytest.mark.parametrize("backend", [TRITON])
+def test_triton_matches_specification(backend, mask, M, N, D, dtype, amplitude, dlse):
+    check(backend, 2, 1, M, N, D, dtype, mask, amplitude, dlse)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "padding", "holes", "causal_left", "dense"])
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_gradcheck(backend, mask):
+    x = attention_inputs(2, 2, 5, 7, 4, torch.float64, mask=mask)
+
+    def function(q, k, v):
+        out, lse = fastattn.attention(q, k, v, x.mask, return_lse=True, backend=backend)
+        return out, torch.where(lse == -INF, 0, lse)
+
+    assert torch.autograd.gradcheck(function, tuple(t.contiguous().requires_grad_() for t in (x.q, x.k, x.v)))
+
+
+def hide(x, mask_name):
+    """The same inputs with NaN and Inf wherever the mask promises that they reach nothing."""
+    B, H, M, N = *x.q.shape[:3], x.k.shape[2]
+    visible = x.lowered()._replace(pairs=None).visible(B, H, M, N, x.q.device)
+    if mask_name.startswith("causal"):  # only keys that padding hides are promised, and rows that see nothing
+        visible_keys = x.lowered()._replace(diagonal=None).visible(B, H, M, N, x.q.device).any(-2)
+    else:
+        visible_keys = visible.any(-2)
+    dead_rows, dead_keys = ~visible.any(-1)[..., None], ~visible_keys[..., None]
+    q, dout = (torch.where(dead_rows, float("nan"), t) for t in (x.q, x.dout))
+    k, v = (torch.where(dead_keys, value, t) for t, value in ((x.k, INF), (x.v, float("nan"))))
+    return type(x)(q, k, v, dout, x.dlse, x.mask, x.scale)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("mask", ["padding", "padding_queries", "left", "holes", "causal", "causal_padding", "causal_left"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hidden_nan_changes_no_bit(backend, mask):
+    for dtype in (torch.float32, torch.bfloat16):
+        x = attention_inputs(3, 1, 70, 66, 16, dtype, device_of(backend), mask=mask, seed=1)
+        clean, dirty = run_attention(x, backend), run_attention(hide(x, mask), backend)
+        for name, tensor in clean.items():
+            assert torch.equal(tensor, dirty[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_keys(backend):
+    device = device_of(backend)
+    x = attention_inputs(2, 1, 5, 4, 16, torch.float32, device)
+    mask = masks.padding(torch.tensor([0, 4], device=device)) & masks.causal()
+    q, k, v = (t.clone().requires_grad_() for t in (x.q, x.k, x.v))
+    out, lse = fastattn.attention(q, k, v, mask, return_lse=True, backend=backend)
+    assert (out[0] == 0).all() and (lse[0] == -INF).all()
+    assert (out[1, :, 0] == 0).all() and (lse[1, :, 0] == -INF).all() and torch.isfinite(lse[1, :, 1:]).all()
+    for grad in torch.autograd.grad(out.sum() + torch.where(lse == -INF, 0, lse).sum(), [q, k, v]):
+        assert (grad[0] == 0).all() and torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_one_visible_key_is_copied_exactly(backend, dtype):
+    device = device_of(backend)
+    v = torch.randn(1, 1, 9, 16).to(device, dtype)
+    q, k = torch.randn(2, 1, 1, 9, 16).to(device, dtype)
+    visible = torch.eye(9, dtype=torch.bool, device=device).roll(3, 0)[None, None]
+    out = fastattn.attention(q, k, v, visible, backend=backend)
+    assert torch.equal(out, v.roll(3, 2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_integers_are_exact(backend):
+    device = device_of(backend)
+    q = torch.zeros(1, 1, 8, 16, device=device)  # equal scores: each row is the mean of 4 small integers
+    v = torch.randint(-2, 3, (1, 1, 4, 16)).float().to(device) * 4
+    out, lse = fastattn.attention(q, torch.randn_like(v), v, return_lse=True, backend=backend)
+    assert torch.equal(out, v.mean(2, keepdim=True).expand_as(out))
+    assert torch.allclose(lse, torch.full_like(lse, 4.0).log())
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0), (1, 1, 0, 0)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty(backend, shape):
+    B, H, M, N = shape
+    device = device_of(backend)
+    q = torch.randn(B, H, M, 16, device=device, requires_grad=True)
+    k, v = (torch.randn(B, H, N, 16, device=device, requires_grad=True) for _ in range(2))
+    for mask in (None, masks.causal(), masks.padding(torch.full((B,), N, device=device))):
+        out, lse = fastattn.attention(q, k, v, mask, return_lse=True, backend=backend)
+        assert out.shape == (B, H, M, 16) and (out == 0).all() and (lse == -INF).all()
+        for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), [q, k, v]), strict=True):
+            assert grad.shape == x.shape and (grad == 0).all()
+
+
+def strided(kind, device):
+    """q, k, v (2, 2, 33, 16) in the memory layouts that models hand over."""
+    base = torch.randn(2, 33, 3, 2, 16, device=device)
+    if kind == "packed":
+        return [base[:, :, i].transpose(1, 2) for i in range(3)]
+    if kind == "heads outside":
+        return [x.transpose(1, 2).contiguous() for x in base.unbind(2)]
+    if kind == "sequence first":
+        return [x.transpose(0, 1).contiguous().permute(1, 2, 0, 3) for x in base.unbind(2)]
+    if kind == "stride 0":
+        return [x[:1].expand(2, -1, -1, -1).transpose(1, 2) for x in base.unbind(2)]
+    if kind == "odd address":
+        flat = torch.randn(3 * 2 * 2 * 33 * 17 + 1, device=device)[1:].view(3, 2, 2, 33, 17)
+        return list(flat[..., :16])
+    if kind == "last stride 2":
+        return [x.transpose(1, 2) for x in torch.randn(3, 2, 33, 2, 32, device=device)[..., ::2]]
+    raise ValueError(kind)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kind", ["packed", "heads outside", "sequence first", "stride 0", "odd address", "last stride 2"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend, kind):
+    device = device_of(backend)
+    q, k, v = strided(kind, device)
+    mask = masks.causal() & masks.padding(torch.tensor([20, 33], device=device))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    dense = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in (q, k, v)]
+    results = []
+    for args in (leaves, dense):
+        out, lse = fastattn.attention(*args, mask, return_lse=True, backend=backend)
+        for x in (out, *torch.autograd.grad(out.sum(), args, retain_graph=True)):  # stride-0 dout
+            assert x.transpose(1, 2).is_contiguous(), "outputs and gradients live in (B, L, H, D) memory"
+            results.append(x)
+        dout = torch.randn(2, 2, 16, 33, generator=torch.Generator(device).manual_seed(3), device=device).mT
+        results += [out, lse, *torch.autograd.grad(out, args, dout)]  # transposed dout
+    half = len(results) // 2
+    for strided_result, dense_result in zip(results[:half], results[half:], strict=True):
+        torch.testing.assert_close(strided_result, dense_result, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
+def test_any_finite_scale(backend, scale):
+    x = attention_inputs(1, 2, 20, 20, 16, torch.float32, device_of(backend), mask="causal_padding")
+    x = type(x)(x.q, x.k, x.v, x.dout, x.dlse, x.mask, scale)
+    assert_accurate(run_attention(x, backend), attention_yardstick(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeat_runs_are_bit_equal(backend):
+    x = attention_inputs(2, 1, 70, 70, 32, torch.float32, device_of(backend), mask="causal_padding")
+    first, second = run_attention(x, backend), run_attention(x, backend)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_scores_stay_finite(backend, value):
+    device = device_of(backend)
+    q = torch.full((1, 1, 40, 16), value, device=device, requires_grad=True)
+    k = torch.randn(1, 1, 70, 16, device=device)
+    out, lse = fastattn.attention(q, k, k, masks.padding(torch.tensor([69], device=device)), return_lse=True, backend=backend)
+    (grad,) = torch.autograd.grad(out.sum(), q)
+    assert torch.isfinite(out).all() and torch.isfinite(lse).all() and torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("backend", [TRITON])
+def test_grid_beyond_65535_programs(backend):
+    from fastattn.kernels.triton import attention
+
+    q = torch.empty(70_000, 1, 1, 16, device="meta")
+    assert attention._programs(q, 64) == 70_000  # on the first axis of the grid, which ends at 2^31 - 1
+
+
+def test_only_query_gets_a_gradient():
+    q, k, v = torch.randn(3, 1, 2, 6, 16)
+    q.requires_grad_()
+    fastattn.attention(q, k, v).sum().backward()
+    assert q.grad is not None and k.grad is None

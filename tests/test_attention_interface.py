@@ -1,0 +1,183 @@
+"""attention as a PyTorch operator: opcheck, compile, export, autocast, checkpointing, refusals, explain."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backends import BACKENDS, device_of
+from torch.utils.checkpoint import checkpoint
+
+import fastattn
+from fastattn import masks
+
+
+def inputs(backend, requires_grad=True, dtype=torch.float32):
+    device = device_of(backend)
+    return [torch.randn(2, 19, 2, 16, device=device, dtype=dtype).transpose(1, 2).requires_grad_(requires_grad) for _ in range(3)]
+
+
+def causal_padding(device, lengths=(11, 19)):
+    return masks.causal() & masks.padding(torch.tensor(lengths, device=device))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend, requires_grad):
+    q, k, v = inputs(backend, requires_grad)
+    mask = causal_padding(q.device).lower(19, 19)
+    args = (q, k, v, *mask, 0.25, backend, True)
+    torch.library.opcheck(torch.ops.fastattn.attention_forward.default, args)
+    out, lse = (x.detach() for x in torch.ops.fastattn.attention_forward(*args))
+    q, k, v = inputs(backend, False)
+    args = (torch.randn_like(out), None, q, k, v, out, lse, *mask, 0.25, backend)
+    torch.library.opcheck(torch.ops.fastattn.attention_backward.default, args)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_fullgraph_dynamic(backend, compiler):
+    def function(q, k, v, lengths):
+        return fastattn.attention(q * 2, k, v, masks.causal() & masks.padding(lengths), backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
+    for L in (19, 23):
+        device = device_of(backend)
+        q, k, v = (torch.randn(2, L, 2, 16, device=device).transpose(1, 2).requires_grad_() for _ in range(3))
+        lengths = torch.tensor([L - 5, L], device=device)
+        expected, actual = function(q, k, v, lengths), compiled(q, k, v, lengths)
+        torch.testing.assert_close(actual, expected)
+        assert actual.stride() == expected.stride()
+        grads = [torch.autograd.grad(out.square().sum(), [q, k, v]) for out in (expected, actual)]
+        torch.testing.assert_close(grads[1], grads[0])
+
+
+class Projected(torch.nn.Module):
+    def __init__(self, backend):
+        super().__init__()
+        self.backend = backend
+        self.projection = torch.nn.Linear(16, 16)
+
+    def forward(self, q, k, v, lengths):
+        return fastattn.attention(self.projection(q), k, v, masks.padding(lengths), backend=self.backend)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exported_module_trains(backend, strict):
+    device = device_of(backend)
+    module = Projected(backend).to(device)
+    args = (*inputs(backend, False), torch.tensor([11, 19], device=device))
+    exported = torch.export.export(module, args, strict=strict).module()
+    grads = []
+    for m in (module, exported):
+        m.zero_grad()
+        m(*args).square().sum().backward()
+        grads.append(m.projection.weight.grad.clone())
+    assert grads[0].abs().max() > 0
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivative_and_forward_mode_raise(backend):
+    q, k, v = inputs(backend)
+    (grad,) = torch.autograd.grad(fastattn.attention(q, k, v, backend=backend).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.square().sum().backward()
+    q, k, v = inputs(backend, False)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        fastattn.attention(torch.autograd.forward_ad.make_dual(q, q), k, v, backend=backend)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpoint(backend, use_reentrant):
+    q, k, v = inputs(backend)
+    mask = causal_padding(q.device)
+
+    def function(q, k, v):
+        return fastattn.attention(q, k, v, mask, backend=backend)
+
+    expected = torch.autograd.grad(function(q, k, v).sum(), [q, k, v])
+    for x in (q, k, v):
+        x.grad = None
+    checkpoint(function, q, k, v, use_reentrant=use_reentrant).sum().backward()
+    for x, grad in zip((q, k, v), expected, strict=True):
+        assert torch.equal(x.grad, grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend):
+    q, k, v = inputs(backend)
+    with torch.autocast(q.device.type, torch.bfloat16):
+        out = fastattn.attention(q, k, v, backend=backend)
+    expected = fastattn.attention(*(x.bfloat16() for x in (q, k, v)), backend=backend)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    assert torch.autograd.grad(out.sum(), q)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dims", [2, 3, 4, 5])
+def test_sdpa_signature_equals_torch(dims):
+    q, k, v = (torch.randn(*(2, 3, 2)[: dims - 2], length, 16) for length in (7, 9, 9))
+    keep = torch.rand(7, 9) < 0.7
+    keep[:, 0] = True
+    for kwargs in ({}, {"is_causal": True}, {"scale": 0.5}, {"attn_mask": keep}):
+        expected = F.scaled_dot_product_attention(q, k, v, **kwargs)
+        torch.testing.assert_close(fastattn.scaled_dot_product_attention(q, k, v, **kwargs), expected)
+
+
+def test_sdpa_mask_per_sequence_with_leading_dimensions():
+    q = torch.randn(2, 3, 2, 7, 16)
+    keep = torch.rand(2, 3, 1, 1, 7) < 0.7
+    keep[..., 0] = True
+    torch.testing.assert_close(
+        fastattn.scaled_dot_product_attention(q, q, q, keep), F.scaled_dot_product_attention(q, q, q, keep)
+    )
+
+
+Q = torch.zeros(2, 4, 6, 16)
+ANY = torch.ones(6, 6, dtype=torch.bool)
+ELSEWHERE = torch.zeros(2, dtype=torch.int32, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "call"),
+    [
+        (NotImplementedError, "bias", lambda: fastattn.attention(Q, Q, Q, bias=Q)),
+        (NotImplementedError, "dropout", lambda: fastattn.attention(Q, Q, Q, dropout=0.1)),
+        (NotImplementedError, "seed", lambda: fastattn.attention(Q, Q, Q, seed=1)),
+        (NotImplementedError, "k has 2 heads", lambda: fastattn.attention(Q, Q[:, :2], Q[:, :2])),
+        (NotImplementedError, "v has head dimension 8", lambda: fastattn.attention(Q, Q, Q[..., :8])),
+        (NotImplementedError, "attn_mask of dtype", lambda: fastattn.scaled_dot_product_attention(Q, Q, Q, torch.zeros(6, 6))),
+        (NotImplementedError, "triton", lambda: fastattn.attention(Q.double(), Q.double(), Q.double(), backend="triton")),
+        (ValueError, "attn_mask and is_causal", lambda: fastattn.scaled_dot_product_attention(Q, Q, Q, ANY, is_causal=True)),
+        (ValueError, "backend must be", lambda: fastattn.attention(Q, Q, Q, backend="cuda")),
+        (ValueError, "scale must be", lambda: fastattn.attention(Q, Q, Q, scale=float("nan"))),
+        (ValueError, "q must have 4 dimensions", lambda: fastattn.attention(Q[0], Q, Q)),
+        (ValueError, "k has batch size 1", lambda: fastattn.attention(Q, Q[:1], Q)),
+        (ValueError, "k has head dimension", lambda: fastattn.attention(Q, Q[..., :8], Q)),
+        (ValueError, "k has 4 heads of length 6", lambda: fastattn.attention(Q, Q, Q[:, :, :3])),
+        (ValueError, r"key_end has shape \(3,\)", lambda: fastattn.attention(Q, Q, Q, masks.padding([1, 2, 3]))),
+        (ValueError, r"keys has shape \(2, 5\)", lambda: fastattn.attention(Q, Q, Q, masks.key_padding(ANY[:2, :5]))),
+        (ValueError, "does not broadcast", lambda: fastattn.attention(Q, Q, Q, torch.ones(5, 6) > 0)),
+        (ValueError, "mask is on meta", lambda: fastattn.attention(Q, Q, Q, masks.padding(ELSEWHERE))),
+        (TypeError, "mask must be", lambda: fastattn.attention(Q, Q, Q, torch.ones(6, 6))),
+        (TypeError, "mask must be", lambda: fastattn.attention(Q, Q, Q, "causal")),
+        (TypeError, "k is torch.float64", lambda: fastattn.attention(Q, Q.double(), Q)),
+        (TypeError, "q must be fp16", lambda: fastattn.attention(Q.int(), Q.int(), Q.int())),
+        (TypeError, "q must be a tensor", lambda: fastattn.attention([1], Q, Q)),
+    ],
+)  # fmt: skip
+def test_bad_input_raises_a_sentence(error, words, call):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_explain_names_the_backend_and_the_reasons():
+    q = torch.randn(1, 1, 4, 32)[..., ::2]
+    explanation = fastattn.explain(q, Q[:1, :1], Q[:1, :1], masks.causal())
+    assert explanation.backend == "cpu" and "triton" in explanation.rejected
+    assert "q has a last stride of 2 and is copied" in str(explanation)
+    assert fastattn.explain(Q, Q, Q, backend="eager").backend == "eager"
+    assert fastattn.explain(Q, Q, Q, backend="eager").rejected["cpu"] == ["backend='eager' was asked for"]
+    double = Q.double()
+    assert fastattn.explain(double, double, double, backend="triton").backend == "none"

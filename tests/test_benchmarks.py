@@ -1,0 +1,336 @@
+"""The benchmark suite's own rules: statistics, files, the accuracy gate, refusals, and the README's tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import gate, measure, model_providers, models, ops, refusals, report, results, shapes, texts, timing
+from fastattn import testing
+
+CPU = torch.device("cpu")
+CEILINGS = timing.Ceilings(1e12, 1e10)
+TINY = {**shapes.bert(2, 32, 4), "vocab_size": 30522}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """`benchmarks.models` on a BERT of width 32, with the reference models as its only providers and no interpreter."""
+    monkeypatch.setitem(shapes.CONFIGS, "bert-base", TINY)
+    monkeypatch.setattr(models.interpreter, "run", lambda names: [])
+    monkeypatch.setattr(models.plots, "draw", lambda records, path, title: "no picture")
+    monkeypatch.setattr(timing, "ceilings", lambda device, dtype: CEILINGS)
+    found = [
+        model_providers.Provider("reference eager", functools.partial(model_providers.reference, "eager")),
+        model_providers.Provider("reference SDPA", functools.partial(model_providers.reference, "sdpa")),
+        model_providers.Provider("fastattn", functools.partial(model_providers.reference, "fastattn"), True),
+    ]
+    monkeypatch.setattr(model_providers, "providers", lambda device: found)
+    return found
+
+
+def run_tiny(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
+    command = ["--models", "bert-base", "--batch", "3", "--seq", "12", "--device", "cpu", "--quick", "--out", str(tmp_path)]
+    code = models.main([*command, *arguments])
+    (path,) = tmp_path.glob("*/models.json")
+    return code, results.read(path)["records"]
+
+
+# Timing
+
+
+def test_quantiles_interpolate_and_the_median_is_one() -> None:
+    samples = timing.Samples([4.0, 1.0, 3.0, 2.0, 5.0])
+    assert samples.median == samples.quantile(0.5) == 3.0
+    assert samples.quantile(0.2) == pytest.approx(1.8)
+    assert (samples.quantile(0.0), samples.quantile(1.0)) == (1.0, 5.0)
+    assert timing.Samples([7.0]).quantile(0.8) == 7.0
+
+
+def test_speedup_pairs_rounds() -> None:
+    """A machine that slows down halfway must not change the ratio: the ratio of medians here would be 1."""
+    ours, baseline = timing.Samples([1.0, 1.0, 10.0]), timing.Samples([2.0, 2.0, 1.0])
+    assert timing.speedup(ours, baseline) == 2.0
+
+
+def test_rivals_take_turns_within_the_rounds_asked_for() -> None:
+    order: list[str] = []
+    calls = {name: functools.partial(order.append, name) for name in "AB"}
+    taken = timing.interleaved(calls, CPU, seconds=0.0, least=4, most=9)
+    assert [len(samples.ms) for samples in taken.values()] == [4, 4]
+    switches = [name for n, name in enumerate(order) if n == 0 or order[n - 1] != name]
+    assert "".join(switches) == "AB" * 5  # one turn of warming up, four rounds
+
+
+def test_rotation_visits_every_set_of_inputs() -> None:
+    seen: list[int] = []
+    call = timing.rotate(seen.append, [(0,), (1,), (2,)])
+    for _ in range(5):
+        call()
+    assert seen == [0, 1, 2, 0, 1]
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("fill", [0.3, 0.5, 0.9, 1.0])
+def test_ragged_lengths_have_the_fill(fill: float) -> None:
+    lengths = shapes.ragged_lengths(64, 512, fill)
+    assert lengths.double().mean() / 512 == pytest.approx(fill, abs=0.02)
+    assert lengths.max() == 512 and lengths.min() >= 1
+    assert shapes.ragged_lengths(1, 100, fill).tolist() == [round(100 * 0.5 ** (1 / fill - 1))]
+
+
+def test_a_fill_outside_its_range_raises() -> None:
+    with pytest.raises(ValueError, match="fill must be in"):
+        shapes.ragged_lengths(4, 16, 0.0)
+
+
+def test_useful_work_counts_visible_pairs_of_real_tokens() -> None:
+    lengths, H, D = torch.tensor([3, 5]), 2, 8
+    full = shapes.attention_work(lengths, H, D, False, 2)
+    causal = shapes.attention_work(lengths, H, D, True, 2)
+    assert full["forward"][0] == 4 * D * H * (9 + 25)
+    assert causal["forward"][0] == 4 * D * H * (6 + 15)
+    assert full["forward"][1] == 4 * 8 * H * D * 2 + 8 * H * 4
+    assert full["backward"][0] == 2.5 * full["forward"][0]
+
+
+def test_bert_base_has_its_known_size() -> None:
+    (tower,) = shapes.towers(shapes.CONFIGS["bert-base"])
+    flops, moved = tower.work(torch.tensor([128] * 32), 2)
+    assert flops == pytest.approx(715.8e9, rel=0.01)  # 85 M weights, 4096 tokens, and 12 layers of attention
+    assert moved == 2 * (12 * 12 * 768**2 + 2 * 12 * 4096 * 768)
+
+
+def test_texts_are_real_sentences_padded_on_the_right() -> None:
+    found, source = texts.sentences()
+    assert len(found) > 50 and source
+    ids, mask, said = texts.running_text(torch.tensor([4, 9]), 12, "bert")
+    assert ids.shape == mask.shape == (2, 12) and mask.sum(1).tolist() == [4, 9]
+    assert ids[0, 0] == 101 and ids[0, 3] == 102 and not ids[0, 4:].any() and said.startswith(source)
+
+
+# Files
+
+
+def test_a_rerun_replaces_its_own_file_alone(tmp_path) -> None:
+    first = results.write([results.record(model="a")], "models", CPU, quick=False, out=tmp_path)
+    other = results.write([results.record(model="b")], "ops", CPU, quick=True, out=tmp_path)
+    kept = other.read_text()
+    assert results.write([results.record(model="c")], "models", CPU, quick=False, out=tmp_path) == first
+    content = json.loads(first.read_text())
+    assert [row["model"] for row in content["records"]] == ["c"]
+    assert {"device", "versions", "commit", "command", "quick", "records"} <= content.keys()
+    assert set(results.RECORD) <= content["records"][0].keys()
+    assert other.read_text() == kept and first.parent == other.parent
+    assert sorted(path.name for path in first.parent.iterdir()) == ["models.json", "ops.json"]
+
+
+def test_a_failed_write_leaves_the_earlier_result(tmp_path) -> None:
+    path = results.write([results.record(model="a")], "models", CPU, quick=False, out=tmp_path)
+    kept = path.read_text()
+    with pytest.raises(ValueError):
+        results.write([results.record(ms_median=float("nan"))], "models", CPU, quick=False, out=tmp_path)
+    assert path.read_text() == kept
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "slug"),
+    [
+        ("cuda", "NVIDIA H100 80GB HBM3", "h100"),
+        ("cuda", "NVIDIA A100-SXM4-40GB", "a100"),
+        ("cuda", "NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("cpu", "AMD EPYC 9B14 96-Core Processor, 2 threads, AVX512", "cpu-amd-epyc-9b14"),
+        ("cpu", "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz, 2 threads, AVX512", "cpu-intel-xeon-platinum-8481c"),
+    ],
+)
+def test_folders_are_named_after_the_processor(monkeypatch, kind: str, name: str, slug: str) -> None:
+    monkeypatch.setattr(results, "device_name", lambda device: name)
+    assert results.device_slug(torch.device(kind)) == slug
+
+
+# The gate and refusals of ops
+
+
+def attention_task(*contenders: measure.Contender) -> measure.Task:
+    shape = shapes.AttentionShape("tiny", 2, 20, 16, fills=(0.5,))
+    task = ops.attention_task(shape, 3, 0.5, torch.float32, CPU)
+    return task._replace(contenders=[task.contenders[0], *contenders])
+
+
+def slightly_wrong(q, k, v):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v) * 1.001
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_wrong_provider_is_not_timed(ours: bool) -> None:
+    """It ignores the padding mask; the row says what is wrong, and the run fails."""
+    task = attention_task(measure.Contender("wrong", lambda: slightly_wrong, ours))
+    rows = measure.measure(task, CPU, seconds=0.0, modes=("forward",))
+    right, wrong = sorted(rows, key=lambda row: row["provider"])
+    results.add_floor(rows, {torch.float32: CEILINGS})
+    floor_ms = max(right["useful_flops"] / 1e12, right["useful_bytes"] / 1e10) * 1e3
+    assert right["floor_fraction"] == pytest.approx(floor_ms / right["ms_median"]) and wrong["floor_fraction"] is None
+    assert right["ms_median"] > 0 and right["wrong"] is None and right["ratio_vs_eager"] == 1.0
+    assert wrong["ms_median"] is None and "max error" in wrong["wrong"]
+    assert results.failures(rows) == [wrong]
+
+
+def test_the_gate_sees_one_part_in_a_thousand_and_nan() -> None:
+    x = testing.attention_inputs(1, 2, 24, 24, 16, torch.float32)
+    yardstick = testing.attention_yardstick(x)
+    out = yardstick.model["out"]
+    for ours in (True, False):
+        assert gate.check({"out": out}, yardstick, ours=ours) < 1e-5
+        for bad in (out * 1.001, torch.full_like(out, float("nan"))):
+            with pytest.raises(AssertionError, match="out"):
+                gate.check({"out": bad}, yardstick, ours=ours)
+
+
+def test_a_refusal_is_a_row_with_the_providers_own_words() -> None:
+    def refuse():
+        raise NotImplementedError("no padding on Tuesdays\nand a second line")
+
+    def crash():
+        raise RuntimeError("a fault")
+
+    contenders = [
+        measure.Contender("polite", refuse, True),
+        measure.Contender("crashing", crash, True),
+        measure.Contender("peer", crash),
+        measure.Contender("absent", refuse, package="a_package_that_nobody_has"),
+    ]
+    rows = measure.measure(attention_task(*contenders), CPU, seconds=0.0, modes=("backward",))
+    found = {row["provider"]: (row["refusal"], row["wrong"], row["ms_median"]) for row in rows}
+    assert found["polite"] == ("NotImplementedError: no padding on Tuesdays", None, None)
+    assert found["crashing"] == (None, "RuntimeError: a fault", None)
+    assert found["peer"] == ("RuntimeError: a fault", None, None)
+    assert found["absent"] == ("a_package_that_nobody_has is not installed", None, None)
+    assert found["eager"][2] > 0
+
+
+def test_the_request_that_others_refuse_has_an_answer_from_everyone() -> None:
+    answers = {row["provider"]: row["answer"] for row in refusals.ask(CPU, torch.float32)}
+    assert answers["eager"] == answers["SDPA math"] == refusals.SERVED
+    assert all(answers.values()) and any(name.startswith("fastattn") for name in answers)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_every_op_passes_its_own_gate(index: int) -> None:
+    task = ops.tasks(CPU, torch.float32, quick=True)[-3:][index]()
+    rows = measure.measure(task, CPU, seconds=0.0, modes=ops.MODES)
+    assert not results.failures(rows)
+    timed = {(row["provider"], row["mode"]) for row in rows if row["ms_median"]}
+    assert ("fastattn cpu", "forward") in timed and ("fastattn cpu", "backward") in timed
+
+
+# Whole models
+
+
+def test_models_writes_records_for_both_modes(tiny, tmp_path) -> None:
+    code, records = run_tiny(tmp_path, "--fill", "0.5")
+    assert code == 0
+    assert {(row["provider"], row["mode"]) for row in records} == {(p.name, mode) for p in tiny for mode in models.MODES}
+    for row in records:
+        assert row["ms_p20"] <= row["ms_median"] <= row["ms_p80"] and row["tokens_per_s"] > 0
+        assert (row["layers"], row["full_layers"], row["hidden"], row["heads"]) == (1, 2, 32, 4)
+        assert 0 < row["max_error"] < 1e-4 and row["peak_bytes"] is None and 0 < row["fill"] < 1
+        assert (row["gradient_error"] is not None) == (row["mode"] == "train")
+
+
+@pytest.mark.parametrize("mode", models.MODES)
+def test_a_wrong_model_fails_the_run(tiny, tmp_path, capsys, mode: str) -> None:
+    def wrong(case, mode: str) -> model_providers.Built:
+        name = "encoder.layer.0.output.LayerNorm.weight"
+        state = {**case.state, name: case.state[name] * 1.001}
+        return model_providers.reference("eager", dataclasses.replace(case, state=state), mode)
+
+    tiny.append(model_providers.Provider("wrong", wrong))
+    code, records = run_tiny(tmp_path, "--fill", "1.0", "--mode", mode)
+    (row,) = results.failures(records)
+    assert code == 1 and row["provider"] == "wrong" and row["ms_median"] is None and row["max_error"] > 1e-4
+    assert "WRONG" in capsys.readouterr().err
+
+
+def test_a_wrong_gradient_alone_fails_the_run(tiny, tmp_path) -> None:
+    def wrong(case, mode: str) -> model_providers.Built:
+        built = model_providers.reference("eager", case, mode)
+        next(built.module.encoder.parameters()).register_hook(lambda grad: grad * 1.01)
+        return built
+
+    tiny.append(model_providers.Provider("wrong", wrong))
+    code, records = run_tiny(tmp_path, "--mode", "train")
+    assert code == 1 and "query.weight" in results.failures(records)[0]["wrong"]
+
+
+def test_a_spent_budget_leaves_slow_providers_out(tiny, tmp_path) -> None:
+    tiny.append(tiny[0]._replace(name="slow", patience=1e9))
+    code, records = run_tiny(tmp_path, "--fill", "1.0", "--mode", "infer")
+    (row,) = [row for row in records if row["provider"] == "slow"]
+    assert code == 0 and row["ms_median"] is None and row["refusal"].startswith("not run")
+
+
+def test_unknown_models_and_modes_are_refused(capsys) -> None:
+    for argument, value in (("--models", "gpt"), ("--mode", "dream")):
+        with pytest.raises(SystemExit):
+            models.parse([argument, value])
+        assert f"{value!r} is not one of" in capsys.readouterr().err
+
+
+# The README
+
+
+@pytest.fixture
+def readme(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/models.py"])
+    path = tmp_path / "README.md"
+    path.write_text(
+        "# t\n\n<!-- table: models-h100 -->\nold\n<!-- /table -->\n\n<!-- table: models-cpu -->\n<!-- /table -->\nend\n"
+    )
+    return path
+
+
+def timed(provider: str, ms: float, **fields) -> dict:
+    known = {
+        "model": "bert-base",
+        "layers": 4,
+        "full_layers": 12,
+        "dtype": "float32",
+        "mode": "infer",
+        "batch": 8,
+        "seq": 256,
+        "fill": 1.0,
+    }
+    device = "Some CPU, 2 threads, AVX2"
+    return results.record(**known, provider=provider, device=device, ms_median=ms, ratio_vs_eager=20.0 / ms, **fields)
+
+
+def test_report_writes_tables_and_check_compares(readme, tmp_path) -> None:
+    arguments = ["--readme", str(readme), "--results", str(tmp_path)]
+    assert report.main([*arguments, "--check"]) == 1
+    assert report.main(arguments) == 0
+    assert readme.read_text().count(report.NOT_MEASURED) == 2 and readme.read_text().endswith("end\n")
+    refused = results.record(**{**timed("slow", 1.0), "ms_median": None, "refusal": "NotImplementedError: not | today"})
+    rows = [timed("eager", 20.0), timed("fastattn: attention", 10.0), refused]
+    path = results.write(rows, "models", CPU, quick=False, out=tmp_path)
+    assert report.main([*arguments, "--check"]) == 1
+    assert report.main(arguments) == 0 and report.main([*arguments, "--check"]) == 0
+    text = readme.read_text()
+    assert text.index(report.NOT_MEASURED) < text.index("models-cpu") and text.count(report.NOT_MEASURED) == 1
+    assert "4 of 12 layers" in text and "| 20 (1.00x) | **10 (2.00x)** | refused [1] |" in text
+    assert "[1] slow: NotImplementedError: not \\| today" in text and report.CPU_NOTE in text and "Some CPU" in text
+    path.write_text(path.read_text().replace("10.0", "11.0"))
+    assert report.main([*arguments, "--check"]) == 1
+
+
+def test_a_quick_result_never_enters_the_readme(readme, tmp_path) -> None:
+    results.write([timed("eager", 20.0)], "models", CPU, quick=True, out=tmp_path)
+    assert report.NOT_MEASURED in report.table("models", "cpu", tmp_path)
+    assert report.main(["--readme", str(readme), "--results", str(tmp_path)]) == 0
+    assert "bert-base" not in readme.read_text()

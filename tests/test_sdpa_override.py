@@ -1,0 +1,230 @@
+"""`sdpa_override`: the same numbers as torch's function, honest counts, and torch's own function back afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastattn.integrations.torch_sdpa import sdpa_override
+
+TORCH = F.scaled_dot_product_attention
+
+
+def heads(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v as a ViT makes them: slices of one packed projection, (B, L, 3, H, D) in memory, for shape (B, H, L, D)."""
+    B, H, L, D = shape
+    qkv = torch.randn(B, L, 3, H, D, generator=torch.Generator().manual_seed(seed))
+    return tuple(qkv.permute(2, 0, 3, 1, 4))
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 2, 3)], ids=["2-D", "3-D", "4-D", "5-D"])
+@pytest.mark.parametrize("kind", ["none", "causal", "pairs", "keys", "broadcast"])
+def test_equals_torch(lead, kind):
+    torch.manual_seed(len(lead))
+    M, N, D = 5, 7, 16
+    q, k, v = (torch.randn(*lead, n, D) for n in (M, N, N))
+    keep = {"pairs": torch.rand(*lead, M, N) > 0.4, "keys": torch.rand(1, N) > 0.4, "broadcast": torch.rand(M, 1) > 0.4}.get(kind)
+    kwargs = {"is_causal": kind == "causal", "scale": 0.3, "attn_mask": keep}
+    expected = TORCH(q, k, v, **kwargs)
+    with sdpa_override(strict=True) as record:
+        out = F.scaled_dot_product_attention(q, k, v, **kwargs)
+    close(out, expected)
+    assert record.calls == 1 and record.fallbacks == {}
+
+
+def test_packed_projection_and_gradients():
+    q, k, v = heads(2, 4, 9, 16)
+    assert q.stride() == (9 * 3 * 64, 16, 3 * 64, 1)
+    weight = torch.randn(2, 4, 9, 16)
+    grads = []
+    for strict in (None, True):
+        leaf = torch.stack([q, k, v]).requires_grad_()
+        if strict is None:
+            (F.scaled_dot_product_attention(*leaf) * weight).sum().backward()
+        else:
+            with sdpa_override(strict=True):
+                (F.scaled_dot_product_attention(*leaf) * weight).sum().backward()
+        grads.append(leaf.grad)
+    close(*grads)
+
+
+REFUSED = {
+    "float mask": ({"attn_mask": torch.zeros(5, 5)}, "attn_mask"),
+    "dropout": ({"dropout_p": 0.5}, "dropout"),
+    "grouped heads": ({"enable_gqa": True}, "heads"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_calls_fall_back_or_raise(case, caplog):
+    kwargs, word = REFUSED[case]
+    q, k, v = heads(2, 4, 5, 8)
+    if case == "grouped heads":
+        k, v = k[:, :2], v[:, :2]
+    torch.manual_seed(3)
+    expected = TORCH(q, k, v, **kwargs)
+    with caplog.at_level(logging.WARNING, "fastattn"), sdpa_override() as record:
+        for _ in range(2):
+            torch.manual_seed(3)
+            assert torch.equal(F.scaled_dot_product_attention(q, k, v, **kwargs), expected)
+    assert record.calls == 0
+    [(reason, count)] = record.fallbacks.items()
+    assert word in reason and count == 2
+    assert [line for line in caplog.messages if reason in line] == caplog.messages and len(caplog.messages) == 1
+    with sdpa_override(strict=True) as record, pytest.raises(NotImplementedError, match=word):
+        F.scaled_dot_product_attention(q, k, v, **kwargs)
+    assert record.calls == 0 and record.fallbacks == {}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_only_torch_serves_keeps_working():
+    q, k, v = heads(2, 3, 5, 8)
+    jagged = torch.nested.nested_tensor([torch.randn(n, 3, 8) for n in (4, 5)], layout=torch.jagged).transpose(1, 2)
+    strided = torch.nested.nested_tensor([torch.randn(3, n, 8) for n in (4, 5)], layout=torch.strided)
+    with sdpa_override() as record:
+        close(F.scaled_dot_product_attention(q, k[:1], v[:1]), TORCH(q, k[:1], v[:1]))  # torch broadcasts the batch
+        assert F.scaled_dot_product_attention(q.to("meta"), k.to("meta"), v.to("meta")).shape == q.shape
+        close(F.scaled_dot_product_attention(jagged, jagged, jagged).values(), TORCH(jagged, jagged, jagged).values())
+        for a, b in zip(F.scaled_dot_product_attention(*[strided] * 3).unbind(), TORCH(*[strided] * 3).unbind(), strict=True):
+            close(a, b)
+        grad = torch.func.grad(lambda x: F.scaled_dot_product_attention(x, k, v).square().sum())(q)
+    close(grad, torch.func.grad(lambda x: TORCH(x, k, v).square().sum())(q))
+    assert record.calls == 0 and sum(record.fallbacks.values()) == 5 and len(record.fallbacks) == 4  # nested ones share a reason
+
+
+def test_wrong_calls_stay_errors():
+    q, k, v = heads(2, 3, 5, 8)
+    wrong = [
+        lambda: F.scaled_dot_product_attention(q, k[..., :4], v),
+        lambda: F.scaled_dot_product_attention(q, k, v.double()),
+        lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(4, 5, dtype=torch.bool)),
+        lambda: F.scaled_dot_product_attention(q, k, v, window=3),
+    ]
+    for call in wrong:
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            call()
+        with sdpa_override() as record, pytest.raises((RuntimeError, ValueError, TypeError)):
+            call()
+        assert record.calls == 0
+
+
+def test_mask_with_is_causal_is_left_to_torch():
+    """PyTorch 2.13 takes both together on CPUs, where others raise: inside the block it is as outside."""
+    q, k, v = heads(1, 2, 5, 8)
+    outcomes = []
+    for inside in (False, True):
+        with sdpa_override() if inside else contextlib.nullcontext():
+            try:
+                outcomes.append(F.scaled_dot_product_attention(q, k, v, torch.ones(5, 5).tril(1).bool(), is_causal=True))
+            except RuntimeError as error:
+                outcomes.append(str(error))
+    assert type(outcomes[0]) is type(outcomes[1])
+    assert torch.equal(*outcomes) if isinstance(outcomes[0], torch.Tensor) else outcomes[0] == outcomes[1]
+
+
+def test_restored_after_an_exception():
+    def fail() -> None:
+        assert F.scaled_dot_product_attention is not TORCH
+        raise KeyError
+
+    with pytest.raises(KeyError), sdpa_override():
+        fail()
+    assert F.scaled_dot_product_attention is TORCH
+
+
+def test_nested_overrides_all_count_and_the_innermost_is_strict():
+    q, k, v = heads(1, 2, 4, 8)
+    bias = torch.zeros(4, 4)
+    with sdpa_override() as outer:
+        F.scaled_dot_product_attention(q, k, v)
+        with sdpa_override(strict=True) as inner:
+            F.scaled_dot_product_attention(q, k, v)
+            with pytest.raises(NotImplementedError):
+                F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        kept = F.scaled_dot_product_attention
+    assert (outer.calls, inner.calls) == (2, 1)
+    assert list(outer.fallbacks.values()) == [1] and inner.fallbacks == {}
+    assert F.scaled_dot_product_attention is TORCH
+    close(kept(q, k, v), TORCH(q, k, v))  # a name kept beyond the block is torch's function again
+    assert outer.calls == 2
+
+
+def test_overlapping_overrides_that_end_out_of_order():
+    first, second = sdpa_override(), sdpa_override()
+    first.__enter__()
+    record = second.__enter__()
+    first.__exit__(None, None, None)
+    F.scaled_dot_product_attention(*heads(1, 1, 3, 8))
+    second.__exit__(None, None, None)
+    assert record.calls == 1 and F.scaled_dot_product_attention is TORCH
+
+
+def test_other_threads_see_it():
+    q, k, v = heads(1, 2, 4, 8)
+    with sdpa_override() as record:
+        threads = [threading.Thread(target=F.scaled_dot_product_attention, args=(q, k, v)) for _ in range(3)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    assert record.calls == 3
+
+
+def test_multi_head_attention_in_training():
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(32, 4, batch_first=True).train()
+    x = torch.randn(2, 6, 32)
+    hidden = torch.arange(6) >= torch.tensor([[6], [4]])
+    expected = [layer(x, x, x, need_weights=False)[0], layer(x, x, x, key_padding_mask=hidden, need_weights=False)[0]]
+    with sdpa_override() as record:
+        close(layer(x, x, x, need_weights=False)[0], expected[0])
+        assert (record.calls, record.fallbacks) == (1, {})
+        close(layer(x, x, x, key_padding_mask=hidden, need_weights=False)[0], expected[1])
+    [(reason, count)] = record.fallbacks.items()  # nn.MultiheadAttention makes the padding mask a float tensor
+    assert record.calls == 1 and count == 1 and "float" in reason
+
+
+def test_compiled_functions(monkeypatch):
+    """Inside the block the graph holds fastattn's op, or torch's for a refused call; outside it is torch's again."""
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    graphs: list[str] = []
+
+    def backend(module, inputs):
+        graphs.append(module.code)
+        return module.forward
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def model(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask) * 2
+
+    q, k, v = heads(2, 2, 5, 8)
+    keep, bias = torch.rand(5, 5) > 0.3, torch.randn(5, 5)
+    with sdpa_override() as record:
+        for mask, op in ((keep, "attention_forward"), (bias, "scaled_dot_product_attention")):
+            close(model(q, k, v, mask), TORCH(q, k, v, attn_mask=mask) * 2)
+            assert op in graphs[-1]
+        compiled = len(graphs)
+        model(q, k, v, keep)
+        assert len(graphs) == compiled  # no count is part of a guard
+        assert (record.calls, record.fallbacks) == (0, {})  # as documented: graphs are not counted
+    close(model(q, k, v, keep), TORCH(q, k, v, attn_mask=keep) * 2)
+    assert "attention_forward" not in graphs[-1]
+
+
+def test_compiled_training_with_aot_eager():
+    q, k, v = heads(2, 2, 5, 8)
+    model = torch.compile(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), fullgraph=True, backend="aot_eager")
+    leaf, plain = (torch.stack([q, k, v]).requires_grad_() for _ in range(2))
+    with sdpa_override(strict=True):
+        model(*leaf).square().sum().backward()
+    TORCH(*plain, is_causal=True).square().sum().backward()
+    close(leaf.grad, plain.grad)
