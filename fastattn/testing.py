@@ -212,8 +212,9 @@ def linear_yardstick(
         return {"y": y, "dx": dx, "dw": dw, "db": db.to(dy.dtype), "dresidual": dy}
 
     tensors = (x, weight, bias, residual, dy)
-    wide = tuple(None if t is None else t.double() for t in tensors)
-    magnitude = linear_magnitude(*(None if t is None else t.abs() for t in wide), activation=activation)
+    wide = [None if t is None else t.double() for t in tensors]
+    sizes = [None if t is None else t.abs() for t in wide]
+    magnitude = linear_magnitude(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], activation)
     return Yardstick(run(*wide), run(*tensors), magnitude)
 
 

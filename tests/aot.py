@@ -1,9 +1,16 @@
-"""Compile Triton launches ahead of time for an architecture, with no GPU, and count what the machine code holds."""
+"""Compile Triton launches ahead of time, with no GPU, and print as JSON what the machine code holds.
+
+A program of its own, because kernels that were imported for the interpreter cannot be compiled: `python tests/aot.py gates`
+compiles the table of variants, `python tests/aot.py lengths` counts the variants that 30 lengths lead to.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -31,12 +38,15 @@ class Resources(NamedTuple):
     hmma: int
     hgmma: int
     tf32: int
+    narrow: int  # loads of 2 bytes from global memory: rows that were not seen to be aligned
 
 
-def attention_launches(dtype: torch.dtype, D: int, mask: str) -> list[attention.Launch]:
-    """The three launches of a request, on tensors that hold no data worth computing with."""
-    B, H, L = 2, 2, 128
-    q, k, v, out, dout, dq, dk, dv = (torch.zeros(B, L, H, D, dtype=dtype).transpose(1, 2) for _ in range(8))
+def attention_launches(dtype: torch.dtype, D: int, mask: str, L: int = 128, inside: bool = True) -> list[attention.Launch]:
+    """The three launches of a request, on tensors that hold no data worth computing with. `inside`: (B, L, H, D) memory."""
+    B, H = 2, 2
+    shape = (B, L, H, D) if inside else (B, H, L, D)
+    tensors = (torch.zeros(shape, dtype=dtype) for _ in range(8))
+    q, k, v, out, dout, dq, dk, dv = (x.transpose(1, 2) if inside else x for x in tensors)
     lse, delta = torch.zeros(B, H, L), torch.zeros(B, H, L)
     lengths = torch.zeros(B, dtype=torch.int32)
     lowered = {
@@ -83,5 +93,65 @@ def resources(kernel) -> Resources:
 
     return Resources(
         used("REG"), kernel.metadata.shared, used("STACK"), count(r"\b(?:LDL|STL)\b"), count(r"\bHMMA\b"), count(r"\bHGMMA\b"),
-        count(r"TF32"),
+        count(r"TF32"), count(r"\bLDG\.E\.U16\b"),
     )  # fmt: skip
+
+
+# dtype, head dimension, mask; each is three kernels for three architectures
+CASES = [
+    (torch.float16, 64, "none"),
+    (torch.bfloat16, 64, "causal_padding"),
+    (torch.float16, 128, "keys"),
+    (torch.bfloat16, 32, "padding"),
+    (torch.float16, 80, "causal_padding"),
+    (torch.float32, 64, "causal_padding"),
+]
+MORE_CASES = [  # with the above, every row of the config table
+    (torch.float16, 16, "causal_padding"),
+    *itertools.product([torch.float16], [16, 32, 64, 80, 128], ["dense"]),
+    *itertools.product([torch.float32], [16, 32, 80, 128], ["causal_padding"]),
+    *itertools.product([torch.float32], [16, 32, 64, 128], ["dense"]),
+]
+
+
+def gates(cases) -> list[dict]:
+    rows = []
+    for dtype, D, mask in cases:
+        for launch in attention_launches(dtype, D, mask):
+            for capability in (80, 89, 90):
+                found = resources(compile_launch(launch, capability))
+                name = launch.kernel.__name__.strip("_")
+                variant = {"kernel": name, "dtype": str(dtype).removeprefix("torch."), "D": D, "mask": mask, "sm": capability}
+                rows.append({**variant, "block_m": launch.config.BLOCK_M, **found._asdict()})
+    return rows
+
+
+class _NoDriver:
+    """Enough of a driver for the launcher to compile for sm_90 without launching."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def lengths() -> dict[str, int]:
+    """How many variants of each kernel 30 lengths compile, in the two memory layouts that models use."""
+    triton.runtime.driver.set_active(_NoDriver())
+    kernels = {}
+    for L in range(50, 650, 20):
+        for inside in (True, False):
+            for launch in attention_launches(torch.float16, 64, "causal_padding", L + L % 7, inside):
+                arguments = {**launch.arguments, **launch.config._asdict()}
+                launch.kernel.warmup(grid=(1,), **arguments)
+                kernels[launch.kernel.__name__.strip("_")] = launch.kernel
+    return {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
+
+
+if __name__ == "__main__":
+    modes = {"gates": lambda: gates(CASES), "all-gates": lambda: gates(CASES + MORE_CASES), "lengths": lengths}
+    print(json.dumps(modes[sys.argv[1]]()))

@@ -1,0 +1,87 @@
+"""`python -m fastattn bench`: a user's own shape or checkpoint, checked first and timed side by side afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import fastattn
+from fastattn import testing
+from fastattn.timing import Call, interleaved, speedup
+
+SECONDS = 3.0
+
+
+def attention(x: testing.AttentionInputs) -> int:
+    """Forward of one request: PyTorch's attention with the same mask as a bool tensor, then ours."""
+    yardstick = testing.attention_yardstick(x)
+    B, H, M, _ = x.q.shape
+    N = x.k.shape[2]
+    dense = None if x.mask is None else x.mask.dense(B, H, M, N, x.q.device)
+    testing.assert_accurate({"out": fastattn.attention(x.q, x.k, x.v, x.mask, scale=x.scale)}, yardstick)
+    print(fastattn.explain(x.q, x.k, x.v, x.mask, scale=x.scale))
+    calls: dict[str, Call] = {
+        "sdpa": lambda: F.scaled_dot_product_attention(x.q, x.k, x.v, dense, scale=x.scale),
+        "fastattn": lambda: fastattn.attention(x.q, x.k, x.v, x.mask, scale=x.scale),
+    }
+    return _report(calls, x.q.device)
+
+
+def checkpoint(directory: Path, batch: int, length: int, device: str) -> int:
+    """A BERT or CLIP checkpoint in each implementation, on random tokens (and pixels) without padding, in fp32."""
+    kind = json.loads((directory / "config.json").read_text())["model_type"]
+    if kind not in ("bert", "clip"):
+        raise ValueError(f"config.json says model_type {kind!r}; bench serves 'bert' and 'clip'")
+    models = {name: _load(kind, directory, name).to(device) for name in ("eager", "sdpa", "fastattn")}
+    inputs = _tokens(kind, models["eager"].config, batch, length, device)
+    calls: dict[str, Call] = {name: _call(model, inputs) for name, model in models.items()}
+    outputs = {name: call() for name, call in calls.items()}
+    error = max(float((outputs[name] - outputs["eager"]).abs().max()) for name in outputs)  # type: ignore[operator]
+    print(f"{directory}: {kind}, batch {batch}, largest difference from eager {error:.1e}")
+    if not error <= 1e-3 * float(outputs["eager"].abs().max()):  # type: ignore[attr-defined]
+        print("the implementations disagree: nothing is timed")
+        return 1
+    return _report(calls, torch.device(device))
+
+
+def _load(kind: str, directory: Path, implementation: str) -> torch.nn.Module:
+    if kind == "bert":
+        from fastattn.models.bert import BertModel
+
+        return BertModel.from_pretrained(directory, implementation=implementation)
+    from fastattn.models.clip import CLIPModel
+
+    return CLIPModel.from_pretrained(directory, implementation=implementation)
+
+
+def _tokens(kind: str, config, batch: int, length: int, device: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    text = config if kind == "bert" else config.text_config
+    length = min(length, text.max_position_embeddings)
+    tokens = torch.randint(0, text.vocab_size, (batch, length), generator=generator)
+    if kind == "bert":
+        return {"input_ids": tokens.to(device)}
+    vision = config.vision_config
+    pixels = torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
+    return {"input_ids": tokens.to(device), "pixel_values": pixels.to(device)}
+
+
+def _call(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            output = model(**inputs)
+        return output.last_hidden_state if hasattr(output, "last_hidden_state") else output.logits_per_image
+
+    return run
+
+
+def _report(calls: dict[str, Call], device: torch.device) -> int:
+    with torch.no_grad():
+        samples = interleaved(calls, device, seconds=SECONDS, run_ahead=False)
+    for name, sample in samples.items():
+        print(f"{name:9} {sample.median:9.3f} ms   {speedup(sample, samples['sdpa']):5.2f}x sdpa")
+    return 0

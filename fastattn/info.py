@@ -1,0 +1,65 @@
+"""What this installation can do, and why not what it cannot: the data behind `python -m fastattn info`."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from typing import Any
+
+import torch
+
+import fastattn
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, and for each backend whether it is available here and the reason where it is not."""
+    return {
+        "fastattn": fastattn.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "devices": _devices(),
+        "backends": {name: {"available": reason is None, "reason": reason} for name, reason in _reasons().items()},
+        "cuda_build": None,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as the operating system gives it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _reasons() -> dict[str, str | None]:
+    return {"triton": _triton_reason(), "cpu": None, "eager": None}
+
+
+def _triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return triton.__version__
+
+
+def _triton_reason() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'fastattn[triton]'"
+    from fastattn.kernels.triton.attention import unsupported
+    from fastattn.ops.attention import AttentionProblem
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = AttentionProblem(device, torch.float16, 1, 1, 1, 1, 64, False, False, False, False)
+    reasons = unsupported(problem)
+    if device == "cpu" and reasons:
+        return "no CUDA device, and TRITON_INTERPRET=1 is not set"
+    return "; ".join(reasons) or None
+
+
+def _devices() -> list[str]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [*gpus, f"{cpu_name()} ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"]
