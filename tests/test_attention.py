@@ -1,5 +1,9 @@
 """Every backend of attention against the fp64 specification: values, gradients, hidden NaN, strides, sizes."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from backends import BACKENDS, TRITON, device_of
@@ -209,3 +213,12 @@ def test_only_query_gets_a_gradient():
     q.requires_grad_()
     fastattn.attention(q, k, v).sum().backward()
     assert q.grad is not None and k.grad is None
+
+
+@pytest.mark.parametrize("backend", [TRITON])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="guard pages are a matter of CPU memory")
+def test_no_read_beyond_the_end(backend):
+    command = [sys.executable, str(Path(__file__).with_name("guarded.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
+    assert "no read beyond the end" in done.stdout

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gate, measure, model_providers, models, ops, refusals, report, results, shapes, texts, timing
-from fastattn import testing
+from benchmarks import gate, measure, model_providers, models, ops, refusals, report, results, shapes, texts
+from fastattn import testing, timing
 
 CPU = torch.device("cpu")
 CEILINGS = timing.Ceilings(1e12, 1e10)

@@ -46,7 +46,7 @@ CONFIGS = {
         for dense in (False, True)
         for block_d, configs in {
             16: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
-            32: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+            32: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
             64: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
             128: (Config(32, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 32, 8, 1)),
         }.items()

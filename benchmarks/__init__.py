@@ -1,0 +1,1 @@
+"""Speed and memory of fastattn beside what is installed: `python -m benchmarks.ops`, `python -m benchmarks.models`."""

@@ -1,0 +1,206 @@
+"""Everything that can serve one attention request, each as a function that builds `run(q, k, v) -> out`, or raises its refusal.
+
+q, k, v and out are (B, H, S, D) in (B, S, H, D) memory. Masks and packings are built before the clock starts.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastattn
+from fastattn import masks
+from fastattn.ops.attention import BACKENDS
+
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: `lengths` (B,) real tokens per sequence, None where every row is full."""
+
+    B: int
+    H: int
+    S: int
+    D: int
+    causal: bool
+    lengths: Tensor | None
+    device: torch.device
+    bias: Tensor | None = None  # the request of `benchmarks.refusals` alone has these two
+    dropout: float = 0.0
+
+    def keep(self) -> Tensor | None:
+        """bool, (B, 1, 1, S) or with causality (B, 1, S, S), True = may attend."""
+        if self.lengths is None:
+            return None
+        position = torch.arange(self.S, device=self.device)
+        keys = (position < self.lengths[:, None])[:, None, None]
+        return keys & (position <= position[:, None]) if self.causal else keys
+
+
+class Provider(NamedTuple):
+    name: str
+    build: Callable[[Request], Run]
+    ours: bool = False
+    package: str | None = None  # where it must be importable
+
+
+def eager(request: Request) -> Run:
+    """Two matrix products and a softmax in the dtype, as models without a fused kernel compute it."""
+    keep = request.keep()
+    if keep is None and request.causal:
+        keep = torch.ones(request.S, request.S, dtype=torch.bool, device=request.device).tril()
+    hidden = None if keep is None else ~keep
+    scale = request.D**-0.5
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT * scale
+        s = s if request.bias is None else s + request.bias
+        s = s if hidden is None else s.masked_fill(hidden, float("-inf"))
+        p = torch.softmax(s, -1)
+        return (p if not request.dropout else F.dropout(p, request.dropout)) @ v
+
+    return run
+
+
+def sdpa(backend: SDPBackend | None, request: Request) -> Run:
+    """PyTorch's function; `backend` None lets it choose. A bias and a mask must be one float tensor there."""
+    mask = request.keep()
+    if request.bias is not None:
+        bias = request.bias.expand(request.B, request.H, request.S, request.S)
+        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+    causal = request.causal and mask is None
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if backend is None:
+            return F.scaled_dot_product_attention(q, k, v, mask, request.dropout, causal)
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, mask, request.dropout, causal)
+
+    return run
+
+
+def ours(backend: str, request: Request) -> Run:
+    mask = masks.causal() if request.causal else None
+    if request.lengths is not None:
+        padding = masks.padding(request.lengths, request.lengths)
+        mask = padding if mask is None else mask & padding
+    options: dict[str, Any] = {"bias": request.bias, "dropout": request.dropout, "backend": backend}
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = fastattn.attention(q, k, v, mask, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+    return run
+
+
+def flex(request: Request) -> Run:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if request.dropout:
+        raise NotImplementedError("flex_attention takes no dropout argument")
+    lengths, causal, bias = request.lengths, request.causal, request.bias
+
+    def mask_mod(b, h, i, j):
+        visible = j >= 0
+        visible = visible & (i >= j) if causal else visible
+        return visible if lengths is None else visible & (j < lengths[b])
+
+    def score_mod(score, b, h, i, j):
+        return score if bias is None else score + bias[0, h, i, j]
+
+    masked = lengths is not None or causal
+    batch = None if lengths is None else request.B
+    block = create_block_mask(mask_mod, batch, None, request.S, request.S, device=str(request.device)) if masked else None
+    torch._dynamo.reset()  # each shape is compiled for itself, whatever was compiled before
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, score_mod=None if bias is None else score_mod, block_mask=block)
+
+
+def flash_attn(request: Request) -> Run:
+    module = importlib.import_module("flash_attn")
+    if request.bias is not None:
+        raise NotImplementedError("flash_attn_func takes no bias argument")
+    options = {"dropout_p": request.dropout, "causal": request.causal}
+    if request.lengths is None:
+        return lambda q, k, v: module.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), **options).transpose(1, 2)
+    real = (torch.arange(request.S, device=request.device) < request.lengths[:, None]).flatten().nonzero()[:, 0]
+    ends = F.pad(request.lengths.cumsum(0), (1, 0)).int()
+    longest = int(request.lengths.max())
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # removing and restoring the padding is part of the call
+        packed = (x.transpose(1, 2).flatten(0, 1).index_select(0, real) for x in (q, k, v))
+        out = module.flash_attn_varlen_func(*packed, ends, ends, longest, longest, **options)
+        full = out.new_zeros(request.B * request.S, request.H, request.D).index_copy(0, real, out)
+        return full.unflatten(0, (request.B, request.S)).transpose(1, 2)
+
+    return run
+
+
+def xformers(request: Request) -> Run:
+    ops = importlib.import_module("xformers.ops")
+    mask = request.keep()
+    bias = request.bias
+    if request.lengths is None and request.causal:
+        attn_bias = ops.LowerTriangularMask()
+    elif mask is None and bias is None:
+        attn_bias = None
+    else:
+        full = (request.B, request.H, request.S, request.S)
+        attn_bias = torch.zeros(full, device=request.device, dtype=torch.bfloat16) if bias is None else bias.expand(full)
+        attn_bias = attn_bias if mask is None else attn_bias.masked_fill(~mask, float("-inf"))
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        bias = attn_bias.to(q.dtype) if isinstance(attn_bias, Tensor) else attn_bias
+        return ops.memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), bias, request.dropout).transpose(1, 2)
+
+    return run
+
+
+def transformer_engine(request: Request) -> Run:
+    te = importlib.import_module("transformer_engine.pytorch")
+    kind = {(False, False): "no_mask", (False, True): "padding", (True, False): "causal", (True, True): "padding_causal"}
+    mask_type = kind[request.causal, request.lengths is not None]
+    options = {"attn_mask_type": mask_type, "qkv_format": "bshd", "attention_dropout": request.dropout}
+    layer = te.DotProductAttention(request.H, request.D, **options)
+    keys = None
+    if request.lengths is not None:  # its masks hold True where a pair is hidden
+        keys = ~(torch.arange(request.S, device=request.device) < request.lengths[:, None])[:, None, None]
+    extra = {} if request.bias is None else {"core_attention_bias_type": "post_scale_bias", "core_attention_bias": request.bias}
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = layer(*(x.transpose(1, 2) for x in (q, k, v)), attention_mask=keys, **extra)
+        return out.view(request.B, request.S, request.H, request.D).transpose(1, 2)
+
+    return run
+
+
+def providers(device: torch.device) -> list[Provider]:
+    """All that could serve on this device, in the order of the tables; the first two are the baselines."""
+    cpu = [Provider("eager", eager), Provider("SDPA", functools.partial(sdpa, None))]
+    elsewhere = ("eager", "cpu") if device.type == "cuda" else ("eager", "triton", "cuda")
+    backends = [name for name in BACKENDS if name not in elsewhere]
+    own = [Provider(f"fastattn {name}", functools.partial(ours, name), True) for name in backends]
+    if device.type == "cpu":
+        math = Provider("SDPA math", functools.partial(sdpa, SDPBackend.MATH))
+        return [*cpu, math, *own]
+    named = {"math": SDPBackend.MATH, "efficient": SDPBackend.EFFICIENT_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
+             "cudnn": SDPBackend.CUDNN_ATTENTION}  # fmt: skip
+    return [
+        *cpu,
+        *(Provider(f"SDPA {name}", functools.partial(sdpa, backend)) for name, backend in named.items()),
+        Provider("FlexAttention, compiled", flex),
+        Provider("flash-attn", flash_attn, package="flash_attn"),
+        Provider("xformers", xformers, package="xformers"),
+        Provider("Transformer Engine", transformer_engine, package="transformer_engine"),
+        *own,
+    ]

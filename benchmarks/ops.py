@@ -1,0 +1,210 @@
+"""Attention, FFN and add + LayerNorm of encoder layers, forward and backward apart: `python -m benchmarks.ops`.
+
+Every provider that is installed is asked; one that refuses is a row with its own words, and none is timed before its result has
+passed the accuracy gate on that very shape. On a CPU the inputs are warm: more than 100% of the floor means its caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+import fastattn
+from benchmarks import attention_providers, gate, measure, refusals, results, shapes
+from fastattn import masks, testing, timing
+from fastattn.activations import ACTIVATIONS
+from fastattn.ops import ffn as ffn_op
+from fastattn.ops import norm as norm_op
+
+MODES = ("forward", "backward")
+EPS = 1e-12
+COLUMNS = {
+    "op": "", "model": "", "mode": "", "fill": ".2f", "provider": "", "ms_median": ".4f", "host_us": ".0f",
+    "ratio_vs_eager": ".2f", "ratio_vs_sdpa": ".2f", "floor_fraction": ".0%", "gbps": ".0f", "tflops": ".1f", "max_error": ".1e",
+}  # fmt: skip
+
+
+def attention_task(shape: shapes.AttentionShape, B: int, fill: float, dtype: torch.dtype, device: torch.device) -> measure.Task:
+    H, S, D = shape.H, shape.S, shape.D
+    lengths = shapes.ragged_lengths(B, S, fill).to(device) if fill < 1 else None
+    full = torch.full((B,), S, device=device) if lengths is None else lengths
+    real = (torch.arange(S, device=device) < full[:, None])[:, None, :, None]
+    request = attention_providers.Request(B, H, S, D, shape.causal, lengths, device)
+    mask = masks.causal() if shape.causal else None
+    if lengths is not None:
+        mask = masks.padding(lengths) if mask is None else mask & masks.padding(lengths)
+    dout = torch.where(real, _normal((B, S, H, D), dtype, device, 1000).transpose(1, 2), 0)
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        return tuple(_normal((B, S, H, D), dtype, device, 3 * seed + n).transpose(1, 2) for n in range(3))
+
+    def yardstick(tensors: tuple[Tensor, ...]) -> testing.Yardstick:
+        q, k, v = tensors
+        found = testing.attention_yardstick(testing.AttentionInputs(q, k, v, dout, None, mask, D**-0.5))
+        for tensors_by_name in (found.exact, found.model, found.magnitude, found.eager):  # padded queries are nobody's result
+            if "out" in tensors_by_name:
+                tensors_by_name["out"] = torch.where(real, tensors_by_name["out"], 0)
+        return found
+
+    contenders = [
+        measure.Contender(p.name, functools.partial(p.build, request), p.ours, p.package)
+        for p in attention_providers.providers(device)
+    ]
+    tokens = int(full.sum())
+    fields = _fields("attention", shape.name, dtype, B, S, tokens / (B * S), tokens, hidden=H * D, heads=H, causal=shape.causal)
+    work = shapes.attention_work(full.cpu(), H, D, shape.causal, dtype.itemsize)
+    return measure.Task(
+        fields, contenders, inputs, dout, "out", ("dq", "dk", "dv"), yardstick, work, lambda out: torch.where(real, out, 0)
+    )
+
+
+def feed_forward_task(shape: shapes.FeedForwardShape, tokens: int, dtype: torch.dtype, device: torch.device) -> measure.Task:
+    d, hidden = shape.d, shape.F
+    sizes = ((tokens, d), (hidden, d), (d, hidden), (hidden,), (d,))
+    scales = (1.0, d**-0.5, hidden**-0.5, 0.1, 0.1)
+    dy = _normal((tokens, d), dtype, device, 1000)
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        return tuple(
+            _normal(size, dtype, device, 5 * seed + n) * scale for n, (size, scale) in enumerate(zip(sizes, scales, strict=True))
+        )
+
+    def eager(x, w1, w2, b1, b2):
+        return F.linear(ACTIVATIONS[shape.activation][0](F.linear(x, w1, b1)), w2, b2)
+
+    def own(backend: str):
+        return lambda x, w1, w2, b1, b2: fastattn.ffn(x, w1, b1, w2, b2, activation=shape.activation, backend=backend)
+
+    def yardstick(t: tuple[Tensor, ...]) -> testing.Yardstick:
+        return gate.feed_forward_yardstick(t[0], t[1], t[3], t[2], t[4], dy, shape.activation)
+
+    contenders = _pointwise_contenders(eager, own, ffn_op.BACKENDS, device)
+    fields = _fields("ffn", shape.name, dtype, None, None, 1.0, tokens, hidden=d, activation=shape.activation)
+    work = shapes.feed_forward_work(shape, tokens, dtype.itemsize)
+    return measure.Task(fields, contenders, inputs, dy, "y", ("dx", "dw1", "dw2"), yardstick, work)
+
+
+def norm_task(shape: shapes.FeedForwardShape, tokens: int, dtype: torch.dtype, device: torch.device) -> measure.Task:
+    d = shape.d
+    dy = _normal((tokens, d), dtype, device, 1000)
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        x, residual = (_normal((tokens, d), dtype, device, 4 * seed + n) for n in range(2))
+        weight, bias = (_normal((d,), dtype, device, 4 * seed + 2 + n) * 0.1 for n in range(2))
+        return x, residual, weight + 1, bias
+
+    def eager(x, residual, weight, bias):
+        return F.layer_norm(x + residual, (d,), weight, bias, EPS)
+
+    def own(backend: str):
+        return lambda x, residual, weight, bias: fastattn.add_layer_norm(x, residual, weight, bias, eps=EPS, backend=backend)
+
+    def liger():
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+        return lambda x, residual, weight, bias: LigerLayerNormFunction.apply(x + residual, weight, bias, EPS)
+
+    contenders = _pointwise_contenders(eager, own, norm_op.BACKENDS, device)
+    if device.type == "cuda":
+        contenders.insert(-1, measure.Contender("Liger, after an add", liger, package="liger_kernel"))
+    fields = _fields("add_layer_norm", shape.name, dtype, None, None, 1.0, tokens, hidden=d)
+    work = shapes.norm_work(d, tokens, dtype.itemsize)
+    return measure.Task(
+        fields, contenders, inputs, dy, "y", ("dx",), lambda t: gate.norm_yardstick(t[0], t[1], t[2], t[3], dy, EPS), work
+    )
+
+
+def _pointwise_contenders(eager, own, backends: tuple[str, ...], device: torch.device) -> list[measure.Contender]:
+    names = [name for name in backends if name != "eager" and (device.type == "cuda") != (name == "cpu")] or ["eager"]
+    compiled = measure.Contender("torch.compile", lambda: torch.compile(eager, dynamic=False))
+    ours = [measure.Contender(f"fastattn {name}", functools.partial(own, name), True) for name in names]
+    return [measure.Contender("eager", lambda: eager), *([compiled] if device.type == "cuda" else []), *ours]
+
+
+def _fields(op: str, name: str, dtype, B, S, fill: float, tokens: int, **extra) -> dict:
+    return {
+        "op": op, "model": name, "input_source": "seeded normal numbers", "dtype": str(dtype).removeprefix("torch."), "batch": B,
+        "seq": S, "fill": round(fill, 3), "tokens": tokens, **extra,
+    }  # fmt: skip
+
+
+def _normal(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(size, generator=generator, device=device).to(dtype)
+
+
+def tasks(device: torch.device, dtype: torch.dtype, quick: bool) -> list:
+    """Functions that make one task each, so that the tensors of one shape live at a time."""
+    gpu = device.type == "cuda"
+    found = []
+    for shape in shapes.ATTENTION[:1] if quick else shapes.ATTENTION:
+        B = 2 if quick else shape.batch if gpu else shape.cpu_batch
+        found += [functools.partial(attention_task, shape, B, fill, dtype, device) for fill in shape.fills]
+    for layer in shapes.FEED_FORWARD[:1] if quick else shapes.FEED_FORWARD:
+        tokens = 64 if quick else layer.tokens if gpu else layer.cpu_tokens
+        found += [functools.partial(make, layer, tokens, dtype, device) for make in (feed_forward_task, norm_task)]
+    return found
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(f"--device {name}: PyTorch sees no CUDA device here")
+    return torch.device(name)
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    name = name or ("bfloat16" if device.type == "cuda" else "float32")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise SystemExit(f"--dtype must be float32, bfloat16 or float16, got {name}")
+    return getattr(torch, name)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ops", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--suite", default="ops", help="name of the result file")
+    parser.add_argument("--quick", action="store_true", help="a smoke run; written only where --out says")
+    parser.add_argument("--out", type=Path, help="folder of results; default benchmarks/results")
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    functorch_config.donated_buffer = False  # a compiled backward must survive being run again and again
+    ceilings = timing.ceilings(device, dtype)
+    records = []
+    for make in results.progress(tasks(device, dtype, args.quick), "ops"):
+        seconds = 0.2 if args.quick else 0.6 if device.type == "cuda" else 1.5
+        records += measure.measure(make(), device, seconds=seconds, modes=MODES)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    ceilings = ceilings.better(timing.ceilings(device, dtype))
+    results.add_floor(records, {dtype: ceilings})
+    asked = refusals.ask(device, torch.float32 if device.type == "cpu" else dtype)
+    results.print_table(records, COLUMNS)
+    print(f"\n{refusals.REQUEST_WORDS}")
+    for row in asked:
+        print(f"  {row['provider']:24} {row['answer']}")
+    if args.out or not args.quick:
+        path = results.write(
+            records, args.suite, device, quick=args.quick, out=args.out, ceilings={dtype: ceilings}, refusals=asked
+        )
+        print(f"\nwrote {path}")
+    wrong = results.failures(records)
+    for row in wrong:
+        print(f"WRONG: {row['op']} {row['model']} {row['mode']}, {row['provider']}: {row['wrong']}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The README's tables, written from result files: `python -m benchmarks.report`, and `--check` for CI.
+
+A table stands between `<!-- table: SUITE-DEVICE -->` and `<!-- /table -->`. DEVICE is a folder of benchmarks/results such as
+h100, or cpu for every folder that begins with "cpu-". SUITE is a result file's name, or `refusals`, which `ops` records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from benchmarks import results
+
+README = results.ROOT.parent / "README.md"
+MARKERS = re.compile(r"(<!-- table: (?P<suite>[\w-]+)-(?P<device>\w+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
+NOT_MEASURED = "Not yet measured."
+CPU_NOTE = (
+    "No kernel of fastattn's runs in this table: its CPU backend calls PyTorch's own flash-attention kernel on real tokens "
+    "(“attention”) and oneDNN's linears with the activation fused (“+ oneDNN linears”)."
+)
+
+
+def render(readme: str, folder: Path) -> str:
+    """The README with every table made anew from the result files in `folder`."""
+    return MARKERS.sub(lambda m: m[1] + table(m["suite"], m["device"], folder) + "\n" + m[5], readme)
+
+
+def table(suite: str, device: str, folder: Path) -> str:
+    """The body of one table, with what it was measured on above it."""
+    found = [results.read(path) for path in paths(suite, device, folder)]
+    parts = [section(suite, content) for content in found if not content["quick"]]
+    return "\n\n".join(parts) if parts else NOT_MEASURED
+
+
+def paths(suite: str, device: str, folder: Path) -> list[Path]:
+    pattern = "cpu-*" if device == "cpu" else device
+    return sorted(folder.glob(f"{pattern}/{'ops' if suite == 'refusals' else suite}.json"))
+
+
+def section(suite: str, content: dict) -> str:
+    """One result file as Markdown."""
+    versions = content["versions"]
+    known = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "transformers") if versions.get(name))
+    cpu = content["device"] if not content["records"] else content["records"][0]["device"]
+    head = f"{cpu}; {known}; commit {content['commit']}; `{content['command']}`"
+    if suite == "refusals":
+        rows = [[row["provider"], escape(row["answer"])] for row in content.get("refusals", [])]
+        return "\n".join([head, "", *markdown(["provider", "answer"], rows)])
+    records = content["records"]
+    table, notes = comparison(records)
+    return "\n".join([head, *(["", CPU_NOTE] if "threads" in cpu else []), "", *table, *(["", *notes] if notes else [])])
+
+
+def comparison(records: list[dict]) -> tuple[list[str], list[str]]:
+    """(Markdown lines, footnotes): a line per case, a column per provider; cells hold ms and times faster than eager."""
+    providers = list(dict.fromkeys(row["provider"] for row in records))
+    cases: dict[str, dict[str, dict]] = {}
+    for row in records:
+        cases.setdefault(case_name(row), {})[row["provider"]] = row
+    notes: list[str] = []
+    lines: list[list[str]] = []
+    for name, found in cases.items():
+        fastest = min((row["ms_median"] for row in found.values() if row["ms_median"] is not None), default=None)
+        lines.append([name, *(cell(found.get(provider), fastest, notes) for provider in providers)])
+    kept = [n for n in range(len(providers)) if any(line[n + 1] not in ("", "–") for line in lines)]
+    lines = [[line[0], *(line[n + 1] for n in kept)] for line in lines]
+    head = ["ms (x = times faster than eager)", *(providers[n] for n in kept)]
+    return markdown(head, lines), [f"[{n + 1}] {note}  " for n, note in enumerate(notes)]
+
+
+def case_name(row: dict) -> str:
+    layers = ""
+    if row.get("full_layers") is not None:
+        layers = (
+            f", {row['layers']} layers"
+            if row["layers"] == row["full_layers"]
+            else f", {row['layers']} of {row['full_layers']} layers"
+        )
+    size = f"{row['batch']} × {row['seq']}" if row["seq"] is not None else f"{row['tokens']} tokens"
+    fill = "" if row["fill"] == 1 else f", {row['fill']:.0%} real tokens"
+    op = f"{row['op']}, " if "op" in row else ""
+    return f"{op}{row['model']}{layers}, {size}{fill}, {row['dtype']}, {row['mode']}"
+
+
+def cell(row: dict | None, fastest: float | None, notes: list[str]) -> str:
+    """Milliseconds and ratio, bold where fastest; a footnote's number where it refused; a dash where it is not installed."""
+    if row is None:
+        return ""
+    if row["ms_median"] is None:
+        words = row["wrong"] or row["refusal"] or ""
+        if words.endswith("is not installed"):
+            return "–"
+        note = f"{row['provider']}: {escape(words)}"
+        if note not in notes:
+            notes.append(note)
+        verdict = "wrong" if row["wrong"] else "not run" if words.startswith("not run") else "refused"
+        return f"{verdict} [{notes.index(note) + 1}]"
+    ratio = "" if row["ratio_vs_eager"] is None else f" ({row['ratio_vs_eager']:.2f}x)"
+    text = f"{row['ms_median']:.3g}{ratio}" if row["ms_median"] < 1000 else f"{row['ms_median']:.0f}{ratio}"
+    return f"**{text}**" if row["ms_median"] == fastest else text
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="exit 1 if the README differs from its result files; write nothing")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    args = parser.parse_args(argv)
+    old = args.readme.read_text(encoding="utf-8")
+    new = render(old, args.results)
+    if args.check:
+        if old != new:
+            print(f"{args.readme} differs from its result files: run python -m benchmarks.report", file=sys.stderr)
+        return int(old != new)
+    args.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

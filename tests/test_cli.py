@@ -1,0 +1,49 @@
+"""The commands of `python -m fastattn`."""
+
+import json
+
+import pytest
+
+from fastattn import testing
+from fastattn.__main__ import main
+
+
+def test_info_json_has_the_contract_s_keys(capsys):
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"fastattn", "python", "torch", "triton", "devices", "backends", "cuda_build"}
+    assert found["backends"]["cpu"] == {"available": True, "reason": None}
+    assert {"available", "reason"} == set(found["backends"]["triton"])
+    assert main(["info"]) == 0
+    assert "backend    cpu: available" in capsys.readouterr().out
+
+
+def test_explain(capsys):
+    assert main(["explain", "--shape", "1,2,8,16", "--mask", "causal", "--device", "cpu"]) == 0
+    assert "served by: cpu" in capsys.readouterr().out
+
+
+def test_verify_passes_and_fails(capsys, monkeypatch):
+    import fastattn.kernels.eager.attention as eager
+
+    monkeypatch.setattr(testing, "MASKS", {name: testing.MASKS[name] for name in ("causal_padding",)})
+    monkeypatch.setattr("fastattn.__main__.VERIFY_SHAPES", [(2, 2, 20, 20, 16)])
+    assert main(["verify", "--json"]) == 0
+    assert {row["failure"] for row in json.loads(capsys.readouterr().out)} == {None}
+    forward = eager.forward
+    monkeypatch.setattr(eager, "forward", lambda *args: (forward(*args)[0] * 1.02, forward(*args)[1]))
+    assert main(["verify"]) == 1
+    assert "failed" in capsys.readouterr().out
+
+
+def test_bench_of_a_shape(capsys, monkeypatch):
+    monkeypatch.setattr("fastattn.bench.SECONDS", 0.05)
+    assert main(["bench", "--shape", "1,2,32,16", "--device", "cpu"]) == 0
+    assert "x sdpa" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", ["1,2,3", "a,b,c,d", "1,-2,3,4"])
+def test_bad_shape_is_refused(shape, capsys):
+    with pytest.raises(SystemExit):
+        main(["explain", "--shape", shape])
+    assert "--shape" in capsys.readouterr().err

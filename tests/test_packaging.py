@@ -1,0 +1,103 @@
+"""What a user gets: import arrows, imports without triton, an sdist and a wheel that hold everything."""
+
+import ast
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fastattn"
+
+
+def run(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def test_import_is_light():
+    loaded = run("import sys, fastattn; print(*(m for m in ('triton', 'transformers', 'sklearn') if m in sys.modules))")
+    assert loaded == ""
+
+
+def test_works_with_triton_blocked():
+    code = """
+import sys, importlib.abc
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+sys.meta_path.insert(0, Block())
+import torch, fastattn
+q = torch.randn(1, 2, 5, 16, requires_grad=True)
+fastattn.attention(q, q, q, fastattn.masks.causal()).sum().backward()
+print(fastattn.explain(q, q, q).rejected["triton"])
+"""
+    assert "triton is not installed" in run(code)
+
+
+def imported(path):
+    """The modules of fastattn that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fastattn"):
+            names |= {node.module} if node.module != "fastattn" else {f"fastattn.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.startswith("fastattn")}
+    return names
+
+
+@pytest.mark.parametrize(
+    ("files", "allowed"),
+    [
+        ("masks.py", ()),
+        ("activations.py", ()),
+        ("reference.py", ("masks", "activations")),
+        ("ops/*.py", ("masks", "activations", "ops")),
+        ("kernels/eager/*.py", ("masks", "activations", "reference")),
+        ("kernels/cpu/*.py", ("masks", "activations", "reference", "kernels.cpu")),
+        ("kernels/triton/*.py", ("masks", "activations", "kernels.triton")),
+    ],
+)
+def test_imports_never_point_upwards(files, allowed):
+    paths = list(PACKAGE.glob(files))
+    assert paths
+    for path in paths:
+        for name in imported(path):
+            tail = name.removeprefix("fastattn.")
+            assert any(tail == a or tail.startswith(f"{a}.") for a in allowed), f"{path.name} imports {name}"
+
+
+@pytest.mark.slow
+def test_sdist_and_wheel_are_complete(tmp_path):
+    """Built with no compiler on PATH; the wheel imports, and answers, in a clean interpreter."""
+    environment = {**os.environ, "PATH": str(Path(sys.executable).parent), "CC": "false", "CXX": "false"}
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        inside = set(archive.namelist())
+        archive.extractall(tmp_path / "wheel")
+    tracked = subprocess.run(["git", "ls-files", "fastattn"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert not [name for name in tracked if name not in inside]
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    everything = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert not [name for name in everything if name not in names and not name.startswith(".")]
+    code = (
+        "import fastattn, torch; q = torch.ones(1, 1, 2, 16); print(fastattn.__file__, fastattn.attention(q, q, q).sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "wheel")},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    path, total = done.stdout.split()
+    assert path.startswith(str(tmp_path)) and float(total) == 32.0
