@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import fastattn
+from fastattn.info import cpu_name
 from fastattn.timing import Ceilings
 
 ROOT = Path(__file__).resolve().parent
@@ -41,12 +42,7 @@ def device_name(device: torch.device) -> str:
     """The model of the processor, as it calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def device_slug(device: torch.device) -> str:

@@ -65,7 +65,8 @@ def _shape(text: str) -> tuple[int, int, int, int, int]:
 
 
 def _inputs(args: argparse.Namespace) -> testing.AttentionInputs:
-    return testing.attention_inputs(*args.shape, DTYPES[args.dtype], args.device, mask=args.mask)
+    B, H, M, N, D = args.shape
+    return testing.attention_inputs(B, H, M, N, D, DTYPES[args.dtype], args.device, mask=args.mask)
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -110,13 +111,13 @@ def run_verify(args: argparse.Namespace) -> int:
 def _verify(backend: str, dtype: str, mask: str, device: str) -> dict:
     worst: dict[str, float] = {}
     shapes = VERIFY_SHAPES[:2] if backend == "triton" and device == "cpu" else VERIFY_SHAPES  # the interpreter is slow
-    for shape in shapes:
-        x = testing.attention_inputs(*shape, DTYPES[dtype], device, mask=mask)
+    for B, H, M, N, D in shapes:
+        x = testing.attention_inputs(B, H, M, N, D, DTYPES[dtype], device, mask=mask)
         try:
             result, yardstick = testing.run_attention(x, backend), testing.attention_yardstick(x)
             errors = testing.assert_accurate(result, yardstick, cpu_half_gradients=backend == "cpu")
         except AssertionError as error:
-            return {"errors": worst, "failure": f"{shape}: {error}"}
+            return {"errors": worst, "failure": f"{(B, H, M, N, D)}: {error}"}
         worst = {name: max(error, worst.get(name, 0.0)) for name, error in errors.items()}
     return {"errors": worst, "failure": None}
 

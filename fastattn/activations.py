@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,38 +25,22 @@ def quick_gelu(z: Tensor) -> Tensor:
     return z * torch.sigmoid(1.702 * z)
 
 
-def dgelu(z: Tensor) -> Tensor:
-    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-    return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density
+def dquick_gelu(dy: Tensor, z: Tensor) -> Tensor:
+    """dy (s + 1.702 z s (1 - s)) with s = sigmoid(1.702 z), in fp32 for half precision, rounded once."""
+    wide = z if z.dtype == torch.float64 else z.float()
+    s = torch.sigmoid(1.702 * wide)
+    return (s.addcmul_(s * (1 - s), wide, value=1.702) * dy).to(dy.dtype)
 
 
-def dgelu_tanh(z: Tensor) -> Tensor:
-    c = math.sqrt(2 / math.pi)
-    t = torch.tanh(c * (z + 0.044715 * z**3))
-    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * c * (1 + 3 * 0.044715 * z * z)
+aten = torch.ops.aten
 
-
-def dquick_gelu(z: Tensor) -> Tensor:
-    s = torch.sigmoid(1.702 * z)
-    return s + 1.702 * z * s * (1 - s)
-
-
-def drelu(z: Tensor) -> Tensor:
-    return (z > 0).to(z.dtype)
-
-
-def dsilu(z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)
-    return s * (1 + z * (1 - s))
-
-
-# name: (function, derivative), both of the pre-activation z; the derivative is evaluated in fp32 or fp64
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "gelu": (gelu, dgelu),
-    "gelu_tanh": (gelu_tanh, dgelu_tanh),
+# name: (act(z), d(dy, z) = dy act'(z)), both rounded once to the dtype of z
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "gelu": (gelu, aten.gelu_backward),
+    "gelu_tanh": (gelu_tanh, partial(aten.gelu_backward, approximate="tanh")),
     "quick_gelu": (quick_gelu, dquick_gelu),
-    "relu": (F.relu, drelu),
-    "silu": (F.silu, dsilu),
+    "relu": (F.relu, partial(aten.threshold_backward, threshold=0)),
+    "silu": (F.silu, aten.silu_backward),
 }
 
 

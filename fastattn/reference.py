@@ -89,8 +89,7 @@ def linear_backward(
     """dx, dW and db of `linear`: dz = dy * act'(z), dx = dz W, dW = dz^T x, db = the sum of dz over rows."""
     dz = dy
     if activation is not None and z is not None:
-        compute = compute_dtype(dy.dtype)
-        dz = (dy.to(compute) * ACTIVATIONS[activation][1](z.to(compute))).to(dy.dtype)
+        dz = ACTIVATIONS[activation][1](dy, z)
     rows = dz.reshape(-1, dz.shape[-1])
     dw = rows.mT @ x.reshape(-1, x.shape[-1])
     return dz @ weight.to(dy.dtype), dw.to(weight.dtype), rows.sum(0, dtype=compute_dtype(dy.dtype))

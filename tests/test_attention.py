@@ -1,5 +1,6 @@
 """Every backend of attention against the fp64 specification: values, gradients, hidden NaN, strides, sizes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -219,6 +220,7 @@ def test_only_query_gets_a_gradient():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="guard pages are a matter of CPU memory")
 def test_no_read_beyond_the_end(backend):
     command = [sys.executable, str(Path(__file__).with_name("guarded.py"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
     assert "no read beyond the end" in done.stdout

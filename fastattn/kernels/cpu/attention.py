@@ -2,8 +2,8 @@
 
 What that kernel gets wrong or refuses is handled here: an empty M or N kills the process, a row with no visible key has
 lse 0.0, bool masks are refused, NaN in a padded key leaks, lse is inexact in half precision, a causal mask with scale <= 0
-gives NaN or Inf, and no gradient of the log-sum-exp is taken. Padding is not computed: with key ranges or key bits each
-sequence is one call on its real keys.
+gives NaN or Inf, and no gradient of the log-sum-exp is taken. Where it pays, padding is not computed: each sequence
+is one call on its real keys.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from fastattn.masks import LoweredMask
 
 INF = float("inf")
 ROWS = 64  # rows of scores held at a time where the fused backward cannot serve
+# Hidden multiply-adds of q k^T per sequence from which a call of its own, about 0.1 ms with its copies, is the cheaper way;
+# half precision computes faster. Measured on two cores with AVX-512.
+HIDDEN_WORK = {torch.float64: 2**22, torch.float32: 2**23, torch.bfloat16: 2**24, torch.float16: 2**24}
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -32,6 +35,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, ex
         return _heads_inside(out.to(q.dtype)), lse
     if scale <= 0:
         q, scale, _ = _positive_scale(q, scale)
+    if _pads(q, k, mask):
+        k, v, mask = _padded(k, v, mask)
     B, H, M, D = q.shape
     N = k.shape[2]
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -53,6 +58,8 @@ def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> 
         q, scale, sign = _positive_scale(q, scale)
         dq, dk, dv = backward(dout, dlse, q, k, v, out, lse, mask, scale)
         return dq.mul_(sign), dk, dv
+    if _pads(q, k, mask):
+        k, v, mask = _padded(k, v, mask)
     B, H, M, D = q.shape
     N = k.shape[2]
     parts = _parts(mask, B, M, N) if q.numel() and k.numel() else []
@@ -74,6 +81,28 @@ def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     """q, scale and sign with the same scores and scale > 0: the kernel multiplies its -inf by the scale."""
     sign = -1.0 if scale < 0 else 0.0
     return q * sign, -scale or 1.0, sign
+
+
+def _pads(q: Tensor, k: Tensor, mask: LoweredMask) -> bool:
+    """Whether one call that computes the padding too is cheaper than a call for each sequence."""
+    if mask.query_end is not None or (mask.key_begin is None and mask.key_end is None):
+        return False
+    B, H, M, D = q.shape
+    N = k.shape[2]
+    begin = 0 if mask.key_begin is None else mask.key_begin
+    live = torch.as_tensor(N if mask.key_end is None else mask.key_end.clamp(max=N)) - begin
+    hidden = B * N - int((live.clamp(min=0) if mask.keys is None else mask.keys).sum())
+    return 0 < H * M * D * hidden < B * HIDDEN_WORK[q.dtype]
+
+
+def _padded(k: Tensor, v: Tensor, mask: LoweredMask) -> tuple[Tensor, Tensor, LoweredMask]:
+    """k, v and a mask without ranges or key bits: they become a bool per key, and a hidden key that holds NaN or Inf becomes 0."""
+    B, _, N, _ = k.shape
+    live = mask._replace(diagonal=None, pairs=None).visible(B, 1, 1, N)
+    if not (k.sum().isfinite() and v.sum().isfinite()):
+        hidden = ~live.mT
+        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+    return k, v, LoweredMask(diagonal=mask.diagonal, pairs=live if mask.pairs is None else mask.pairs & live)
 
 
 class _Part(NamedTuple):
@@ -104,6 +133,8 @@ class _Part(NamedTuple):
 
 def _parts(mask: LoweredMask, B: int, M: int, N: int) -> list[_Part]:
     """The calls to make. Sequences with no visible pair are left out, equal neighbours share a call."""
+    if mask.key_begin is None and mask.key_end is None and mask.query_end is None:
+        return [_Part(slice(0, B), M, 0, N)]
     begins = [0] * B if mask.key_begin is None else mask.key_begin.tolist()
     ends = [N] * B if mask.key_end is None else mask.key_end.clamp(max=N).tolist()
     queries = [M] * B if mask.query_end is None else mask.query_end.clamp(max=M).tolist()
@@ -126,9 +157,11 @@ def _parts(mask: LoweredMask, B: int, M: int, N: int) -> list[_Part]:
 
 def _forward_part(q, k, v, part: _Part, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor]:
     causal, additive = _kernel_mask(part, mask, q)
-    out, lse = _flash(q, k, v, 0.0, causal, attn_mask=additive, scale=scale)
-    if additive is not None:  # a row may be dead: the kernel gives lse 0.0, and out from exp(-inf - -inf) in some versions
-        dead = (additive == -INF).all(-1).expand(lse.shape)
+    if additive is None:
+        return _flash(q, k, v, 0.0, causal, scale=scale)
+    out, lse = _flash(q, k, v, 0.0, False, attn_mask=_rectangle(additive, q, k), scale=scale)
+    dead = (additive == -INF).all(-1)
+    if dead.any():  # there the kernel gives lse 0.0, and out from exp(-inf - -inf) in some versions
         lse = lse.masked_fill(dead, -INF)
         out = out.masked_fill(dead[..., None], 0)
     return out, lse
@@ -140,8 +173,10 @@ def _backward_part(dout, dlse, q, k, v, out, lse, part: _Part, mask: LoweredMask
         return _backward_rows(dout, dlse, q, k, v, out, lse, causal, additive, scale)
     if additive is not None:
         dead = lse == -INF
-        lse = lse.masked_fill(dead, 0)
-        q, dout = q.masked_fill(dead[..., None], 0), dout.masked_fill(dead[..., None], 0)
+        if dead.any():
+            lse = lse.masked_fill(dead, 0)
+            q, dout = q.masked_fill(dead[..., None], 0), dout.masked_fill(dead[..., None], 0)
+        additive = _rectangle(additive, q, k)
     return _flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=additive, scale=scale)
 
 
@@ -172,7 +207,7 @@ def _backward_rows(dout, dlse, q, k, v, out, lse, causal: bool, additive: Tensor
 
 
 def _kernel_mask(part: _Part, mask: LoweredMask, q: Tensor) -> tuple[bool, Tensor | None]:
-    """What is left of the mask inside a part, in the kernel's terms: its top-left causal flag or an additive tensor."""
+    """What is left of the mask inside a part: the kernel's top-left causal flag, or a tensor that broadcasts to the scores."""
     if mask.diagonal is None and mask.pairs is None:
         return False, None
     keys = torch.arange(part.begin, part.end) if part.index is None else part.index
@@ -189,8 +224,12 @@ def _kernel_mask(part: _Part, mask: LoweredMask, q: Tensor) -> tuple[bool, Tenso
         visible = pairs if pairs.shape[3] == 1 else pairs.index_select(3, keys)
         if mask.diagonal is not None:
             visible = visible & (keys - rows <= mask.diagonal)
-    additive = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -INF)
-    return False, additive.expand(-1, -1, part.queries, keys.numel())
+    return False, torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -INF)
+
+
+def _rectangle(additive: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The kernel wants the last two dimensions in full, without a copy."""
+    return additive.expand(-1, -1, q.shape[2], k.shape[2])
 
 
 def _heads_inside(x: Tensor) -> Tensor:

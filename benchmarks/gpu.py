@@ -1,0 +1,68 @@
+"""`make gpu`: the GPU tests, then both benchmarks, in one command of under nine minutes that installs and downloads nothing.
+
+Leaves at most eight files in --out: result files, plots, one log, and summary.json with each step's exit status and time. A step
+that fails or runs out of time does not keep the next from running; the exit status is 1 if any did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Step(NamedTuple):
+    name: str
+    limit: int  # seconds
+    module: tuple[str, ...]  # what `python -m` runs, with its arguments
+
+
+def steps(out: Path) -> list[Step]:
+    where = ["--device", "cuda", "--out", str(out)]
+    return [
+        Step("tests", 200, ("pytest", "tests", "-m", "gpu", "--tb=short")),
+        Step("verify", 40, ("fastattn", "verify")),
+        Step("ops", 150, ("benchmarks.ops", *where)),
+        Step("models", 140, ("benchmarks.models", *where)),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("benchmarks/gpu.py", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default %(default)s)")
+    out = parser.parse_args().out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    summary = []
+    with (out / "log.txt").open("w") as log:
+        for step in steps(out):
+            summary.append(run(step, log))
+            (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return 1 if any(row["exit"] != 0 for row in summary) else 0
+
+
+def run(step: Step, log) -> dict:
+    """Run one step, with its output both on the terminal and in the log."""
+    command = [sys.executable, "-m", *step.module]
+    print("==", *command, file=log, flush=True)
+    start = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = process.communicate(timeout=step.limit)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output = process.communicate()[0] + f"\nstopped after its limit of {step.limit} s\n"
+    print(output, flush=True)
+    print(output, file=log, flush=True)
+    last = output.strip().splitlines()[-1:] or [""]
+    seconds = round(time.monotonic() - start, 1)
+    return {"step": step.name, "exit": process.returncode, "seconds": seconds, "last_line": last[0]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
