@@ -96,7 +96,7 @@ def _pads(q: Tensor, k: Tensor, mask: LoweredMask) -> bool:
 
 
 def _padded(k: Tensor, v: Tensor, mask: LoweredMask) -> tuple[Tensor, Tensor, LoweredMask]:
-    """k, v and a mask without ranges or key bits: they become a bool per key, and a hidden key that holds NaN or Inf becomes 0."""
+    """k, v and a mask without ranges or key bits: they become a bool per key; a hidden NaN or Inf becomes 0."""
     B, _, N, _ = k.shape
     live = mask._replace(diagonal=None, pairs=None).visible(B, 1, 1, N)
     if not (k.sum().isfinite() and v.sum().isfinite()):
