@@ -6,6 +6,8 @@ result once), so this is also the yardstick of the accuracy rule. B, H, M, N, D:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,15 +86,18 @@ def linear(
 
 
 def linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, activation: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dW and db of `linear`: dz = dy * act'(z), dx = dz W, dW = dz^T x, db = the sum of dz over rows."""
+    dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, activation: str | None,
+    need_dx: bool = True, need_dw: bool = True, need_db: bool = True,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """dx, dW and db of `linear`: dz = dy * act'(z), dx = dz W, dW = dz^T x, db = the sum of dz over rows; None if not needed."""
     dz = dy
     if activation is not None and z is not None:
         dz = ACTIVATIONS[activation][1](dy, z)
     rows = dz.reshape(-1, dz.shape[-1])
-    dw = rows.mT @ x.reshape(-1, x.shape[-1])
-    return dz @ weight.to(dy.dtype), dw.to(weight.dtype), rows.sum(0, dtype=compute_dtype(dy.dtype))
+    dx = dz @ weight.to(dy.dtype) if need_dx else None
+    dw = (rows.mT @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if need_dw else None
+    db = rows.sum(0, dtype=compute_dtype(dy.dtype)) if need_db else None
+    return dx, dw, db
 
 
 def layer_norm(total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

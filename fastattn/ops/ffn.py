@@ -83,13 +83,10 @@ def _backward(dy, x, weight, bias, z, activation, need_dx, need_dw, need_db, bac
     module = dispatch.choose("ffn", BACKENDS, _problem(x, weight, activation), backend)
     if activation is not None and z.numel() != dy.numel():  # a graph exported for inference that is trained after all
         z = module.forward(x, weight, bias, None, None, False)[0]
-    dx, dw, db = module.backward(dy, x, weight, z, activation, need_dx, need_dw, need_db)
-    empty = x.new_empty(0)
-    return (
-        dx.contiguous() if need_dx else empty,
-        dw.to(weight.dtype).contiguous() if need_dw else empty,
-        db.to(weight.dtype if bias is None else bias.dtype) if need_db else empty,
-    )
+    need_db = need_db and bias is not None
+    grads = module.backward(dy, x, weight, z, activation, need_dx, need_dw, need_db)
+    dx, dw, db = (x.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+    return dx, dw, db.to(bias.dtype) if need_db else db
 
 
 def _backward_fake(dy, x, weight, bias, z, activation, need_dx, need_dw, need_db, backend):

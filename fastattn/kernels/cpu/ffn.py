@@ -44,8 +44,7 @@ def forward(x, weight, bias, residual, activation: str | None, train: bool) -> t
     return (y if residual is None else y + residual), z
 
 
-def backward(dy, x, weight, z, activation: str | None, need_dx: bool, need_dw: bool, need_db: bool):
-    return linear_backward(dy, x, weight, z, activation)
+backward = linear_backward
 
 
 def clear_packed() -> None:
