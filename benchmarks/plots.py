@@ -22,13 +22,13 @@ def draw(records: list[dict], path: Path, title: str) -> str:
         return "no picture: nothing was timed"
     lines = -(-len(panels) // COLUMNS)
     bars = max(len(rows) for rows in panels.values())
-    figure, axes = pyplot.subplots(lines, COLUMNS, figsize=(5.2 * COLUMNS, (0.9 + 0.3 * bars) * lines), squeeze=False)
+    size = (5.2 * COLUMNS, (0.9 + 0.3 * bars) * lines)
+    figure, axes = pyplot.subplots(lines, COLUMNS, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (name, rows) in zip(axes.flat, panels.items(), strict=False):
         _panel(axis, name, rows)
     figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks import results
 
 README = results.ROOT.parent / "README.md"
+DOCS = results.ROOT.parent / "docs"
 MARKERS = re.compile(r"(<!-- table: (?P<suite>[\w-]+)-(?P<device>\w+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 NOT_MEASURED = "Not yet measured."
 CPU_NOTE = (
@@ -29,8 +30,8 @@ def render(readme: str, folder: Path) -> str:
 
 def table(suite: str, device: str, folder: Path) -> str:
     """The body of one table, with what it was measured on above it."""
-    found = [results.read(path) for path in paths(suite, device, folder)]
-    parts = [section(suite, content) for content in found if not content["quick"]]
+    found = [(path, results.read(path)) for path in paths(suite, device, folder)]
+    parts = [section(suite, content) + picture(suite, path) for path, content in found if not content["quick"]]
     return "\n\n".join(parts) if parts else NOT_MEASURED
 
 
@@ -51,6 +52,12 @@ def section(suite: str, content: dict) -> str:
     records = content["records"]
     table, notes = comparison(records)
     return "\n".join([head, *(["", CPU_NOTE] if "threads" in cpu else []), "", *table, *(["", *notes] if notes else [])])
+
+
+def picture(suite: str, path: Path) -> str:
+    """A link to the plot that the run left in docs, if it did."""
+    name = f"{suite}-{path.parent.name}.png"
+    return f"\n\n![{suite}: milliseconds per provider]({DOCS.name}/{name})" if (DOCS / name).exists() else ""
 
 
 def comparison(records: list[dict]) -> tuple[list[str], list[str]]:

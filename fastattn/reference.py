@@ -96,7 +96,7 @@ def linear_backward(
     rows = dz.reshape(-1, dz.shape[-1])
     dx = dz @ weight.to(dy.dtype) if need_dx else None
     dw = (rows.mT @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if need_dw else None
-    db = rows.sum(0, dtype=compute_dtype(dy.dtype)) if need_db else None
+    db = rows.sum(0) if need_db else None  # PyTorch accumulates it in fp32 and rounds once
     return dx, dw, db
 
 

@@ -209,7 +209,7 @@ def linear_yardstick(
     def run(x, weight, bias, residual, dy):
         y, z = reference.linear(x, weight, bias, activation, residual)
         dx, dw, db = reference.linear_backward(dy, x, weight, z, activation)
-        return {"y": y, "dx": dx, "dw": dw, "db": db.to(dy.dtype), "dresidual": dy}
+        return {"y": y, "dx": dx, "dw": dw, "db": db, "dresidual": dy}
 
     tensors = (x, weight, bias, residual, dy)
     wide = [None if t is None else t.double() for t in tensors]

@@ -272,9 +272,9 @@ def explain(
 
 def _arguments(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple:
     """The op's arguments from the public ones: checked, cast for autocast, defaults filled in, the mask lowered."""
-    for name, value, default in (("bias", bias, None), ("dropout", dropout, 0.0), ("seed", seed, None)):
-        if value is not default and value != default:
-            raise NotImplementedError(f"{name} is not served yet: leave it at {default}")
+    if bias is not None or dropout != 0.0 or seed is not None:
+        name = "bias" if bias is not None else "seed" if seed is not None else "dropout"
+        raise NotImplementedError(f"{name} is not served yet: leave it at its default")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -300,6 +300,13 @@ def _arguments(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple:
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if (
+        q.dim() == 4
+        and q.shape == k.shape == v.shape
+        and q.dtype == k.dtype == v.dtype in DTYPES
+        and q.device == k.device == v.device
+    ):
+        return  # self-attention, the common case
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             shape = tuple(x.shape)
