@@ -46,7 +46,7 @@ def test_attention(benchmark, index: int, fill: float, name: str, mode: str) -> 
             pytest.fail(refusal)
         pytest.skip(refusal)
     run, actual = trial
-    errors = measure.check(actual, found, yardstick, contender.ours)
+    errors = measure.check(actual, found, yardstick, contender)
     benchmark.group = f"attention {found.fields['model']} fill {found.fields['fill']} {mode}"
     benchmark.extra_info.update(device=str(DEVICE), fill=found.fields["fill"], max_error=errors[mode])
     call = timing.synchronised(measure.call(found, run, mode, DEVICE), DEVICE)
