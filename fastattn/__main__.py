@@ -12,7 +12,9 @@ import torch
 
 import fastattn
 from fastattn import testing
+from fastattn.activations import ACTIVATIONS
 from fastattn.info import info
+from fastattn.ops.ffn import BACKENDS as LINEAR_BACKENDS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 VERIFY_SHAPES = [(2, 2, 64, 64, 64), (2, 2, 77, 77, 64), (2, 2, 129, 129, 32), (2, 2, 197, 197, 80), (2, 2, 65, 130, 128)]
@@ -90,16 +92,21 @@ def run_explain(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """One row per backend, dtype and mask; the figures are the worst relative errors over shapes, in units of roundoff."""
+    """A row per op, backend, dtype and mask or activation; its figures are relative errors in units of the dtype's roundoff."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     available = [name for name, state in info()["backends"].items() if state["available"] and (name != "cpu" or device == "cpu")]
+    requests = [("attention", *request) for request in itertools.product(available, DTYPES, testing.MASKS)]
+    linear = [name for name in available if name in LINEAR_BACKENDS]
+    requests += [("linear", *request) for request in itertools.product(linear, DTYPES, ACTIVATIONS)]
     rows = []
-    for backend, dtype, mask in itertools.product(available, DTYPES, testing.MASKS):
-        rows.append({"device": device, "backend": backend, "dtype": dtype, "mask": mask, **_verify(backend, dtype, mask, device)})
+    for op, backend, dtype, kind in requests:
+        verify = _verify_attention if op == "attention" else _verify_linear
+        errors, failure = verify(backend, dtype, kind, device)
+        row = {"device": device, "op": op, "backend": backend, "dtype": dtype, "kind": kind}
+        rows.append({**row, "errors": errors, "failure": failure})
         if not args.json:
-            row = rows[-1]
-            errors = " ".join(f"{name} {error:5.2f}" for name, error in row["errors"].items())
-            print(f"{backend:7} {dtype} {mask:16} {row['failure'] or 'ok  ' + errors}", flush=True)
+            figures = " ".join(f"{name} {error:5.2f}" for name, error in errors.items())
+            print(f"{op:9} {backend:7} {dtype} {kind:16} {failure or 'ok  ' + figures}", flush=True)
     failures = [row for row in rows if row["failure"]]
     if args.json:
         print(json.dumps(rows, indent=2))
@@ -108,7 +115,8 @@ def run_verify(args: argparse.Namespace) -> int:
     return 1 if failures or not rows else 0
 
 
-def _verify(backend: str, dtype: str, mask: str, device: str) -> dict:
+def _verify_attention(backend: str, dtype: str, mask: str, device: str) -> tuple[dict[str, float], str | None]:
+    """The worst error of each tensor over shapes, and what failed, if anything did."""
     worst: dict[str, float] = {}
     shapes = VERIFY_SHAPES[:2] if backend == "triton" and device == "cpu" else VERIFY_SHAPES  # the interpreter is slow
     for B, H, M, N, D in shapes:
@@ -117,9 +125,22 @@ def _verify(backend: str, dtype: str, mask: str, device: str) -> dict:
             result, yardstick = testing.run_attention(x, backend), testing.attention_yardstick(x)
             errors = testing.assert_accurate(result, yardstick, cpu_half_gradients=backend == "cpu")
         except AssertionError as error:
-            return {"errors": worst, "failure": f"{(B, H, M, N, D)}: {error}"}
+            return worst, f"{(B, H, M, N, D)}: {error}"
         worst = {name: max(error, worst.get(name, 0.0)) for name, error in errors.items()}
-    return {"errors": worst, "failure": None}
+    return worst, None
+
+
+def _verify_linear(backend: str, dtype: str, activation: str, device: str) -> tuple[dict[str, float], str | None]:
+    """The same for `linear` with an activation, with bias and residual."""
+    g = torch.Generator().manual_seed(0)
+    sizes = ((2, 33, 65), (96, 65), (96,), (2, 33, 96), (2, 33, 96))
+    tensors = [torch.randn(size, generator=g).div(size[-1] ** 0.5 if len(size) == 2 else 1) for size in sizes]
+    x, weight, bias, residual, dy = (t.to(device, DTYPES[dtype]) for t in tensors)
+    try:
+        result = testing.run_linear(x, weight, bias, residual, dy, activation, backend)
+        return testing.assert_accurate(result, testing.linear_yardstick(x, weight, bias, residual, dy, activation)), None
+    except AssertionError as error:
+        return {}, str(error)
 
 
 def run_bench(args: argparse.Namespace) -> int:

@@ -49,7 +49,7 @@ class LoweredMask(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Build one with `causal`, `padding` or `key_padding` and combine them with `&`; the fields are the normal form.
+    """Build one with `causal`, `padding`, `key_padding` or `dense`, combine with `&`; the fields are the normal form.
 
     Immutable, and a pytree; its tensors must not be changed after use.
     """
@@ -148,10 +148,10 @@ def key_padding(keep: Tensor) -> Mask:
     return Mask(keys=keep, key_begin=key_begin, key_end=key_end)
 
 
-def from_tensor(keep: Tensor) -> Mask:
-    """A bool tensor broadcastable to (B, H, M, N), True = may attend, as a Mask.
+def dense(keep: Tensor) -> Mask:
+    """keep: bool, broadcastable to (B, H, M, N), True = may attend. `attention` takes the tensor itself as well.
 
-    One that does not depend on the head or the query, (B, 1, 1, N), is a `key_padding`.
+    One that does not depend on the head or the query, (B, 1, 1, N), becomes a `key_padding`.
     """
     if keep.dtype != torch.bool:
         raise TypeError(f"mask must be a Mask or a bool tensor (True = may attend), got {keep.dtype}")

@@ -193,8 +193,8 @@ MASKS: dict[str, Callable[[int, int, int, int, torch.Generator, str], Mask | Non
     "holes": lambda B, H, M, N, g, device: masks.key_padding(_keep(B, N, g, device, "holes")),
     "causal_padding": lambda B, H, M, N, g, device: masks.causal() & masks.padding(_lengths(B, N, g, device)),
     "causal_left": lambda B, H, M, N, g, device: masks.causal("top_left") & masks.key_padding(_keep(B, N, g, device, "left")),
-    "dense": lambda B, H, M, N, g, device: masks.from_tensor((torch.rand(B, H, M, N, generator=g) < 0.7).to(device)),
-    "dense_rows": lambda B, H, M, N, g, device: masks.from_tensor((torch.rand(M, 1, generator=g) < 0.7).to(device)),
+    "dense": lambda B, H, M, N, g, device: masks.dense((torch.rand(B, H, M, N, generator=g) < 0.7).to(device)),
+    "dense_rows": lambda B, H, M, N, g, device: masks.dense((torch.rand(M, 1, generator=g) < 0.7).to(device)),
 }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def main() -> None:
         keep = guarded(torch.rand(1, N) < 0.7)
         pairs = guarded(torch.rand(1, 1, M, N) < 0.7)
         lengths = guarded(torch.tensor([N - 2], dtype=torch.int32))
-        for mask in (None, masks.causal() & masks.padding(lengths), masks.key_padding(keep), masks.from_tensor(pairs)):
+        for mask in (None, masks.causal() & masks.padding(lengths), masks.key_padding(keep), masks.dense(pairs)):
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             fastattn.attention(q, k, v, mask, backend="triton").backward(dout)
     print("no read beyond the end")

@@ -224,3 +224,28 @@ def test_no_read_beyond_the_end(backend):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
     assert "no read beyond the end" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graph_captures_forward_and_backward():
+    x = attention_inputs(2, 2, 70, 70, 64, torch.float16, "cuda", mask="causal_padding")
+    q, k, v = (t.clone().requires_grad_() for t in (x.q, x.k, x.v))
+
+    def step():
+        out = fastattn.attention(q, k, v, x.mask, backend="triton")
+        return out, *torch.autograd.grad(out, [q, k, v], x.dout)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        q.copy_(torch.randn_like(q))
+    graph.replay()
+    for replayed, expected in zip(captured, step(), strict=True):
+        assert torch.equal(replayed, expected)

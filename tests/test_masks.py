@@ -21,8 +21,8 @@ ATOMS = [
     (masks.padding(torch.tensor(LENGTHS), QUERIES), lambda b, h, i, j: j < LENGTHS[b] and i < QUERIES[b]),
     (masks.key_padding(KEEP), lambda b, h, i, j: KEEP[b, j]),
     (masks.key_padding(OTHER), lambda b, h, i, j: OTHER[b, j]),
-    (masks.from_tensor(PAIRS), lambda b, h, i, j: PAIRS[i, j]),
-    (masks.from_tensor(KEEP[:, None, None]), lambda b, h, i, j: KEEP[b, j]),
+    (masks.dense(PAIRS), lambda b, h, i, j: PAIRS[i, j]),
+    (masks.dense(KEEP[:, None, None]), lambda b, h, i, j: KEEP[b, j]),
 ]
 
 
@@ -74,7 +74,7 @@ def test_mask_is_a_pytree():
         (ValueError, "query_lengths must have shape", lambda: masks.padding([1], torch.tensor(3))),
         (TypeError, "keep must be a bool tensor", lambda: masks.key_padding(torch.ones(2, 3))),
         (ValueError, "keep must have shape", lambda: masks.key_padding(torch.ones(3) > 0)),
-        (ValueError, "must broadcast", lambda: masks.from_tensor(torch.ones(1, 1, 1, 2, 2) > 0)),
+        (ValueError, "must broadcast", lambda: masks.dense(torch.ones(1, 1, 1, 2, 2) > 0)),
         (TypeError, "unsupported operand", lambda: masks.causal() & torch.ones(2)),
     ],
 )

@@ -294,7 +294,7 @@ def _arguments(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple:
     if not isinstance(mask, Mask):
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a masks.Mask, a bool tensor or None, got {type(mask).__name__}")
-        mask = masks.from_tensor(mask)
+        mask = masks.dense(mask)
     mask.check(B, H, M, N, q.device)
     return (q, k, v, *mask.lower(M, N), scale, backend)
 

@@ -8,6 +8,7 @@ arguments; what is compiled in is the dtype, D, which mask fields there are, and
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy
@@ -69,13 +70,18 @@ def unsupported(problem) -> list[str]:
         reasons.append(f"tensors are on {problem.device}")
     if problem.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
         reasons.append("the GPU's compute capability is below 8.0")
-    if INTERPRET.value and triton.__version__ < "3.7" and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+    if INTERPRET.value and _version(triton) < (3, 7) and _version(numpy) >= (2, 4):
         reasons.append(f"Triton {triton.__version__} cannot interpret with NumPy {numpy.__version__} (2.4 or later)")
     if problem.dtype == torch.float64:
         reasons.append("fp64 is served by eager and cpu")
     if not 1 <= problem.D <= 128:
         reasons.append(f"head dimension {problem.D} is not in 1..128")
     return reasons
+
+
+def _version(module: ModuleType) -> tuple[int, int]:
+    major, minor, *_ = module.__version__.split(".")
+    return int(major), int(minor)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool) -> tuple[Tensor, Tensor]:
