@@ -41,17 +41,15 @@ def test_and_is_the_conjunction(parts):
     assert torch.equal(mask.dense(B, H, M, N), defined(*definitions))
 
 
-@pytest.mark.parametrize("parts", list(itertools.combinations((2, 3, 4, 5), 2)) + [(4,), (5,)])
+@pytest.mark.parametrize("parts", [(4,), (5,), (4, 5), (2, 4), (2, 5), (7, 5)])
 def test_key_range_is_tight(parts):
     """Kernels take a row for dead when it ends before the first live key, so key_begin must be one."""
     mask = ATOMS[parts[0]][0]
     for p in parts[1:]:
         mask = mask & ATOMS[p][0]
-    live = mask.dense(B, 1, 1, N)[:, 0, 0] if mask.query_end is None else None
-    if live is None:
-        pytest.skip("queries are cut")
+    live = mask.dense(B, 1, 1, N)[:, 0, 0]
     for b in range(B):
-        if mask.key_begin is not None and live[b].any():
+        if live[b].any():
             assert int(mask.key_begin[b]) == int(live[b].nonzero()[0])
 
 
