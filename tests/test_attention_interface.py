@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import BACKENDS, device_of
+from backends import BACKENDS, TRITON, device_of
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn import masks
+from fastattn.masks import LoweredMask
 
 
 def inputs(backend, requires_grad=True, dtype=torch.float32):
@@ -181,3 +182,31 @@ def test_explain_names_the_backend_and_the_reasons():
     assert fastattn.explain(Q, Q, Q, backend="eager").rejected["cpu"] == ["backend='eager' was asked for"]
     double = Q.double()
     assert fastattn.explain(double, double, double, backend="triton").backend == "none"
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        q, k, v = inputs("cpu", False)
+        out = fastattn.attention(q, k, v, causal_padding("cpu"))
+        expected = fastattn.attention(q, k, v, causal_padding("cpu"), backend="eager")
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.fixture
+def matmul_precision():
+    """PyTorch's switch for fp32 products on GPUs; left as it was."""
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    yield switch
+    switch.fp32_precision = before
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")])
+@pytest.mark.parametrize("backend", [TRITON])
+def test_fp32_follows_pytorch_s_tf32_switch(backend, setting, expected, matmul_precision):
+    from fastattn.kernels.triton import attention
+
+    matmul_precision.fp32_precision = setting
+    single, half = torch.zeros(1, 1, 4, 16), torch.zeros(1, 1, 4, 16, dtype=torch.float16)
+    assert attention.forward_launch(*[single] * 5, LoweredMask(), 1.0).arguments["PRECISION"] == expected
+    assert attention.forward_launch(*[half] * 4, single, LoweredMask(), 1.0).arguments["PRECISION"] == "ieee"

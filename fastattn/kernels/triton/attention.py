@@ -139,7 +139,8 @@ def _shared(tensors: dict[str, Tensor], mask: LoweredMask, scale: float, q: Tens
     arguments.update(mask._asdict(), keys_b=keys_b, keys_n=keys_n, scale=scale)
     arguments.update(H=q.shape[1], M=q.shape[2], N=k.shape[2])
     arguments.update(D=q.shape[3], BLOCK_D=_block_d(q), VECTOR=vector)
-    arguments.update(PRECISION="tf32" if q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee")
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    arguments.update(PRECISION="tf32" if tf32 else "ieee")
     return arguments
 
 
