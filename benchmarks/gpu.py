@@ -7,6 +7,7 @@ that fails or runs out of time does not keep the next from running; the exit sta
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -25,9 +26,10 @@ class Step(NamedTuple):
 
 def steps(out: Path) -> list[Step]:
     where = ["--device", "cuda", "--out", str(out)]
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # most of the time goes into compiling kernels
     return [
-        Step("tests", 200, ("pytest", "tests", "-m", "gpu", "--tb=short")),
-        Step("verify", 40, ("fastattn", "verify")),
+        Step("tests", 150, ("pytest", "tests", "-m", "gpu", "--tb=short", *workers)),
+        Step("verify", 90, ("fastattn", "verify")),
         Step("ops", 150, ("benchmarks.ops", *where)),
         Step("models", 140, ("benchmarks.models", *where)),
     ]
