@@ -69,12 +69,18 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The short hash of the working tree's commit, "-dirty" if files differ from it; None outside a checkout."""
+    """The short hash of the working tree's commit, "-dirty" if a file that is not itself a result differs; None outside git."""
+    git = ["git", "-C", str(ROOT.parent)]
+    code = [".", ":!benchmarks/results", ":!docs", ":!README.md"]
     try:
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        status = [*git, "status", "--porcelain", "--untracked-files=no", "--", *code]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty" if changed else commit
 
 
 def add_floor(records: list[dict], ceilings: dict[torch.dtype, Ceilings]) -> None:
