@@ -43,7 +43,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.set_defaults(run=run_verify)
 
     command = commands.add_parser("bench", help="time attention of one shape, or the model in a checkpoint directory")
-    command.add_argument("checkpoint", nargs="?", type=Path, help="a directory with config.json and model.safetensors")
+    command.add_argument(
+        "checkpoint", nargs="?", type=Path, help="a directory with config.json and model.safetensors; B, L of --shape"
+    )
     _request_options(command)
     command.set_defaults(run=run_bench)
     return parser.parse_args(argv)
@@ -148,6 +150,8 @@ def run_bench(args: argparse.Namespace) -> int:
 
     if args.checkpoint is None:
         return bench.attention(_inputs(args))
+    if (args.mask, args.dtype) != ("padding", "fp32"):
+        raise SystemExit("bench: --mask and --dtype are for a shape; a checkpoint is timed in fp32 and without padding")
     return bench.checkpoint(args.checkpoint, args.shape[0], args.shape[2], args.device)
 
 

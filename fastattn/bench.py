@@ -36,7 +36,7 @@ def checkpoint(directory: Path, batch: int, length: int, device: str) -> int:
     kind = json.loads((directory / "config.json").read_text())["model_type"]
     if kind not in ("bert", "clip"):
         raise ValueError(f"config.json says model_type {kind!r}; bench serves 'bert' and 'clip'")
-    models = {name: _load(kind, directory, name).to(device) for name in ("eager", "sdpa", "fastattn")}
+    models = {name: _load(kind, directory, name).to(device, torch.float32) for name in ("eager", "sdpa", "fastattn")}
     inputs = _tokens(kind, models["eager"].config, batch, length, device)
     calls: dict[str, Call] = {name: _call(model, inputs) for name, model in models.items()}
     outputs = {name: call() for name, call in calls.items()}

@@ -6,6 +6,7 @@ import pytest
 
 from fastattn import testing
 from fastattn.__main__ import main
+from fastattn.models import digits
 
 
 def test_info_json_has_the_contract_s_keys(capsys):
@@ -40,6 +41,15 @@ def test_bench_of_a_shape(capsys, monkeypatch):
     monkeypatch.setattr("fastattn.bench.SECONDS", 0.05)
     assert main(["bench", "--shape", "1,2,32,16", "--device", "cpu"]) == 0
     assert "x sdpa" in capsys.readouterr().out
+
+
+def test_bench_of_a_checkpoint(capsys, monkeypatch):
+    monkeypatch.setattr("fastattn.bench.SECONDS", 0.05)
+    checkpoint = str(digits.DIRECTORY)
+    assert main(["bench", checkpoint, "--shape", "2,4,40,16", "--device", "cpu"]) == 0
+    assert "x sdpa" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--dtype"):
+        main(["bench", checkpoint, "--dtype", "bf16"])
 
 
 @pytest.mark.parametrize("shape", ["1,2,3", "a,b,c,d", "1,-2,3,4"])

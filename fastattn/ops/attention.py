@@ -50,7 +50,7 @@ def _problem(q: Tensor, k: Tensor, mask: LoweredMask) -> AttentionProblem:
     return AttentionProblem(q.device.type, q.dtype, B, H, M, k.shape[2], D, causal, ranges, keys, pairs)
 
 
-# The op. `exact_lse` says that the caller wants lse itself; without it only the backward reads it.
+# The op. `exact_lse` says that the caller wants lse itself; without it only the backward reads it, and a backend may save work.
 
 _MASK = "SymInt? diagonal, Tensor? key_begin, Tensor? key_end, Tensor? query_end, Tensor? keys, Tensor? pairs"
 _REQUEST = f"{_MASK}, float scale, str backend"
@@ -249,7 +249,10 @@ def explain(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Explanation:
-    """Which backend `attention` would take for these arguments, and why not the others. Runs no kernel."""
+    """Which backend `attention` would take for these arguments, and why not the others. Runs no kernel.
+
+    `return_lse` is taken so that a call can be explained as it stands; the choice does not depend on it.
+    """
     args = _arguments(q, k, v, mask, bias, scale, dropout, seed, backend)
     q, k, v = args[:3]
     problem = _problem(q, k, LoweredMask(*args[3:9]))
