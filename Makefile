@@ -6,8 +6,9 @@ else
   RUN := $(VENV)/bin/python
 endif
 OUT ?= out
+BUILD := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: bench test lint gpu readme
+.PHONY: bench test lint gpu gates readme
 
 bench: ready-bench
 	$(RUN) -m benchmarks.models
@@ -24,16 +25,21 @@ lint: ready-dev
 readme: ready-bench
 	$(RUN) -m benchmarks.report
 
-# Everything that needs a GPU: its tests, then both benchmarks. Uses the environment as it is, installs and downloads nothing.
+# What the compiled kernels hold, seen without a GPU: the table that the tests hold the kernels to.
+gates: ready-test
+	$(RUN) -m tests.gates
+
+# Everything that needs a GPU: the CUDA kernels are built, then its tests and both benchmarks run. Uses the environment as it is,
+# installs and downloads nothing.
 gpu:
 	$(or $(PYTHON),python3) benchmarks/gpu.py --out $(OUT)
 
 ifdef PYTHON
 ready-%: ;
 else
-# One environment for all targets; a target adds its extra once, and again when the pins or the package change.
+# One environment for all targets; a target adds its extra once, and again when the pins, the package or its kernels change.
 ready-%: $(VENV)/.ready-% ;
-$(VENV)/.ready-%: pyproject.toml setup.py constraints.txt
+$(VENV)/.ready-%: $(BUILD)
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[$*]'
 	touch $@

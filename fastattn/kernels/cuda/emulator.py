@@ -1,0 +1,93 @@
+"""The CUDA kernels on a CPU: the sources in csrc compiled with the emulator, at first use, in a checkout of the repository.
+
+The emulator executes a kernel thread by thread, with the tensor-core instructions lane by lane, and checks every access to
+memory; what it finds is raised as `EmulatorError`. It is for tests: about a million times slower than a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import importlib.util
+import platform
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
+FOLDER = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}"
+LIBRARY = FOLDER / "_cuda.so"
+READ, WRITE = 0, 1  # how a launch uses a buffer: see csrc/emulator
+
+
+class EmulatorError(RuntimeError):
+    """A kernel did what it must not: the message lists each finding with its place in the source."""
+
+
+def problems() -> list[str]:
+    """Why the emulator cannot be had here; empty where it can."""
+    if not (ROOT / "csrc" / "build.py").exists():
+        return ["the emulator is built from a checkout of the repository, and this is an installed package"]
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return [f"the emulator switches stacks on x86-64 only, and this is {platform.machine()}"]
+    if shutil.which("g++") is None:
+        return ["the emulator is compiled with g++, which was not found"]
+    return []
+
+
+def launch(kernel: str, arguments: dict[str, Any], reads: dict[str, Tensor | None], writes: dict[str, Tensor | None]) -> None:
+    module, checks = _module(), _interface()
+    for access, tensors in ((READ, reads), (WRITE, writes)):
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                dims = ctypes.c_int64 * tensor.dim()
+                sizes, strides = dims(*tensor.shape), dims(*tensor.stride())
+                checks.fastattn_emulator_watch(
+                    name.encode(), tensor.data_ptr(), tensor.element_size(), tensor.dim(), sizes, strides, access
+                )
+    try:
+        getattr(module, kernel)(**arguments, stream=0)
+    finally:
+        reports = checks.fastattn_emulator_finish().decode()
+    if reports:
+        raise EmulatorError(f"{kernel}: the emulator reports\n{reports}")
+
+
+@functools.cache
+def build() -> Path:
+    """Compile what has changed since the last time; one process at a time."""
+    spec = importlib.util.spec_from_file_location("fastattn_csrc_build", ROOT / "csrc" / "build.py")
+    assert spec is not None and spec.loader is not None
+    compiler = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compiler)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        compiler.emulated(LIBRARY, (*compiler.KERNELS, compiler.BINDINGS), FOLDER)
+    return LIBRARY
+
+
+@functools.cache
+def _module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fastattn.emulated._cuda", build())
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def _interface() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(build()))
+    numbers = ctypes.POINTER(ctypes.c_int64)
+    library.fastattn_emulator_watch.argtypes = [
+        ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, numbers, numbers, ctypes.c_int,
+    ]  # fmt: skip
+    library.fastattn_emulator_watch.restype = None
+    library.fastattn_emulator_finish.restype = ctypes.c_char_p
+    return library
