@@ -1,6 +1,6 @@
-"""Compile the CUDA C++ sources: by nvcc for GPUs, or by g++ together with the emulator. `setup.py` does the first, the library the second.
+"""Compile the CUDA C++ sources: by nvcc for GPUs, which `setup.py` does, or by g++ together with the emulator.
 
-Both are ninja builds of the same files. Only the standard library is used, and pybind11's and Python's headers: torch is not needed.
+Both are ninja builds of the same files. Only the standard library is used, and pybind11's and Python's headers: no torch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ KERNELS = tuple(sorted(CSRC.glob("**/*.cu")))
 BINDINGS = CSRC / "bindings.cpp"
 EMULATOR = tuple(sorted((CSRC / "emulator").glob("*.cpp")))
 ARCHS = ("80", "90")  # sm_80's code also runs on 86 and 89; the PTX of the last one is for what comes after it
+CUDA_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+# without the builtins, copies of a constant size are calls that the emulator sees, as it sees loads and stores
+EMULATED_FLAGS = ("-O1", "-fsanitize=thread", "-fno-builtin-memcpy", "-fno-builtin-memset")
 
 
 class BuildError(RuntimeError):
@@ -53,7 +56,7 @@ def cuda(output: Path, folder: Path, archs: Sequence[str] = ARCHS) -> None:
     newest = archs[-1].rstrip("af")
     codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     rules = {
-        ".cu": f"{nvcc()} -std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)} -MD -MF $out.d -c $in -o $out",
+        ".cu": f"{nvcc()} {' '.join(CUDA_FLAGS)} {' '.join(codes)} -MD -MF $out.d -c $in -o $out",
         ".cpp": f"g++ -std=c++17 -O2 -fPIC -fvisibility=hidden {_includes()} -MD -MF $out.d -c $in -o $out",
         "link": f"{nvcc()} -shared -cudart static -Xcompiler -fPIC $in -o $out",
     }
@@ -63,12 +66,12 @@ def cuda(output: Path, folder: Path, archs: Sequence[str] = ARCHS) -> None:
 def emulated(output: Path, sources: Sequence[Path], folder: Path) -> None:
     """Build `output`, a shared library of `sources` and the emulator.
 
-    Kernels are compiled with the thread sanitizer's instrumentation and linked without its runtime: the emulator has the functions
-    that the instrumentation calls, and so sees every load and store.
+    Kernels are compiled with the thread sanitizer's instrumentation and linked without its runtime: the functions that are called
+    then are the emulator's, which so sees every load and store.
     """
     flags = f"-std=c++17 -g -fPIC -fvisibility=hidden -I{CSRC}"
     rules = {
-        ".cu": f"g++ {flags} -O1 -fsanitize=thread -MD -MF $out.d -x c++ -c $in -o $out",
+        ".cu": f"g++ {flags} {' '.join(EMULATED_FLAGS)} -MD -MF $out.d -x c++ -c $in -o $out",
         ".cpp": f"g++ {flags} -O2 {_includes()} -MD -MF $out.d -c $in -o $out",
         "link": "g++ -shared $in -o $out",
     }

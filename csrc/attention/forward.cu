@@ -17,6 +17,7 @@
 #include "../common/tile.cuh"
 
 #include <cmath>
+#include <stdexcept>
 
 namespace fastattn {
 namespace {
@@ -166,7 +167,7 @@ DEVICE void finish(const AttentionForward& p, const Softmax<D>& state, unsigned 
 }
 
 template <class T, int D>
-KERNEL(THREADS, D == 128 ? 2 : 3) attention_forward_kernel(KERNEL_ARGUMENT AttentionForward p) {
+KERNEL(THREADS, D == 128 ? 2 : D == 64 ? 3 : 4) attention_forward_kernel(KERNEL_ARGUMENT AttentionForward p) {
   SHARED_MEMORY(shared);
   constexpr int TILE = BLOCK_N * D * 2;
   unsigned char *q_tile = shared, *k_tiles = shared + TILE, *v_tiles = shared + 3 * TILE;

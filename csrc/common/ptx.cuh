@@ -199,19 +199,5 @@ DEVICE float exp2_approximate(float x) {
   return y;
 }
 
-// log2(x), to 2 ulp or so of the larger of 1 and the result; x must not be subnormal.
-DEVICE float log2_approximate(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// 1 / x, to 1 ulp.
-DEVICE float reciprocal_approximate(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 }  // namespace fastattn
 #endif
