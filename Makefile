@@ -27,7 +27,7 @@ readme: ready-bench
 
 # What the compiled kernels hold, seen without a GPU: the table that the tests hold the kernels to.
 gates: ready-test
-	$(RUN) -m tests.gates
+	$(RUN) tests/gates.py
 
 # Everything that needs a GPU: the CUDA kernels are built, then its tests and both benchmarks run. Uses the environment as it is,
 # installs and downloads nothing.

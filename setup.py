@@ -1,4 +1,4 @@
-"""Packaging is declared in pyproject.toml; here the CUDA kernels join it. Needs no torch, and no compiler unless they are asked for.
+"""Packaging is declared in pyproject.toml; here the CUDA kernels join it. It needs no torch, and no compiler unless asked.
 
 FASTATTN_CUDA: auto (default) builds them where nvcc works, 0 never, 1 always and fails where it cannot. FASTATTN_CUDA_ARCHS: the
 architectures, "80;90" by default. MAX_JOBS: compilers at a time. What was decided is written to fastattn/_build.json.

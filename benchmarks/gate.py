@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn import reference
-from fastattn.testing import COLD, HALF, UNIT, Yardstick, assert_accurate, linear_yardstick
+from fastattn.testing import COLD, HALF, UNIT, Yardstick, assert_accurate
 
 
 def check(actual: dict[str, Tensor], yardstick: Yardstick, *, ours: bool, cpu_half_gradients: bool = False) -> float:
@@ -32,45 +31,6 @@ def _check_peer(name: str, tensor: Tensor, yardstick: Yardstick, raising: bool) 
     if not error <= bound:  # NaN fails too
         raise AssertionError(f"{name}: max error {error:.3e} over {bound:.3e}")
     return error
-
-
-def feed_forward_yardstick(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dy: Tensor, activation: str) -> Yardstick:
-    """For `ffn`: y, dx, dw1, dw2."""
-
-    def run(x, w1, b1, w2, b2, dy):
-        hidden, z = reference.linear(x, w1, b1, activation, None)
-        y, _ = reference.linear(hidden, w2, b2, None, None)
-        dhidden, dw2, _ = reference.linear_backward(dy, hidden, w2, None, None)
-        dx, dw1, _ = reference.linear_backward(dhidden, x, w1, z, activation)
-        return {"y": y, "dx": dx, "dw1": dw1, "dw2": dw2}
-
-    tensors = (x, w1, b1, w2, b2, dy)
-    wide = tuple(t.double() for t in tensors)
-    x, w1, b1, w2, b2, dy = (t.abs() for t in wide)
-    hidden = 1.2 * linear_yardstick(x, w1, b1, None, dy @ w2, None).magnitude["y"]
-    second = linear_yardstick(hidden, w2, b2, None, dy, None).magnitude
-    first = linear_yardstick(x, w1, b1, None, second["dx"], activation).magnitude
-    magnitude = {"y": second["y"], "dx": first["dx"], "dw1": first["dw"], "dw2": second["dw"]}
-    return Yardstick(run(*wide), run(*tensors), magnitude)
-
-
-def norm_yardstick(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, eps: float) -> Yardstick:
-    """For `add_layer_norm`: y and dx."""
-
-    def run(x, residual, weight, bias, dy):
-        total = x + residual
-        y, mean, rstd = reference.layer_norm(total, weight, bias, eps)
-        dx, _, _ = reference.layer_norm_backward(dy, total, mean, rstd, weight)
-        return {"y": y.to(x.dtype), "dx": dx.to(x.dtype)}
-
-    tensors = (x, residual, weight, bias, dy)
-    wide = tuple(t.double() for t in tensors)
-    total = wide[0] + wide[1]
-    _, _, rstd = reference.layer_norm(total, None, None, eps)
-    size = total.abs() + total.abs().mean(-1, keepdim=True)
-    normal, g = size * rstd, (wide[4] * wide[2]).abs()
-    dx = rstd * (g + g.mean(-1, keepdim=True) + normal * (g * normal).mean(-1, keepdim=True))
-    return Yardstick(run(*wide), run(*tensors), {"y": normal * wide[2].abs() + wide[3].abs(), "dx": dx})
 
 
 def model_bound(eager_error: float, scale: float, dtype: torch.dtype) -> float:

@@ -1,4 +1,5 @@
-"""`make gpu`: the GPU tests, then both benchmarks, in one command of under nine minutes that installs and downloads nothing.
+"""`make gpu`: the CUDA kernels are built, primitives compared with the emulator, then GPU tests and both benchmarks; in one
+command of under nine minutes that installs and downloads nothing.
 
 Leaves at most eight files in --out: result files, plots, one log, and summary.json with each step's exit status and time. A step
 that fails or runs out of time does not keep the next from running; the exit status is 1 if any did.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -21,17 +23,20 @@ ROOT = Path(__file__).resolve().parent.parent
 class Step(NamedTuple):
     name: str
     limit: int  # seconds
-    module: tuple[str, ...]  # what `python -m` runs, with its arguments
+    arguments: tuple[str, ...]  # of python
 
 
 def steps(out: Path) -> list[Step]:
     where = ["--device", "cuda", "--out", str(out)]
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # most of the time goes into compiling kernels
+    test = ("-m", "pytest", "-m", "gpu", "--tb=short")
     return [
-        Step("tests", 150, ("pytest", "tests", "-m", "gpu", "--tb=short", *workers)),
-        Step("verify", 90, ("fastattn", "verify")),
-        Step("ops", 150, ("benchmarks.ops", *where)),
-        Step("models", 140, ("benchmarks.models", *where)),
+        Step("build", 60, ("setup.py", "build_ext", "--inplace")),
+        Step("conformance", 60, (*test, "tests/emulator")),
+        Step("tests", 140, (*test, "tests", "--ignore=tests/emulator", *workers)),
+        Step("verify", 60, ("-m", "fastattn", "verify")),
+        Step("ops", 110, ("-m", "benchmarks.ops", *where)),
+        Step("models", 100, ("-m", "benchmarks.models", *where)),
     ]
 
 
@@ -50,10 +55,11 @@ def main() -> int:
 
 def run(step: Step, log) -> dict:
     """Run one step, with its output both on the terminal and in the log."""
-    command = [sys.executable, "-m", *step.module]
+    command = [sys.executable, *step.arguments]
     print("==", *command, file=log, flush=True)
     start = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, "FASTATTN_CUDA": "1"}  # a build that fails is a failure
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         output, _ = process.communicate(timeout=step.limit)
     except subprocess.TimeoutExpired:

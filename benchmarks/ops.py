@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 import fastattn
-from benchmarks import attention_providers, gate, measure, refusals, results, shapes
+from benchmarks import attention_providers, measure, refusals, results, shapes
 from fastattn import masks, testing, timing
 from fastattn.activations import ACTIVATIONS
 from fastattn.ops import ffn as ffn_op
@@ -83,7 +83,7 @@ def feed_forward_task(shape: shapes.FeedForwardShape, tokens: int, dtype: torch.
         return lambda x, w1, w2, b1, b2: fastattn.ffn(x, w1, b1, w2, b2, activation=shape.activation, backend=backend)
 
     def yardstick(t: tuple[Tensor, ...]) -> testing.Yardstick:
-        return gate.feed_forward_yardstick(t[0], t[1], t[3], t[2], t[4], dy, shape.activation)
+        return testing.ffn_yardstick(t[0], t[1], t[3], t[2], t[4], dy, shape.activation)
 
     contenders = _pointwise_contenders(eager, own, ffn_op.BACKENDS, device)
     fields = _fields("ffn", shape.name, dtype, None, None, 1.0, tokens, hidden=d, activation=shape.activation)
@@ -111,14 +111,15 @@ def norm_task(shape: shapes.FeedForwardShape, tokens: int, dtype: torch.dtype, d
 
         return lambda x, residual, weight, bias: LigerLayerNormFunction.apply(x + residual, weight, bias, EPS)
 
+    def yardstick(t: tuple[Tensor, ...]) -> testing.Yardstick:
+        return testing.norm_yardstick(t[0], t[1], t[2], t[3], dy, None, EPS)
+
     contenders = _pointwise_contenders(eager, own, norm_op.BACKENDS, device)
     if device.type == "cuda":
         contenders.insert(-1, measure.Contender("Liger, after an add", liger, package="liger_kernel"))
     fields = _fields("add_layer_norm", shape.name, dtype, None, None, 1.0, tokens, hidden=d)
     work = shapes.norm_work(d, tokens, dtype.itemsize)
-    return measure.Task(
-        fields, contenders, inputs, dy, "y", ("dx",), lambda t: gate.norm_yardstick(t[0], t[1], t[2], t[3], dy, EPS), work
-    )
+    return measure.Task(fields, contenders, inputs, dy, "y", ("dx",), yardstick, work)
 
 
 def _pointwise_contenders(eager, own, backends: tuple[str, ...], device: torch.device) -> list[measure.Contender]:

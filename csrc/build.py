@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
-KERNELS = tuple(sorted(CSRC.glob("**/*.cu")))
-BINDINGS = CSRC / "bindings.cpp"
+MODULE = (*sorted(CSRC.glob("*/*.cu")), CSRC / "bindings.cpp")  # the sources of the Python module `_cuda`
 EMULATOR = tuple(sorted((CSRC / "emulator").glob("*.cpp")))
 ARCHS = ("80", "90")  # sm_80's code also runs on 86 and 89; the PTX of the last one is for what comes after it
-CUDA_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+CUDA_FLAGS = ("-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 # without the builtins, copies of a constant size are calls that the emulator sees, as it sees loads and stores
 EMULATED_FLAGS = ("-O1", "-fsanitize=thread", "-fno-builtin-memcpy", "-fno-builtin-memset")
 
@@ -50,8 +49,8 @@ def nvcc_version() -> str:
     return text.split("release ")[1].split(",")[0]
 
 
-def cuda(output: Path, folder: Path, archs: Sequence[str] = ARCHS) -> None:
-    """Build `output`, a Python module with the kernels for `archs`, like "80" or "90a"; objects are kept in `folder`."""
+def cuda(output: Path, folder: Path, archs: Sequence[str] = ARCHS, sources: Sequence[Path] = MODULE) -> None:
+    """Build `output`, a shared library with kernels for `archs`, like "80" or "90a"; objects are kept in `folder`."""
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     newest = archs[-1].rstrip("af")
     codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
@@ -60,10 +59,10 @@ def cuda(output: Path, folder: Path, archs: Sequence[str] = ARCHS) -> None:
         ".cpp": f"g++ -std=c++17 -O2 -fPIC -fvisibility=hidden {_includes()} -MD -MF $out.d -c $in -o $out",
         "link": f"{nvcc()} -shared -cudart static -Xcompiler -fPIC $in -o $out",
     }
-    _ninja(output, (*KERNELS, BINDINGS), folder, rules)
+    _ninja(output, sources, folder, rules)
 
 
-def emulated(output: Path, sources: Sequence[Path], folder: Path) -> None:
+def emulated(output: Path, folder: Path, sources: Sequence[Path] = MODULE) -> None:
     """Build `output`, a shared library of `sources` and the emulator.
 
     Kernels are compiled with the thread sanitizer's instrumentation and linked without its runtime: the functions that are called

@@ -4,16 +4,18 @@ from fastattn import masks
 from fastattn.integrations.torch_sdpa import sdpa_override
 from fastattn.kernels.cpu.ffn import clear_packed
 from fastattn.ops.attention import attention, explain, scaled_dot_product_attention
-from fastattn.ops.ffn import ffn, linear
-from fastattn.ops.norm import add_layer_norm
+from fastattn.ops.ffn import explain_linear, ffn, linear
+from fastattn.ops.norm import add_layer_norm, add_rms_norm
 from fastattn.version import __version__
 
 __all__ = [
     "__version__",
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "clear_packed",
     "explain",
+    "explain_linear",
     "ffn",
     "linear",
     "masks",

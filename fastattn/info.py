@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 from typing import Any
 
 import torch
 
 import fastattn
+from fastattn.kernels.cuda import library
 
 
 def info() -> dict[str, Any]:
@@ -20,7 +22,7 @@ def info() -> dict[str, Any]:
         "triton": _triton_version(),
         "devices": _devices(),
         "backends": {name: {"available": reason is None, "reason": reason} for name, reason in _reasons().items()},
-        "cuda_build": None,
+        "cuda_build": _cuda_build(),
     }
 
 
@@ -35,7 +37,7 @@ def cpu_name() -> str:
 
 
 def _reasons() -> dict[str, str | None]:
-    return {"triton": _triton_reason(), "cpu": None, "eager": None}
+    return {"triton": _triton_reason(), "cuda": _cuda_reason(), "cpu": None, "eager": None}
 
 
 def _triton_version() -> str | None:
@@ -58,6 +60,22 @@ def _triton_reason() -> str | None:
     if device == "cpu" and reasons:
         return "no CUDA device, and TRITON_INTERPRET=1 is not set"
     return "; ".join(reasons) or None
+
+
+def _cuda_reason() -> str | None:
+    """Of the CUDA kernels: for the GPU where there is one, else for the emulator."""
+    reasons = library.problems("cuda" if torch.cuda.is_available() else "cpu")
+    if reasons and not torch.cuda.is_available():
+        return "no CUDA device, and FASTATTN_EMULATE=1 is not set" if os.environ.get("FASTATTN_EMULATE") != "1" else reasons[0]
+    return "; ".join(reasons) or None
+
+
+def _cuda_build() -> dict[str, Any] | None:
+    """What the build decided, with the kernels in it where it made any; None where the package was never built."""
+    record = library.build_record()
+    if record is None or not record["cuda"]:
+        return record
+    return {**record, "kernels": sorted(library.module().kernels)}
 
 
 def _devices() -> list[str]:

@@ -87,36 +87,69 @@ def linear(
 
 def linear_backward(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, activation: str | None,
-    need_dx: bool = True, need_dw: bool = True, need_db: bool = True,
-) -> tuple[Any, Any, Any]:  # fmt: skip
-    """dx, dW and db of `linear`: dz = dy * act'(z), dx = dz W, dW = dz^T x, db = the sum of dz over rows; None if not needed."""
+    need_dx: bool = True, need_dw: bool = True, need_db: bool = True, before: tuple[Tensor, str] | None = None,
+) -> tuple[Any, Any, Any, Any]:  # fmt: skip
+    """dx, dW and db of `linear`: dz = dy * act'(z), dx = dz W, dW = dz^T x, db = the sum of dz over rows; None if not needed.
+
+    `before` = (z_before, activation_before) says that x is act_before(z_before): in place of dx comes the gradient of z_before,
+    dx * act_before'(z_before), and last its sum over rows, the bias gradient of the layer before; else None.
+    """
     dz = dy
-    if activation is not None and z is not None:
+    if activation is not None:
+        assert z is not None, "the derivative of an activation is taken at z"
         dz = ACTIVATIONS[activation][1](dy, z)
-    rows = dz.reshape(-1, dz.shape[-1])
-    dx = dz @ weight.to(dy.dtype) if need_dx else None
-    dw = (rows.mT @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if need_dw else None
+    rows = matrix(dz)
+    dw = (rows.mT @ matrix(x)).to(weight.dtype) if need_dw else None
     db = rows.sum(0) if need_db else None  # PyTorch accumulates it in fp32 and rounds once
-    return dx, dw, db
+    dx = dz @ weight.to(dy.dtype) if need_dx else None
+    if before is None or dx is None:
+        return dx, dw, db, None
+    z_before, activation_before = before
+    dx = ACTIVATIONS[activation_before][1](dx, z_before)
+    return dx, dw, db, matrix(dx).sum(0)
 
 
-def layer_norm(total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """weight * (total - mean) * rstd + bias over the last dimension, with mean and rstd (..., 1), all in fp32 or fp64."""
-    total = total.to(compute_dtype(total.dtype))
-    mean = total.mean(-1, keepdim=True)
-    rstd = torch.rsqrt((total - mean).square().mean(-1, keepdim=True) + eps)
-    y = (total - mean) * rstd
+def matrix(x: Tensor) -> Tensor:
+    """(..., d) as (rows, d); x.reshape(-1, d) has no answer for d = 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """LayerNorm, or RMSNorm, of residual + x over the last dimension: y in x's dtype, the sum, mean and rstd (..., 1).
+
+    y = weight * (sum - mean) * rstd + bias with rstd = 1 / sqrt(mean((sum - mean)^2) + eps), all in fp32 or fp64; an RMSNorm
+    subtracts no mean and returns None for it.
+    """
+    total = x if residual is None else residual + x
+    centred, mean = total.to(compute_dtype(total.dtype)), None
+    if not rms:
+        mean = centred.mean(-1, keepdim=True)
+        centred = centred - mean
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    y = centred * rstd
     y = y if weight is None else y * weight.to(y.dtype)
-    return (y if bias is None else y + bias.to(y.dtype)), mean, rstd
+    y = y if bias is None else y + bias.to(y.dtype)
+    return y.to(x.dtype), total, mean, rstd
 
 
-def layer_norm_backward(
-    dy: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `layer_norm` for total, weight and bias, in fp32 or fp64."""
-    dy, total = dy.to(mean.dtype), total.to(mean.dtype)
-    normal = (total - mean) * rstd
+def norm_backward(
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None,
+    need_dweight: bool = True, need_dbias: bool = True,
+) -> tuple[Tensor, Any, Any]:  # fmt: skip
+    """Gradients of `norm` for the sum, in its dtype, and for weight and bias, in rstd's; dtotal is the sum's own gradient.
+
+    With n = (sum - mean) * rstd and g = dy * weight: dsum = rstd * (g - mean(g) - n * mean(g * n)) + dtotal, without mean(g) in
+    an RMSNorm; dweight = the sum of dy * n over rows, dbias that of dy.
+    """
+    dy, wide = dy.to(rstd.dtype), total.to(rstd.dtype)
+    normal = (wide if mean is None else wide - mean) * rstd
     g = dy if weight is None else dy * weight.to(dy.dtype)
-    dtotal = rstd * (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True))
+    dsum = g - normal * (g * normal).mean(-1, keepdim=True)
+    dsum = rstd * (dsum if mean is None else dsum - g.mean(-1, keepdim=True))
+    if dtotal is not None:
+        dsum = dsum + dtotal
     rows = tuple(range(dy.dim() - 1))
-    return dtotal, (dy * normal).sum(rows), dy.sum(rows)
+    dweight = (dy * normal).sum(rows) if need_dweight else None
+    return dsum.to(total.dtype), dweight, dy.sum(rows) if need_dbias else None

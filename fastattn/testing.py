@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from fastattn.masks import LoweredMask, Mask
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 HALF = (torch.float16, torch.bfloat16)
-GRADIENTS = ("dq", "dk", "dv", "dx", "dw", "db", "dresidual", "dweight", "dbias")
+GRADIENTS = ("dq", "dk", "dv", "dx", "dw", "db", "dw1", "db1", "dw2", "db2", "dresidual", "dweight", "dbias")
 COLD, HOT = 32, 256
 
 
@@ -198,7 +199,7 @@ MASKS: dict[str, Callable[[int, int, int, int, torch.Generator, str], Mask | Non
 }  # fmt: skip
 
 
-# Linear and norm
+# Linear, FFN and norms
 
 
 def linear_yardstick(
@@ -208,14 +209,13 @@ def linear_yardstick(
 
     def run(x, weight, bias, residual, dy):
         y, z = reference.linear(x, weight, bias, activation, residual)
-        dx, dw, db = reference.linear_backward(dy, x, weight, z, activation)
+        dx, dw, db, _ = reference.linear_backward(dy.to(x.dtype), x, weight, z, activation)
         return {"y": y, "dx": dx, "dw": dw, "db": db, "dresidual": dy}
 
     tensors = (x, weight, bias, residual, dy)
-    wide = [None if t is None else t.double() for t in tensors]
-    sizes = [None if t is None else t.abs() for t in wide]
-    magnitude = linear_magnitude(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], activation)
-    return Yardstick(run(*wide), run(*tensors), magnitude)
+    wide = _wide(tensors)
+    x, weight, bias, residual, dy = _sizes(wide)
+    return Yardstick(run(*wide), run(*tensors), linear_magnitude(x, weight, bias, residual, dy, activation))
 
 
 def linear_magnitude(x, weight, bias, residual, dy, activation: str | None) -> dict[str, Tensor]:
@@ -225,20 +225,110 @@ def linear_magnitude(x, weight, bias, residual, dy, activation: str | None) -> d
     """
     z = torch.nn.functional.linear(x, weight, bias)
     dz = dy if activation is None else 1.2 * dy * (1 + z)
-    rows = dz.reshape(-1, dz.shape[-1])
+    rows = reference.matrix(dz)
     return {
         "y": z if residual is None else z + residual,
         "dx": dz @ weight,
-        "dw": rows.mT @ x.reshape(-1, x.shape[-1]),
+        "dw": rows.mT @ reference.matrix(x),
         "db": rows.sum(0),
         "dresidual": dy,
     }
 
 
 def run_linear(x, weight, bias, residual, dy, activation: str | None, backend: str) -> dict[str, Tensor]:
-    leaves = {"dx": x, "dw": weight, "db": bias, "dresidual": residual}
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items() if t is not None}
+    """y and every gradient of the public function."""
+    leaves = _leaves({"dx": x, "dw": weight, "db": bias, "dresidual": residual})
     args = (leaves["dx"], leaves["dw"], leaves.get("db"))
     y = fastattn.linear(*args, activation=activation, residual=leaves.get("dresidual"), backend=backend)
-    grads = torch.autograd.grad(y, list(leaves.values()), dy)
-    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+    return {"y": y.detach(), **_gradients([y], [dy], leaves)}
+
+
+def ffn_yardstick(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, dy: Tensor, activation: str
+) -> Yardstick:
+    """For `ffn`: y, dx, dw1, db1, dw2, db2."""
+
+    def run(x, w1, b1, w2, b2, dy):
+        hidden, z = reference.linear(x, w1, b1, activation, None)
+        y, _ = reference.linear(hidden, w2, b2, None, None)
+        dz, dw2, db2, db1 = reference.linear_backward(dy, hidden, w2, None, None, before=(z, activation))
+        dx, dw1, _, _ = reference.linear_backward(dz, x, w1, None, None)
+        return {"y": y, "dx": dx, "dw1": dw1, "db1": db1, "dw2": dw2, "db2": db2}
+
+    tensors = (x, w1, b1, w2, b2, dy)
+    wide = _wide(tensors)
+    x, w1, b1, w2, b2, dy = _sizes(wide)
+    hidden = 1.2 * torch.nn.functional.linear(x, w1, b1)
+    second = linear_magnitude(hidden, w2, b2, None, dy, None)
+    first = linear_magnitude(x, w1, b1, None, second["dx"], activation)
+    magnitude = {name: second[name] for name in ("y", "dw", "db")} | {"dx": first["dx"], "dw1": first["dw"], "db1": first["db"]}
+    magnitude["dw2"], magnitude["db2"] = magnitude.pop("dw"), magnitude.pop("db")
+    return Yardstick(run(*wide), run(*tensors), magnitude)
+
+
+def run_ffn(x, w1, b1, w2, b2, dy, activation: str, backend: str) -> dict[str, Tensor]:
+    """y and every gradient of the public function."""
+    leaves = _leaves({"dx": x, "dw1": w1, "db1": b1, "dw2": w2, "db2": b2})
+    first, second = (leaves["dw1"], leaves.get("db1")), (leaves["dw2"], leaves.get("db2"))
+    y = fastattn.ffn(leaves["dx"], *first, *second, activation=activation, backend=backend)
+    return {"y": y.detach(), **_gradients([y], [dy], leaves)}
+
+
+def norm_yardstick(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, dy: Tensor, dsum: Tensor | None,
+    eps: float, *, rms: bool = False,
+) -> Yardstick:  # fmt: skip
+    """For `add_layer_norm` and `add_rms_norm`: y, sum, dx, dresidual, dweight, dbias; dsum is the gradient of the sum."""
+
+    def run(x, residual, weight, bias, dy, dsum):
+        y, total, mean, rstd = reference.norm(x, residual, weight, bias, eps, rms)
+        grad, dweight, dbias = reference.norm_backward(dy, dsum, total, mean, rstd, weight)
+        given = {"dx": (grad, x), "dresidual": (grad, residual), "dweight": (dweight, weight), "dbias": (dbias, bias)}
+        return {"y": y, "sum": total, **{name: g if t is None else g.to(t.dtype) for name, (g, t) in given.items()}}
+
+    tensors = (x, residual, weight, bias, dy, dsum)
+    wide = _wide(tensors)
+    exact = run(*wide)
+    rstd = reference.norm(wide[0], wide[1], None, None, eps, rms)[3]
+    x, residual, weight, bias, dy, dsum = _sizes(wide)
+    total = x if residual is None else x + residual
+    normal = rstd * (total if rms else total + total.mean(-1, keepdim=True))
+    g = dy if weight is None else dy * weight
+    grad = g + normal * (g * normal).mean(-1, keepdim=True)
+    grad = rstd * (grad if rms else grad + g.mean(-1, keepdim=True)) + (0 if dsum is None else dsum)
+    y = (normal if weight is None else normal * weight) + (0 if bias is None else bias)
+    rows = tuple(range(dy.dim() - 1))
+    sums = {"dweight": (dy * normal).sum(rows), "dbias": dy.sum(rows)}
+    return Yardstick(exact, run(*tensors), {"y": y, "sum": total, "dx": grad, "dresidual": grad, **sums})
+
+
+def run_norm(x, residual, weight, bias, dy, dsum, eps: float, backend: str, *, rms: bool = False) -> dict[str, Tensor]:
+    """y, the sum and every gradient of the public function; an RMSNorm takes no bias."""
+    leaves = _leaves({"dx": x, "dresidual": residual, "dweight": weight, "dbias": bias})
+    args = (leaves["dx"], leaves.get("dresidual"), leaves.get("dweight"))
+    if rms:
+        y, total = fastattn.add_rms_norm(*args, eps=eps, return_sum=True, backend=backend)
+    else:
+        y, total = fastattn.add_layer_norm(*args, leaves.get("dbias"), eps=eps, return_sum=True, backend=backend)
+    outputs = ([y], [dy]) if dsum is None else ([y, total], [dy, dsum])
+    return {"y": y.detach(), "sum": total.detach(), **_gradients(*outputs, leaves)}
+
+
+def _wide(tensors) -> list[Any]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def _sizes(tensors) -> Any:
+    return [None if t is None else t.abs() for t in tensors]
+
+
+def _leaves(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
+    return {
+        name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        for name, t in tensors.items()
+        if t is not None
+    }
+
+
+def _gradients(outputs: list[Tensor], cotangents: list[Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), cotangents), strict=True))

@@ -1,47 +1,33 @@
-"""Compile Triton launches ahead of time, with no GPU, and print as JSON what the machine code holds.
+"""The variants of the Triton kernels, compiled ahead of time with no GPU.
 
-A program of its own, because kernels that were imported for the interpreter cannot be compiled: `python tests/aot.py gates`
-compiles the table of variants, `python tests/aot.py lengths` counts the variants that 30 lengths lead to.
+A module of programs that compile (gates.py, and this one, which counts the variants that 30 lengths lead to and prints them as
+JSON), because kernels that were imported for the interpreter cannot be compiled.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import re
-import subprocess
-import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import sass
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastattn.kernels.triton import attention
+from fastattn.kernels.triton import attention, ffn, norm
+from fastattn.kernels.triton.launch import Launch
 from fastattn.masks import LoweredMask
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.bool: "*i1"}
 
 
-class Resources(NamedTuple):
-    """What one compiled kernel takes: registers per thread, shared and stack bytes, and instruction counts."""
-
-    registers: int
-    shared: int
-    stack: int
-    local: int  # LDL and STL: spills
-    hmma: int
-    hgmma: int
-    tf32: int
-    narrow: int  # loads of 2 bytes from global memory: rows that were not seen to be aligned
-
-
-def attention_launches(dtype: torch.dtype, D: int, mask: str, L: int = 128, inside: bool = True) -> list[attention.Launch]:
+def attention_launches(dtype: torch.dtype, D: int, mask: str, L: int = 128, inside: bool = True) -> list[Launch]:
     """The three launches of a request, on tensors that hold no data worth computing with. `inside`: (B, L, H, D) memory."""
     B, H = 2, 2
     shape = (B, L, H, D) if inside else (B, H, L, D)
@@ -60,7 +46,35 @@ def attention_launches(dtype: torch.dtype, D: int, mask: str, L: int = 128, insi
     return [forward, *attention.backward_launches(dout, None, q, k, v, out, lse, delta, dq, dk, dv, lowered, D**-0.5)]
 
 
-def compile_launch(launch: attention.Launch, capability: int):
+def linear_launches(dtype: torch.dtype, activation: str, M: int, K: int, N: int) -> list[Launch]:
+    """Forward with bias, residual and z; dz with its sums; dz in the epilogue of the product with the second weight."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, weight, bias, hidden = empty(M, K), empty(N, K), empty(N), empty(M, N)
+    sums = empty(ffn.dz_parts(hidden), N, dtype=torch.float32)
+    dy, second = empty(M, K), empty(K, N)
+    second_sums = empty(ffn.dgrad_parts(dy, second), N, dtype=torch.float32)
+    return [
+        ffn.forward_launch(x, weight, bias, hidden, hidden, hidden, activation),
+        ffn.dz_launch(hidden, hidden, hidden, sums, activation),
+        ffn.dgrad_launch(dy, second, hidden, hidden, second_sums, activation),
+    ]
+
+
+def norm_launches(dtype: torch.dtype, N: int, rms: bool, M: int = 128) -> list[Launch]:
+    """Forward and backward with everything that a request can have; an RMSNorm has neither mean nor bias."""
+    x, weight, rstd = (torch.empty(s, device="meta", dtype=d) for s, d in (((M, N), dtype), (N, dtype), (M, torch.float32)))
+    mean, bias = (None, None) if rms else (rstd, weight)
+    dweight = torch.empty(norm.parts(x, True)[0], N, device="meta")
+    return [
+        norm.forward_launch(x, x, weight, bias, x, x, mean, rstd, 1e-6),
+        norm.backward_launch(x, x, x, mean, rstd, weight, x, dweight, None if rms else dweight),
+    ]
+
+
+def compile_launch(launch: Launch, capability: int):
     """The compiled kernel for sm_<capability>, specialised as the launcher would: aligned pointers, integers at run time."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
@@ -78,27 +92,17 @@ def compile_launch(launch: attention.Launch, capability: int):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def resources(kernel) -> Resources:
+def held(kernel) -> dict[str, int]:
+    """Registers, stack and instruction counts of a compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
-        sass = subprocess.run([TOOLS / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
-
-    def used(field: str) -> int:
-        return int(re.search(rf"{field}:(\d+)", usage.stdout).group(1))
-
-    def count(pattern: str) -> int:
-        return len(re.findall(pattern, sass))
-
-    return Resources(
-        used("REG"), kernel.metadata.shared, used("STACK"), count(r"\b(?:LDL|STL)\b"), count(r"\bHMMA\b"), count(r"\bHGMMA\b"),
-        count(r"TF32"), count(r"\bLDG\.E\.U16\b"),
-    )  # fmt: skip
+        (found,) = sass.functions(cubin).values()
+    return found
 
 
-# dtype, head dimension, mask; each is three kernels for three architectures
-CASES = [
+# dtype, head dimension, mask: three kernels each
+ATTENTION = [
     (torch.float16, 64, "none"),
     (torch.bfloat16, 64, "causal_padding"),
     (torch.float16, 128, "keys"),
@@ -106,24 +110,72 @@ CASES = [
     (torch.float16, 80, "causal_padding"),
     (torch.float32, 64, "causal_padding"),
 ]
-MORE_CASES = [  # with the above, every row of the config table
+MORE_ATTENTION = [  # with the above, every row of the config table
     (torch.float16, 16, "causal_padding"),
     *itertools.product([torch.float16], [16, 32, 64, 80, 128], ["dense"]),
     *itertools.product([torch.float32], [16, 32, 80, 128], ["causal_padding"]),
     *itertools.product([torch.float32], [16, 32, 64, 128], ["dense"]),
 ]
+# dtype, activation, (rows, inputs, outputs): three kernels each. The sizes lead to large tiles, to small ones, to those of rows
+# that are no multiple of 16 bytes
+SIZES = {"large": (4096, 768, 3072), "small": (64, 768, 768), "odd": (64, 769, 769)}
+LINEAR = [(torch.bfloat16, "gelu", "large"), (torch.float16, "quick_gelu", "small"), (torch.float32, "gelu_tanh", "small")]
+MORE_LINEAR = [
+    *itertools.product([torch.bfloat16], ["gelu_tanh", "quick_gelu", "relu", "silu"], ["large"]),
+    *itertools.product([torch.float16], ["gelu"], ["large", "small", "odd"]),
+    *itertools.product([torch.float32], ["gelu"], ["large", "odd"]),
+]
+# dtype, width, is it an RMSNorm: two kernels each
+NORM = [(torch.bfloat16, 768, False), (torch.float16, 512, True), (torch.float32, 8192, False)]
+MORE_NORM = [
+    *itertools.product([torch.bfloat16], [33, 64, 1024, 2048, 4096, 8192], [False]),
+    *itertools.product([torch.float32], [33, 768, 4096], [False]),
+    *itertools.product([torch.bfloat16, torch.float32], [768, 8192], [True]),
+]
+CAPABILITIES = (80, 89, 90)
 
 
-def gates(cases) -> list[dict]:
-    rows = []
-    for dtype, D, mask in cases:
-        for launch in attention_launches(dtype, D, mask):
-            for capability in (80, 89, 90):
-                found = resources(compile_launch(launch, capability))
-                name = launch.kernel.__name__.strip("_")
-                variant = {"kernel": name, "dtype": str(dtype).removeprefix("torch."), "D": D, "mask": mask, "sm": capability}
-                rows.append({**variant, "block_m": launch.config.BLOCK_M, **found._asdict()})
-    return rows
+class Variant(NamedTuple):
+    """One row of the table: a kernel as it is launched for a case, compiled for sm_<capability>."""
+
+    kernel: str
+    dtype: str
+    case: str
+    sm: int
+    launch: Launch
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the kernel holds a matrix product."""
+        return "PRECISION" in self.launch.arguments
+
+
+def launches(more: bool) -> Iterator[tuple[torch.dtype, str, Launch]]:
+    """(dtype, case, launch) of attention, linear and norms: what CI compiles, or with `more` everything that is shipped."""
+    for dtype, D, mask in ATTENTION + MORE_ATTENTION * more:
+        yield from ((dtype, f"D={D} {mask}", launch) for launch in attention_launches(dtype, D, mask))
+    for dtype, activation, size in LINEAR + MORE_LINEAR * more:
+        yield from ((dtype, f"{activation} {size}", launch) for launch in linear_launches(dtype, activation, *SIZES[size]))
+    for dtype, width, rms in NORM + MORE_NORM * more:
+        case = f"width={width} {'rms' if rms else 'layer'}"
+        yield from ((dtype, case, launch) for launch in norm_launches(dtype, width, rms))
+
+
+def shipped() -> Iterator[Variant]:
+    """Every variant of the config tables, for every architecture."""
+    for dtype, case, launch in launches(more=True):
+        for sm in CAPABILITIES:
+            yield _variant(dtype, case, sm, launch)
+
+
+def sampled() -> Iterator[Variant]:
+    """Some of them, for CI: each case for one architecture in turn."""
+    for index, (dtype, case, launch) in enumerate(launches(more=False)):
+        yield _variant(dtype, case, CAPABILITIES[index % 3], launch)
+
+
+def _variant(dtype: torch.dtype, case: str, sm: int, launch: Launch) -> Variant:
+    return Variant(launch.kernel.__name__.strip("_"), str(dtype).removeprefix("torch."), case, sm, launch)
 
 
 class _NoDriver:
@@ -140,18 +192,21 @@ class _NoDriver:
 
 
 def lengths() -> dict[str, int]:
-    """How many variants of each kernel 30 lengths compile, in the two memory layouts that models use."""
+    """How many variants of each kernel 30 lengths compile, of attention in the two memory layouts that models use."""
     triton.runtime.driver.set_active(_NoDriver())
     kernels = {}
     for L in range(50, 650, 20):
-        for inside in (True, False):
-            for launch in attention_launches(torch.float16, 64, "causal_padding", L + L % 7, inside):
-                arguments = {**launch.arguments, **launch.config._asdict()}
-                launch.kernel.warmup(grid=(1,), **arguments)
-                kernels[launch.kernel.__name__.strip("_")] = launch.kernel
+        rows = L + L % 7
+        requests = [attention_launches(torch.float16, 64, "causal_padding", rows, inside) for inside in (True, False)]
+        requests += [
+            linear_launches(torch.float16, "gelu", 8 * rows, 768, 3072),
+            norm_launches(torch.float16, 768, False, 8 * rows),
+        ]
+        for launch in itertools.chain(*requests):
+            launch.kernel.warmup(grid=(1,), **launch.arguments, **launch.config._asdict())
+            kernels[launch.kernel.__name__.strip("_")] = launch.kernel
     return {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
 
 
 if __name__ == "__main__":
-    modes = {"gates": lambda: gates(CASES), "all-gates": lambda: gates(CASES + MORE_CASES), "lengths": lengths}
-    print(json.dumps(modes[sys.argv[1]]()))
+    print(json.dumps(lengths()))

@@ -1,4 +1,4 @@
-"""The backends of attention as pytest parameters, each with the device it runs on here and the reason it may be skipped for."""
+"""The backends as pytest parameters: the device each runs on here, the reason it may be skipped for, and what it takes."""
 
 import importlib.util
 
@@ -8,23 +8,33 @@ import torch
 from fastattn.ops.attention import AttentionProblem
 
 GPU = torch.cuda.is_available()
-TRITON_DEVICE = "cuda" if GPU else "cpu"
+KERNEL_DEVICE = "cuda" if GPU else "cpu"  # of Triton and CUDA kernels: interpreted and emulated where there is no GPU
 
 
 def device_of(backend: str) -> str:
-    return TRITON_DEVICE if backend == "triton" else "cpu"
+    return KERNEL_DEVICE if backend in ("triton", "cuda") else "cpu"
 
 
-def triton_marks() -> list:
-    marks = [pytest.mark.gpu if GPU else pytest.mark.interpreter]
-    if importlib.util.find_spec("triton") is None:
+def dtype_of(backend: str) -> torch.dtype:
+    """The dtype in which a backend's meaning is proven: the most precise one it takes."""
+    return torch.float16 if backend == "cuda" else torch.float32
+
+
+def head_dim_of(backend: str) -> int:
+    """The least head dimension a backend takes."""
+    return 32 if backend == "cuda" else 16
+
+
+def _marks(backend: str, without_gpu: pytest.MarkDecorator) -> list:
+    marks = [pytest.mark.gpu if GPU else without_gpu]
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
         return [*marks, pytest.mark.skip(reason="triton is not installed")]
-    from fastattn.kernels.triton import attention
-
-    problem = AttentionProblem(TRITON_DEVICE, torch.float32, 1, 1, 1, 1, 16, False, False, False, False)
-    reasons = attention.unsupported(problem)
+    module = importlib.import_module(f"fastattn.kernels.{backend}.attention")
+    problem = AttentionProblem(KERNEL_DEVICE, dtype_of(backend), 1, 1, 1, 1, head_dim_of(backend), False, False, False, False)
+    reasons = module.unsupported(problem)
     return [*marks, pytest.mark.skipif(bool(reasons), reason="; ".join(reasons) or "none")]
 
 
-TRITON = pytest.param("triton", marks=triton_marks())
-BACKENDS = ["eager", "cpu", TRITON]
+TRITON = pytest.param("triton", marks=_marks("triton", pytest.mark.interpreter))
+CUDA = pytest.param("cuda", marks=_marks("cuda", pytest.mark.emulator))
+BACKENDS = ["eager", "cpu", TRITON, CUDA]

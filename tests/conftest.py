@@ -1,4 +1,4 @@
-"""Environment of the tests: kernels are interpreted where there is no GPU, allocations are NaN, inductor's cache is off."""
+"""Environment of the tests: without a GPU, Triton kernels are interpreted and CUDA kernels emulated; no cache of inductor."""
 
 import os
 
@@ -8,8 +8,10 @@ import pytest
 import torch
 
 GPU = torch.cuda.is_available()
+MARGIN = 512  # elements
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported
+    os.environ["FASTATTN_EMULATE"] = "1"
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +21,17 @@ def seed():
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Memory that is allocated and not written stays NaN."""
+    """Memory that is allocated and not written stays NaN; results lie between margins of NaN, which must be there afterwards."""
+    buffers = []
+
+    def between_margins(x, *size, **options):
+        sizes = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        dtype = options.get("dtype") or x.dtype
+        buffer = torch.full(
+            (sizes.numel() + 2 * MARGIN,), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=x.device
+        )
+        buffers.append(buffer)
+        return buffer[MARGIN : MARGIN + sizes.numel()].view(sizes)
 
     def poison(function):
         def wrapper(*args, **kwargs):
@@ -28,19 +40,24 @@ def poisoned(monkeypatch):
 
         return wrapper
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", between_margins)
+        patch.setattr(torch, "empty", poison(torch.empty))
+        patch.setattr(torch, "empty_like", poison(torch.empty_like))
+        yield
+    for buffer in buffers:
+        margins = torch.cat([buffer[:MARGIN], buffer[-MARGIN:]])
+        assert not buffer.is_floating_point() or margins.isnan().all(), "something was written outside of a result"
 
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Whatever else could answer for a Triton kernel raises."""
+    """Whatever else could answer for a Triton or a CUDA kernel raises."""
     import fastattn.kernels.cpu.attention as cpu
     import fastattn.kernels.eager.attention as eager
 
     def refuse(*args, **kwargs):
-        raise AssertionError("a Triton request was answered by something else")
+        raise AssertionError("a request to a kernel was answered by something else")
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
     for module in (cpu, eager):

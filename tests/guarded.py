@@ -1,11 +1,17 @@
 """Run the Triton kernels on tensors that end at an unreadable page: a read beyond a tensor's end kills this process.
 
-The interpreter reads past the end of a tensor without a word. Run as a program with TRITON_INTERPRET=1.
+The interpreter reads past the end of a tensor without a word. Run as a program with TRITON_INTERPRET=1 and the name of an op;
+`assert_no_read_beyond_the_end` does so for a test.
 """
 
 import ctypes
 import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 import fastattn
@@ -29,8 +35,7 @@ def guarded(x: torch.Tensor) -> torch.Tensor:
     return copy.copy_(x)
 
 
-def main() -> None:
-    torch.manual_seed(0)
+def attention() -> None:
     for M, N, D in ((17, 33, 16), (65, 5, 40)):
         q, k, v = (guarded(torch.randn(1, 1, L, D)) for L in (M, N, N))
         dout = guarded(torch.randn(1, 1, M, D))
@@ -40,8 +45,38 @@ def main() -> None:
         for mask in (None, masks.causal() & masks.padding(lengths), masks.key_padding(keep), masks.dense(pairs)):
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             fastattn.attention(q, k, v, mask, backend="triton").backward(dout)
-    print("no read beyond the end")
+
+
+def ffn() -> None:
+    for rows, inputs, hidden in ((17, 33, 65), (5, 64, 24)):
+        sizes = ((rows, inputs), (hidden, inputs), (hidden,), (inputs, hidden), (inputs,))
+        args = [guarded(torch.randn(size)).requires_grad_() for size in sizes]
+        fastattn.ffn(*args, backend="triton").backward(guarded(torch.randn(rows, inputs)))
+        residual = guarded(torch.randn(rows, hidden))
+        y = fastattn.linear(*args[:3], activation="silu", residual=residual, backend="triton")
+        y.backward(guarded(torch.randn(rows, hidden)))
+
+
+def norm() -> None:
+    for rows, width in ((17, 33), (3, 64), (1, 129)):
+        x, residual, dy, dsum = (guarded(torch.randn(rows, width)) for _ in range(4))
+        weight, bias = guarded(torch.randn(width)), guarded(torch.randn(width))
+        leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
+        outputs = fastattn.add_layer_norm(*leaves, return_sum=True, backend="triton")
+        torch.autograd.grad(outputs, leaves, (dy, dsum))
+        torch.autograd.grad(fastattn.add_rms_norm(*leaves[:3], backend="triton"), leaves[:3], dy)
+
+
+def assert_no_read_beyond_the_end(op: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("guard pages are a matter of CPU memory")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, __file__, op], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
+    assert "no read beyond the end" in done.stdout
 
 
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(0)
+    {"attention": attention, "ffn": ffn, "norm": norm}[(sys.argv[1:] or ["attention"])[0]]()
+    print("no read beyond the end")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import BACKENDS, TRITON, device_of
+from backends import BACKENDS, CUDA, TRITON, device_of, dtype_of, head_dim_of
 
 import fastattn
 from fastattn import masks
@@ -15,6 +15,7 @@ from fastattn.testing import COLD, HOT, MASKS, assert_accurate, attention_inputs
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = [(1, 1), (17, 17), (63, 63), (64, 64), (65, 65), (77, 77), (129, 129), (197, 197), (5, 66), (66, 5)]
+LENGTHS += [(77, 78), (130, 128)]  # diagonals 1 and -2: one key beyond, and one pair short of, a tile of 64
 HEAD_DIMS = [64, 32, 40, 16, 80, 128]
 INF = float("inf")
 
@@ -24,6 +25,15 @@ PAIRWISE = [
     for i, mask in enumerate(MASKS)
     for j, (M, N) in enumerate(LENGTHS)
 ]  # fmt: skip
+
+
+# the same for CUDA kernels, which take fp16 and bf16, three head dimensions and no dense mask
+CUDA_LENGTHS = [(L, L) for L in (1, 16, 17, 50, 77, 128, 129, 197, 257)] + LENGTHS[-4:]
+CUDA_PAIRWISE = [
+    (mask, M, N, (64, 32, 128)[(i + j) % 3], DTYPES[1 + (i + j) % 2], 4 if (i + 2 * j) % 4 == 0 else 1, j % 2 == 0)
+    for i, mask in enumerate(name for name in MASKS if not name.startswith("dense"))
+    for j, (M, N) in enumerate(CUDA_LENGTHS)
+]
 
 
 def check(backend, B, H, M, N, D, dtype, mask, amplitude=1, dlse=False):
@@ -47,6 +57,21 @@ def test_matches_specification(backend, mask, dtype, amplitude):
 @pytest.mark.parametrize("backend", [TRITON])
 def test_triton_matches_specification(backend, mask, M, N, D, dtype, amplitude, dlse):
     check(backend, 2, 1, M, N, D, dtype, mask, amplitude, dlse)
+
+
+@pytest.mark.usefixtures("poisoned", "alone")
+@pytest.mark.parametrize(("mask", "M", "N", "D", "dtype", "amplitude", "dlse"), CUDA_PAIRWISE)
+@pytest.mark.parametrize("backend", [CUDA])
+def test_cuda_matches_specification(backend, mask, M, N, D, dtype, amplitude, dlse):
+    check(backend, 2, 1, M, N, D, dtype, mask, amplitude, dlse)
+
+
+@pytest.mark.usefixtures("poisoned", "alone")
+@pytest.mark.parametrize("mask", ["none", "causal_left", "holes"])
+@pytest.mark.parametrize("backend", [CUDA])
+def test_cuda_at_every_length_to_64(backend, mask):
+    for L in range(1, 65):
+        check(backend, 1, 1, L, L, (32, 64, 128)[L % 3], DTYPES[1 + L // 3 % 2], mask)
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "padding", "holes", "causal_left", "dense"])
@@ -79,8 +104,8 @@ def hide(x, mask_name):
 @pytest.mark.parametrize("mask", ["padding", "padding_queries", "left", "holes", "causal", "causal_padding", "causal_left"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hidden_nan_changes_no_bit(backend, mask):
-    for dtype in (torch.float32, torch.bfloat16):
-        x = attention_inputs(3, 1, 70, 66, 16, dtype, device_of(backend), mask=mask, seed=1)
+    for dtype in (dtype_of(backend), torch.bfloat16):
+        x = attention_inputs(3, 1, 70, 66, head_dim_of(backend), dtype, device_of(backend), mask=mask, seed=1)
         clean, dirty = run_attention(x, backend), run_attention(hide(x, mask), backend)
         for name, tensor in clean.items():
             assert torch.equal(tensor, dirty[name]), name
@@ -89,7 +114,7 @@ def test_hidden_nan_changes_no_bit(backend, mask):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_without_keys(backend):
     device = device_of(backend)
-    x = attention_inputs(2, 1, 5, 4, 16, torch.float32, device)
+    x = attention_inputs(2, 1, 5, 4, head_dim_of(backend), dtype_of(backend), device)
     mask = masks.padding(torch.tensor([0, 4], device=device)) & masks.causal()
     q, k, v = (t.clone().requires_grad_() for t in (x.q, x.k, x.v))
     out, lse = fastattn.attention(q, k, v, mask, return_lse=True, backend=backend)
@@ -100,6 +125,18 @@ def test_rows_without_keys(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_one_visible_key_per_sequence_is_copied_exactly(backend, dtype):
+    device = device_of(backend)
+    q, k, v = torch.randn(3, 70, 2, 70, 32).to(device, dtype)
+    keep = torch.eye(70, dtype=torch.bool, device=device).roll(3, 0)
+    out = fastattn.attention(q, k, v, masks.key_padding(keep), backend=backend)
+    only = (torch.arange(70, device=device) - 3) % 70
+    expected = v[torch.arange(70, device=device), :, only]
+    assert torch.equal(out, expected[:, :, None].expand_as(out))
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu", TRITON])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_one_visible_key_is_copied_exactly(backend, dtype):
     device = device_of(backend)
@@ -113,8 +150,9 @@ def test_one_visible_key_is_copied_exactly(backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_small_integers_are_exact(backend):
     device = device_of(backend)
-    q = torch.zeros(1, 1, 8, 16, device=device)  # equal scores: each row is the mean of 4 small integers
-    v = torch.randint(-2, 3, (1, 1, 4, 16)).float().to(device) * 4
+    D, dtype = head_dim_of(backend), dtype_of(backend)
+    q = torch.zeros(1, 1, 8, D, device=device, dtype=dtype)  # equal scores: each row is the mean of 4 small integers
+    v = torch.randint(-2, 3, (1, 1, 4, D)).to(device, dtype) * 4
     out, lse = fastattn.attention(q, torch.randn_like(v), v, return_lse=True, backend=backend)
     assert torch.equal(out, v.mean(2, keepdim=True).expand_as(out))
     assert torch.allclose(lse, torch.full_like(lse, 4.0).log())
@@ -125,18 +163,19 @@ def test_small_integers_are_exact(backend):
 def test_empty(backend, shape):
     B, H, M, N = shape
     device = device_of(backend)
-    q = torch.randn(B, H, M, 16, device=device, requires_grad=True)
-    k, v = (torch.randn(B, H, N, 16, device=device, requires_grad=True) for _ in range(2))
+    D, options = head_dim_of(backend), {"device": device, "dtype": dtype_of(backend), "requires_grad": True}
+    q = torch.randn(B, H, M, D, **options)
+    k, v = (torch.randn(B, H, N, D, **options) for _ in range(2))
     for mask in (None, masks.causal(), masks.padding(torch.full((B,), N, device=device))):
         out, lse = fastattn.attention(q, k, v, mask, return_lse=True, backend=backend)
-        assert out.shape == (B, H, M, 16) and (out == 0).all() and (lse == -INF).all()
+        assert out.shape == (B, H, M, D) and (out == 0).all() and (lse == -INF).all()
         for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), [q, k, v]), strict=True):
             assert grad.shape == x.shape and (grad == 0).all()
 
 
-def strided(kind, device):
-    """q, k, v (2, 2, 33, 16) in the memory layouts that models hand over."""
-    base = torch.randn(2, 33, 3, 2, 16, device=device)
+def strided(kind, D, options):
+    """q, k, v (2, 2, 33, D) in the memory layouts that models hand over."""
+    base = torch.randn(2, 33, 3, 2, D, **options)
     if kind == "packed":
         return [base[:, :, i].transpose(1, 2) for i in range(3)]
     if kind == "heads outside":
@@ -146,10 +185,10 @@ def strided(kind, device):
     if kind == "stride 0":
         return [x[:1].expand(2, -1, -1, -1).transpose(1, 2) for x in base.unbind(2)]
     if kind == "odd address":
-        flat = torch.randn(3 * 2 * 2 * 33 * 17 + 1, device=device)[1:].view(3, 2, 2, 33, 17)
-        return list(flat[..., :16])
+        flat = torch.randn(3 * 2 * 2 * 33 * (D + 1) + 1, **options)[1:].view(3, 2, 2, 33, D + 1)
+        return list(flat[..., :D])
     if kind == "last stride 2":
-        return [x.transpose(1, 2) for x in torch.randn(3, 2, 33, 2, 32, device=device)[..., ::2]]
+        return [x.transpose(1, 2) for x in torch.randn(3, 2, 33, 2, 2 * D, **options)[..., ::2]]
     raise ValueError(kind)
 
 
@@ -158,7 +197,8 @@ def strided(kind, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides(backend, kind):
     device = device_of(backend)
-    q, k, v = strided(kind, device)
+    D, dtype = head_dim_of(backend), dtype_of(backend)
+    q, k, v = strided(kind, D, {"device": device, "dtype": dtype})
     mask = masks.causal() & masks.padding(torch.tensor([20, 33], device=device))
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     dense = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in (q, k, v)]
@@ -168,24 +208,24 @@ def test_strides(backend, kind):
         for x in (out, *torch.autograd.grad(out.sum(), args, retain_graph=True)):  # stride-0 dout
             assert x.transpose(1, 2).is_contiguous(), "outputs and gradients live in (B, L, H, D) memory"
             results.append(x)
-        dout = torch.randn(2, 2, 16, 33, generator=torch.Generator(device).manual_seed(3), device=device).mT
+        dout = torch.randn(2, 2, D, 33, generator=torch.Generator(device).manual_seed(3), device=device).to(dtype).mT
         results += [out, lse, *torch.autograd.grad(out, args, dout)]  # transposed dout
     half = len(results) // 2
     for strided_result, dense_result in zip(results[:half], results[half:], strict=True):
-        torch.testing.assert_close(strided_result, dense_result, rtol=0, atol=2e-6)
+        torch.testing.assert_close(strided_result, dense_result, rtol=0, atol=2e-6 if dtype == torch.float32 else 0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
 def test_any_finite_scale(backend, scale):
-    x = attention_inputs(1, 2, 20, 20, 16, torch.float32, device_of(backend), mask="causal_padding")
+    x = attention_inputs(1, 2, 20, 20, head_dim_of(backend), dtype_of(backend), device_of(backend), mask="causal_padding")
     x = type(x)(x.q, x.k, x.v, x.dout, x.dlse, x.mask, scale)
     assert_accurate(run_attention(x, backend), attention_yardstick(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_repeat_runs_are_bit_equal(backend):
-    x = attention_inputs(2, 1, 70, 70, 32, torch.float32, device_of(backend), mask="causal_padding")
+    x = attention_inputs(2, 1, 70, 70, 32, dtype_of(backend), device_of(backend), mask="causal_padding")
     first, second = run_attention(x, backend), run_attention(x, backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -194,8 +234,9 @@ def test_repeat_runs_are_bit_equal(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_scores_stay_finite(backend, value):
     device = device_of(backend)
-    q = torch.full((1, 1, 40, 16), value, device=device, requires_grad=True)
-    k = torch.randn(1, 1, 70, 16, device=device)
+    D, options = head_dim_of(backend), {"device": device, "dtype": dtype_of(backend)}
+    q = torch.full((1, 1, 40, D), value, **options, requires_grad=True)
+    k = torch.randn(1, 1, 70, D, **options)
     out, lse = fastattn.attention(q, k, k, masks.padding(torch.tensor([69], device=device)), return_lse=True, backend=backend)
     (grad,) = torch.autograd.grad(out.sum(), q)
     assert torch.isfinite(out).all() and torch.isfinite(lse).all() and torch.isfinite(grad).all()
@@ -228,12 +269,13 @@ def test_no_read_beyond_the_end(backend):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_cuda_graph_captures_forward_and_backward():
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_cuda_graph_captures_forward_and_backward(backend):
     x = attention_inputs(2, 2, 70, 70, 64, torch.float16, "cuda", mask="causal_padding")
     q, k, v = (t.clone().requires_grad_() for t in (x.q, x.k, x.v))
 
     def step():
-        out = fastattn.attention(q, k, v, x.mask, backend="triton")
+        out = fastattn.attention(q, k, v, x.mask, backend=backend)
         return out, *torch.autograd.grad(out, [q, k, v], x.dout)
 
     side = torch.cuda.Stream()

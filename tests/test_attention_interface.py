@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import BACKENDS, TRITON, device_of
+from backends import BACKENDS, TRITON, device_of, dtype_of, head_dim_of
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
@@ -11,9 +11,10 @@ from fastattn import masks
 from fastattn.masks import LoweredMask
 
 
-def inputs(backend, requires_grad=True, dtype=torch.float32):
-    device = device_of(backend)
-    return [torch.randn(2, 19, 2, 16, device=device, dtype=dtype).transpose(1, 2).requires_grad_(requires_grad) for _ in range(3)]
+def inputs(backend, requires_grad=True, L=19, dtype=None):
+    options = {"device": device_of(backend), "dtype": dtype or dtype_of(backend)}
+    D = head_dim_of(backend)
+    return [torch.randn(2, L, 2, D, **options).transpose(1, 2).requires_grad_(requires_grad) for _ in range(3)]
 
 
 def causal_padding(device, lengths=(11, 19)):
@@ -42,9 +43,8 @@ def test_compile_fullgraph_dynamic(backend, compiler):
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
     for L in (19, 23):
-        device = device_of(backend)
-        q, k, v = (torch.randn(2, L, 2, 16, device=device).transpose(1, 2).requires_grad_() for _ in range(3))
-        lengths = torch.tensor([L - 5, L], device=device)
+        q, k, v = inputs(backend, L=L)
+        lengths = torch.tensor([L - 5, L], device=q.device)
         expected, actual = function(q, k, v, lengths), compiled(q, k, v, lengths)
         torch.testing.assert_close(actual, expected)
         assert actual.stride() == expected.stride()
@@ -56,7 +56,7 @@ class Projected(torch.nn.Module):
     def __init__(self, backend):
         super().__init__()
         self.backend = backend
-        self.projection = torch.nn.Linear(16, 16)
+        self.projection = torch.nn.Linear(head_dim_of(backend), head_dim_of(backend), dtype=dtype_of(backend))
 
     def forward(self, q, k, v, lengths):
         return fastattn.attention(self.projection(q), k, v, masks.padding(lengths), backend=self.backend)
@@ -108,7 +108,7 @@ def test_checkpoint(backend, use_reentrant):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(backend):
-    q, k, v = inputs(backend)
+    q, k, v = inputs(backend, dtype=torch.float32)
     with torch.autocast(q.device.type, torch.bfloat16):
         out = fastattn.attention(q, k, v, backend=backend)
     expected = fastattn.attention(*(x.bfloat16() for x in (q, k, v)), backend=backend)
@@ -151,7 +151,8 @@ ELSEWHERE = torch.zeros(2, dtype=torch.int32, device="meta")
         (NotImplementedError, "attn_mask of dtype", lambda: fastattn.scaled_dot_product_attention(Q, Q, Q, torch.zeros(6, 6))),
         (NotImplementedError, "triton", lambda: fastattn.attention(Q.double(), Q.double(), Q.double(), backend="triton")),
         (ValueError, "attn_mask and is_causal", lambda: fastattn.scaled_dot_product_attention(Q, Q, Q, ANY, is_causal=True)),
-        (ValueError, "backend must be", lambda: fastattn.attention(Q, Q, Q, backend="cuda")),
+        (NotImplementedError, "torch.float32 is not served", lambda: fastattn.attention(Q, Q, Q, backend="cuda")),
+        (ValueError, "backend must be", lambda: fastattn.attention(Q, Q, Q, backend="cudnn")),
         (ValueError, "scale must be", lambda: fastattn.attention(Q, Q, Q, scale=float("nan"))),
         (ValueError, "q must have 4 dimensions", lambda: fastattn.attention(Q[0], Q, Q)),
         (ValueError, "k has batch size 1", lambda: fastattn.attention(Q, Q[:1], Q)),
@@ -180,6 +181,8 @@ def test_explain_names_the_backend_and_the_reasons():
     assert "q has a last stride of 2 and is copied" in str(explanation)
     assert fastattn.explain(Q, Q, Q, backend="eager").backend == "eager"
     assert fastattn.explain(Q, Q, Q, backend="eager").rejected["cpu"] == ["backend='eager' was asked for"]
+    half = Q.half()[..., :1].expand(2, 4, 6, 64)
+    assert "plain PyTorch" in str(fastattn.explain(half, half, half, backend="cuda"))  # its backward
     double = Q.double()
     assert fastattn.explain(double, double, double, backend="triton").backend == "none"
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastattn import testing
+from fastattn import testing, verify
 from fastattn.__main__ import main
 from fastattn.models import digits
 
@@ -15,6 +15,7 @@ def test_info_json_has_the_contract_s_keys(capsys):
     assert set(found) == {"fastattn", "python", "torch", "triton", "devices", "backends", "cuda_build"}
     assert found["backends"]["cpu"] == {"available": True, "reason": None}
     assert {"available", "reason"} == set(found["backends"]["triton"])
+    assert found["cuda_build"] is None or {"cuda", "reason", "nvcc", "archs"} <= set(found["cuda_build"])
     assert main(["info"]) == 0
     assert "backend    cpu: available" in capsys.readouterr().out
 
@@ -22,19 +23,30 @@ def test_info_json_has_the_contract_s_keys(capsys):
 def test_explain(capsys):
     assert main(["explain", "--shape", "1,2,8,16", "--mask", "causal", "--device", "cpu"]) == 0
     assert "served by: cpu" in capsys.readouterr().out
+    assert main(["explain", "--linear", "8,16,32", "--activation", "gelu", "--device", "cpu"]) == 0
+    assert "linear(rows=8 K=16 F=32" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["explain", "--linear", "8,16"])
 
 
 def test_verify_passes_and_fails(capsys, monkeypatch):
     import fastattn.kernels.eager.attention as eager
 
-    monkeypatch.setattr(testing, "MASKS", {name: testing.MASKS[name] for name in ("causal_padding",)})
-    monkeypatch.setattr("fastattn.__main__.VERIFY_SHAPES", [(2, 2, 20, 20, 16)])
+    monkeypatch.setattr(testing, "MASKS", {name: testing.MASKS[name] for name in ("causal_padding", "dense")})
+    monkeypatch.setattr(verify, "ATTENTION_SHAPES", [(2, 2, 20, 20, 32)])
+    monkeypatch.setattr(verify, "ACTIVATIONS", ("gelu",))
     assert main(["verify", "--json"]) == 0
-    assert {row["failure"] for row in json.loads(capsys.readouterr().out)} == {None}
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["failure"] for row in rows} == {None}
+    assert {row["op"] for row in rows} == {"attention", "linear", "ffn", "add_layer_norm", "add_rms_norm"}
+    refused = {(row["backend"], row["dtype"], row["kind"]) for row in rows if row["refusal"] and row["op"] == "attention"}
+    assert refused <= {
+        ("cuda", dtype, kind) for dtype in verify.DTYPES for kind in testing.MASKS if "fp32" in dtype or kind == "dense"
+    }
     forward = eager.forward
     monkeypatch.setattr(eager, "forward", lambda *args: (forward(*args)[0] * 1.02, forward(*args)[1]))
     assert main(["verify"]) == 1
-    assert "failed" in capsys.readouterr().out
+    assert "rule 1" in capsys.readouterr().out
 
 
 def test_bench_of_a_shape(capsys, monkeypatch):

@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +148,19 @@ def test_emulator_s_findings_are_raised(backend):
     with pytest.raises(emulator.EmulatorError, match="out of bounds.*(dy|vectors.cuh)"):
         library.launch("activation_backward", arguments, {"dy": dy}, {"sums": sums})
     library.launch("activation_backward", {**arguments, "rows": 3}, {"dy": dy}, {"sums": sums})
+
+
+@pytest.mark.parametrize(("current", "entered"), [(1, []), (0, [torch.device("cuda", 1)])])
+def test_launch_goes_to_the_device_and_the_stream_of_its_tensors(monkeypatch, current, entered):
+    """With PyTorch's guard where another device is current; no GPU is asked."""
+    guards, launches = [], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: guards.append(device) or nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
+    monkeypatch.setattr(library, "module", lambda: SimpleNamespace(kernel=lambda **arguments: launches.append(arguments)))
+    written = SimpleNamespace(device=torch.device("cuda", 1))
+    library.launch("kernel", {"rows": 3}, {}, {"skipped": None, "out": written})
+    assert guards == entered and launches == [{"rows": 3, "stream": 71}]
 
 
 @pytest.mark.gpu

@@ -4,7 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastattn.testing import assert_accurate, attention_inputs, attention_yardstick, linear_yardstick, run_attention
+from fastattn.testing import (
+    assert_accurate,
+    attention_inputs,
+    attention_yardstick,
+    ffn_yardstick,
+    linear_yardstick,
+    norm_yardstick,
+    run_attention,
+    run_ffn,
+    run_norm,
+)
 
 
 def correct():
@@ -55,6 +65,34 @@ def test_wrong_gelu_is_caught_in_fp32():
     assert_accurate({"y": F.gelu(x @ weight.T)}, yardstick)
     with pytest.raises(AssertionError, match="y"):
         assert_accurate({"y": F.gelu(x @ weight.T, approximate="tanh")}, yardstick)
+
+
+def ffn_and_norm():
+    """(yardstick, right result) of an ffn and of both norms, in fp32."""
+    x, w1, w2 = torch.randn(40, 32), torch.randn(48, 32) / 6, torch.randn(32, 48) / 7
+    args = (x, w1, torch.randn(48), w2, torch.randn(32), torch.randn(40, 32))
+    yield ffn_yardstick(*args, "gelu"), run_ffn(*args, "gelu", "eager")
+    residual, dsum, weight, bias = torch.randn(40, 32), torch.randn(40, 32), torch.randn(32), torch.randn(32)
+    for rms in (False, True):
+        args = (x, residual, weight, None if rms else bias, torch.randn(40, 32), dsum, 1e-5)
+        yield norm_yardstick(*args, rms=rms), run_norm(*args, "eager", rms=rms)
+
+
+def test_two_percent_of_an_ffn_or_a_norm_is_caught():
+    for yardstick, actual in ffn_and_norm():
+        assert_accurate(actual, yardstick)
+        for name, tensor in actual.items():
+            with pytest.raises(AssertionError, match=name):
+                assert_accurate({name: tensor * 1.02}, yardstick)
+
+
+def test_wrong_eps_and_unbiased_variance_are_caught():
+    (x, dy), weight = torch.randn(2, 40, 32), torch.randn(32)
+    yardstick = norm_yardstick(x, None, weight, None, dy, None, 1e-5)
+    wrong = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True) * weight
+    for y in (F.layer_norm(x, (32,), weight, None, 1e-4), wrong):
+        with pytest.raises(AssertionError, match="y"):
+            assert_accurate({"y": y}, yardstick)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -1,8 +1,8 @@
 // The one door to the hardware: every PTX instruction that a kernel uses, as a function, and the launch of a kernel.
 //
 // nvcc turns each into that instruction; g++ into a call of the emulator (csrc/emulator), which executes it lane by lane on a CPU.
-// This is the only file that knows which of the two it is in. csrc/conformance.cu runs each function on random data, so that a GPU
-// and the emulator can be compared.
+// This is the only file that knows which of the two it is in. tests/emulator/conformance.cu runs each function on random data, so
+// that a GPU and the emulator can be compared.
 //
 // Fragment layouts are those of the PTX ISA: in an m16n8 accumulator, lane l holds rows l / 4 and l / 4 + 8, columns
 // 2 (l % 4) and 2 (l % 4) + 1, in the order c[0] = (row, col), c[1] = (row, col + 1), c[2] = (row + 8, col), c[3] = (row + 8, col + 1).

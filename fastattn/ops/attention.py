@@ -6,7 +6,7 @@ Calls go attention -> op (or autograd Function around it) -> `choose` -> kernels
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
@@ -16,7 +16,7 @@ from fastattn import masks
 from fastattn.masks import LoweredMask, Mask
 from fastattn.ops import dispatch
 
-BACKENDS = ("triton", "cpu", "eager")  # in order of preference
+BACKENDS = ("triton", "cuda", "cpu", "eager")  # in order of preference
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -58,7 +58,7 @@ _REQUEST = f"{_MASK}, float scale, str backend"
 
 def _forward(q, k, v, diagonal, key_begin, key_end, query_end, keys, pairs, scale, backend, exact_lse):
     mask = LoweredMask(diagonal, key_begin, key_end, query_end, keys, pairs)
-    module = dispatch.choose("attention", BACKENDS, _problem(q, k, mask), backend)
+    module = dispatch.choose("attention", BACKENDS, backend, _problem(q, k, mask))
     return module.forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), mask, scale, exact_lse)
 
 
@@ -99,7 +99,7 @@ class _Attention(torch.autograd.Function):
 
 def _backward(dout, dlse, q, k, v, out, lse, diagonal, key_begin, key_end, query_end, keys, pairs, scale, backend):
     mask = LoweredMask(diagonal, key_begin, key_end, query_end, keys, pairs)
-    module = dispatch.choose("attention", BACKENDS, _problem(q, k, mask), backend)
+    module = dispatch.choose("attention", BACKENDS, backend, _problem(q, k, mask))
     return module.backward(
         _unit_stride(dout), dlse, _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(out), lse, mask, scale
     )
@@ -169,7 +169,7 @@ def attention(
         scale: any finite float; default D ** -0.5.
         return_lse: also return the natural log-sum-exp of the masked scores, (B, H, M) in fp32 (fp64 for fp64 inputs);
             it is differentiable.
-        backend: "auto", or one of "triton", "cpu", "eager"; a named backend never falls back.
+        backend: "auto", or one of "triton", "cuda", "cpu", "eager"; a named backend never falls back.
 
     Returns:
         out (B, H, M, D) in q's dtype, in (B, M, H, D) memory; or (out, lse). A query with no visible key has output 0,
@@ -221,21 +221,6 @@ def scaled_dot_product_attention(
     return out if query.dim() == 4 else out.reshape(*lead, *out.shape[-2:])
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What `attention` would do with a request. `str()` of it is for reading."""
-
-    problem: AttentionProblem
-    backend: str  # "none" where nothing serves the request
-    rejected: dict[str, list[str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"{self.problem}", f"  served by: {self.backend}"]
-        lines += [f"  not by {name}: {'; '.join(reasons)}" for name, reasons in self.rejected.items()]
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
-
-
 def explain(
     q: Tensor,
     k: Tensor,
@@ -248,7 +233,7 @@ def explain(
     seed: int | Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Explanation:
+) -> dispatch.Explanation:
     """Which backend `attention` would take for these arguments, and why not the others. Runs no kernel.
 
     `return_lse` is taken so that a call can be explained as it stands; the choice does not depend on it.
@@ -256,21 +241,12 @@ def explain(
     args = _arguments(q, k, v, mask, bias, scale, dropout, seed, backend)
     q, k, v = args[:3]
     problem = _problem(q, k, LoweredMask(*args[3:9]))
-    allowed = dispatch.candidates(BACKENDS, problem, backend)
-    rejected, chosen = {}, "none"
-    for name, reasons in dispatch.rejections("attention", BACKENDS, problem).items():
-        if name not in allowed and not reasons:
-            reasons = [f"backend={backend!r} was asked for"] if backend != "auto" else ["auto never interprets on the CPU"]
-        if reasons:
-            rejected[name] = reasons
-        elif chosen == "none":
-            chosen = name
     notes = [
         f"{name} has a last stride of {x.stride(-1)} and is copied"
         for name, x in (("q", q), ("k", k), ("v", v))
         if _unit_stride(x) is not x
     ]
-    return Explanation(problem, chosen, rejected, notes)
+    return dispatch.explain("attention", BACKENDS, problem, backend, notes)
 
 
 def _arguments(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple:

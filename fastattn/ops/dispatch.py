@@ -1,7 +1,8 @@
 """What every op shares: its registration with PyTorch, the choice of a backend, and the refusal of second derivatives.
 
 A backend is a plain module per op, `fastattn.kernels.<backend>.<op>`, with `unsupported(problem) -> list[str]`, `forward` and
-`backward`. `choose` walks the op's ordered tuple of backends; the first without a reason serves.
+`backward`, and maybe `notes(problem) -> list[str]`: what it does that a user should know. `choose` walks the op's ordered tuple
+of backends; the first without a reason serves.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +19,7 @@ from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
 below_autograd = torch._C._AutoDispatchBelowAutograd
+GPU_BACKENDS = ("triton", "cuda")  # on a CPU these are interpreted or emulated
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
@@ -76,31 +79,58 @@ def call_backward(op: torch._ops.OpOverload, *args: Any) -> tuple[Tensor, ...]:
         return op(*args)
 
 
-def rejections(op: str, backends: tuple[str, ...], problem: Problem) -> dict[str, list[str]]:
-    """For each backend of an op the sentences that say why it cannot serve; an empty list means it can."""
-    return {name: _reasons(op, name, problem) for name in backends}
-
-
 @functools.lru_cache(maxsize=4096)
-def choose(op: str, backends: tuple[str, ...], problem: Problem, backend: str):
-    """The module that serves the problem: the named one, or for "auto" the first that can.
+def choose(op: str, backends: tuple[str, ...], backend: str, *problems: Problem):
+    """The module that serves all the problems of a request: the named one, or for "auto" the first that can.
 
     Raises NotImplementedError with the backend's own sentences; a named backend never falls back.
     """
     reasons: dict[str, list[str]] = {}
-    for name in candidates(backends, problem, backend):
-        reasons[name] = _reasons(op, name, problem)
+    for name in candidates(backends, problems[0], backend):
+        reasons[name] = [reason for problem in problems for reason in _reasons(op, name, problem)]
         if not reasons[name]:
             return _module(op, name)
-    lines = [f"  {name}: {'; '.join(sentences)}" for name, sentences in reasons.items()]
-    raise NotImplementedError(f"no backend serves {problem}\n" + "\n".join(lines))
+    lines = [f"  {name}: {'; '.join(dict.fromkeys(sentences))}" for name, sentences in reasons.items()]
+    raise NotImplementedError(f"no backend serves {' and '.join(map(str, problems))}\n" + "\n".join(lines))
 
 
 def candidates(backends: tuple[str, ...], problem: Problem, backend: str) -> tuple[str, ...]:
-    """The backends that a request may use: "auto" leaves the interpreter of GPU kernels to tests."""
+    """The backends that a request may use: "auto" leaves the interpreter and the emulator of GPU kernels to tests."""
     if backend == "auto":
-        return tuple(name for name in backends if name != "triton" or problem.device != "cpu")
+        return tuple(name for name in backends if name not in GPU_BACKENDS or problem.device != "cpu")
     return (backend,)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What an op would do with a request. `str()` of it is for reading."""
+
+    problem: Problem
+    backend: str  # "none" where nothing serves the request
+    rejected: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.problem}", f"  served by: {self.backend}"]
+        lines += [f"  not by {name}: {'; '.join(reasons)}" for name, reasons in self.rejected.items()]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def explain(op: str, backends: tuple[str, ...], problem: Problem, backend: str, notes: list[str]) -> Explanation:
+    """The choice that `choose` would make, the reasons against the others, and `notes` with those of the chosen module."""
+    allowed = candidates(backends, problem, backend)
+    rejected, chosen = {}, "none"
+    for name in backends:
+        reasons = _reasons(op, name, problem)
+        if name not in allowed and not reasons:
+            reasons = [f"backend={backend!r} was asked for"] if backend != "auto" else ["auto runs no GPU kernel on a CPU"]
+        if reasons:
+            rejected[name] = reasons
+        elif chosen == "none":
+            chosen = name
+    if chosen != "none":
+        notes = notes + getattr(_module(op, chosen), "notes", lambda _: [])(problem)
+    return Explanation(problem, chosen, rejected, notes)
 
 
 def check_backend(backend: str, backends: tuple[str, ...]) -> None:

@@ -1,4 +1,7 @@
-"""`add_layer_norm`, LayerNorm of a residual sum: schema, fake, autograd, public function."""
+"""`add_layer_norm` and `add_rms_norm`, norms of a residual sum: schema, fake, autograd, public functions.
+
+Both are one op with a flag, `rms`: an RMSNorm is a LayerNorm that subtracts no mean and adds no bias.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from fastattn.ops import dispatch
 
-BACKENDS = ("cpu", "eager")  # in order of preference
+BACKENDS = ("triton", "cpu", "eager")  # in order of preference
 
 
 @dataclass(frozen=True)
@@ -17,76 +20,81 @@ class NormProblem:
     """One request, from metadata alone."""
 
     device: str
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the sum
     width: int
 
-
-def _problem(x: Tensor) -> NormProblem:
-    return NormProblem(x.device.type, x.dtype, x.shape[-1])
-
-
-# The op. The sum is an output only where there is a residual: without one it is x itself, which no op may return.
+    def __str__(self) -> str:
+        return f"norm(width={self.width}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
 
 
-def _forward(x, residual, weight, bias, eps, backend):
-    module = dispatch.choose("norm", BACKENDS, _problem(x), backend)
-    total = x if residual is None else (residual + x).contiguous()
-    y, mean, rstd = module.forward(total, weight, bias, eps)
-    return y.to(x.dtype).contiguous(), (x.new_empty(0) if residual is None else total), mean, rstd
+def _problem(x: Tensor, residual: Tensor | None = None) -> NormProblem:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return NormProblem(x.device.type, dtype, x.shape[-1])
 
 
-def _forward_fake(x, residual, weight, bias, eps, backend):
-    stats = torch.float64 if x.dtype == torch.float64 else torch.float32
-    total = x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    mean = x.new_empty(*x.shape[:-1], 1, dtype=stats)
-    return x.new_empty(x.shape), total, mean, torch.empty_like(mean)
+# The op. The sum is an output only where there is a residual, without one it is x itself, which no op may return, and where
+# `keep` says that somebody wants it: inference without return_sum never writes it. An RMSNorm has an empty mean.
+
+
+def _forward(x, residual, weight, bias, eps, rms, keep, backend):
+    module = dispatch.choose("norm", BACKENDS, backend, _problem(x, residual))
+    y, total, mean, rstd = module.forward(x, residual, weight, bias, eps, rms, keep)
+    empty = x.new_empty(0)
+    kept = total.contiguous() if keep and residual is not None else empty
+    return y.contiguous(), kept, (rstd.new_empty(0) if mean is None else mean), rstd
+
+
+def _forward_fake(x, residual, weight, bias, eps, rms, keep, backend):
+    total = x.new_empty(0)
+    if keep and residual is not None:
+        total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty(x.shape), total, rstd.new_empty(0 if rms else rstd.shape), rstd
 
 
 def _forward_autograd(*args):
     if torch.compiler.is_dynamo_compiling():
         return _FORWARD(*args)
     if dispatch.wants_autograd(*args[:4]):
-        return _AddLayerNorm.apply(*args)
+        return _AddNorm.apply(*args)
     with dispatch.below_autograd():
         return _FORWARD(*args)
 
 
-class _AddLayerNorm(torch.autograd.Function):
+class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, backend):
+    def forward(ctx, x, residual, weight, bias, eps, rms, keep, backend):
         with dispatch.below_autograd():
-            y, total, mean, rstd = _FORWARD(x, residual, weight, bias, eps, backend)
+            y, total, mean, rstd = _FORWARD(x, residual, weight, bias, eps, rms, True, backend)
         ctx.save_for_backward(x if residual is None else total, mean, rstd, weight)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
-        ctx.backend = backend
+        ctx.rms, ctx.keep, ctx.backend = rms, keep and residual is not None, backend
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        return y, total, mean, rstd
+        return y, (total if ctx.keep else x.new_empty(0)), mean, rstd
 
     @staticmethod
     def backward(ctx, dy, dtotal, _dmean, _drstd):
         total, mean, rstd, weight = ctx.saved_tensors
-        x_dtype, residual_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        if residual_dtype is None:
-            dtotal = None  # of the empty output
+        if not ctx.keep:
+            dtotal = None  # of an empty output
         if dy is None:
-            dy = torch.zeros_like(total, dtype=x_dtype)
-        dsum, dweight, dbias = dispatch.call_backward(_BACKWARD, dy, dtotal, total, mean, rstd, weight, ctx.backend)
+            dy = torch.zeros_like(total, dtype=ctx.dtypes[0])
+        flags = (ctx.rms, *ctx.needs_input_grad[2:4])
+        dsum, dweight, dbias = dispatch.call_backward(_BACKWARD, dy, dtotal, total, mean, rstd, weight, *flags, ctx.backend)
         wanted = zip((dsum, dsum, dweight, dbias), ctx.dtypes, ctx.needs_input_grad, strict=False)
-        return (*(grad.to(dtype) if need else None for grad, dtype, need in wanted), None, None)
+        return (*(grad.to(dtype) if need else None for grad, dtype, need in wanted), None, None, None, None)
 
 
-def _backward(dy, dtotal, total, mean, rstd, weight, backend):
-    module = dispatch.choose("norm", BACKENDS, _problem(total), backend)
-    dsum, dweight, dbias = module.backward(dy, total, mean, rstd, weight)
-    if dtotal is not None:
-        dsum = dsum + dtotal
-    return dsum.to(total.dtype).contiguous(), dweight.to(mean.dtype), dbias.to(mean.dtype)
+def _backward(dy, dtotal, total, mean, rstd, weight, rms, need_dweight, need_dbias, backend):
+    module = dispatch.choose("norm", BACKENDS, backend, _problem(total))
+    grads = module.backward(dy, dtotal, total, None if rms else mean, rstd, weight, need_dweight, need_dbias)
+    return tuple(rstd.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
-def _backward_fake(dy, dtotal, total, mean, rstd, weight, backend):
-    dweight = mean.new_empty(total.shape[-1])
-    return total.new_empty(total.shape), dweight, torch.empty_like(dweight)
+def _backward_fake(dy, dtotal, total, mean, rstd, weight, rms, need_dweight, need_dbias, backend):
+    dweight, dbias = (rstd.new_empty(total.shape[-1] if need else 0) for need in (need_dweight, need_dbias))
+    return total.new_empty(total.shape), dweight, dbias
 
 
 def _backward_autograd(*args):
@@ -94,15 +102,18 @@ def _backward_autograd(*args):
 
 
 _FORWARD = dispatch.define(
-    "add_layer_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, str backend)"
+    "add_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, bool keep, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _forward, _forward_fake, _forward_autograd,
 )  # fmt: skip
 _BACKWARD = dispatch.define(
-    "add_layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor total, Tensor mean, Tensor rstd, Tensor? weight, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "add_norm_backward(Tensor dy, Tensor? dtotal, Tensor total, Tensor mean, Tensor rstd, Tensor? weight, bool rms,"
+    " bool need_dweight, bool need_dbias, str backend) -> (Tensor, Tensor, Tensor)",
     _backward, _backward_fake, _backward_autograd,
 )  # fmt: skip
+
+
+# Public functions
 
 
 def add_layer_norm(
@@ -126,7 +137,7 @@ def add_layer_norm(
         eps: added to the variance, > 0.
         dropout, seed: not served yet; anything but the default raises NotImplementedError.
         return_sum: also return residual + x, in the wider of their dtypes, as pre-norm models need it.
-        backend: "auto", "cpu" or "eager".
+        backend: "auto", "triton", "cpu" or "eager".
 
     Returns:
         y (..., d) in x's dtype, or (y, sum). Mean and variance are computed in fp32 (fp64 for fp64 inputs). Autocast casts
@@ -136,12 +147,34 @@ def add_layer_norm(
         ValueError, TypeError: an argument does not fit, in a sentence that names it.
         NotImplementedError: the named backend does not serve the request. Second derivatives raise too.
     """
+    return _add_norm(x, residual, weight, bias, eps, dropout, seed, return_sum, backend, rms=False)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_sum: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """s * rsqrt(mean(s^2) + eps) * weight with s = residual + x: T5's norm (Zhang and Sennrich, 2019, arXiv:1910.07467).
+
+    Arguments, results and errors are those of `add_layer_norm`; there is no bias, and no mean is subtracted.
+    """
+    return _add_norm(x, residual, weight, None, eps, dropout, seed, return_sum, backend, rms=True)
+
+
+def _add_norm(x, residual, weight, bias, eps, dropout, seed, return_sum, backend, *, rms):
     for name, value, default in (("dropout", dropout, 0.0), ("seed", seed, None)):
         if value is not default and value != default:
             raise NotImplementedError(f"{name} is not served yet: leave it at {default}")
     dispatch.check_backend(backend, BACKENDS)
     _check_norm(x, residual, weight, bias, eps)
-    y, total, _, _ = _forward_autograd(x, residual, weight, bias, eps, backend)
+    y, total, _, _ = _forward_autograd(x, residual, weight, bias, eps, rms, return_sum, backend)
     if return_sum:
         return y, x if residual is None else total
     return y

@@ -1,4 +1,4 @@
-"""Libraries with the emulator in them, built once: the kernels of csrc, and those with seeded bugs."""
+"""Libraries with the emulator in them, built once: the primitives, and kernels with seeded bugs."""
 
 from pathlib import Path
 
@@ -8,21 +8,19 @@ from emulated import Emulated
 from fastattn.kernels.cuda import emulator
 
 
-def skip_where_there_is_no_emulator():
+def emulated(source, folder):
     problems = emulator.problems()
     if problems:
         pytest.skip("; ".join(problems))
+    emulator.csrc_build().emulated(folder / "library.so", folder, [Path(__file__).with_name(source)])
+    return Emulated(folder / "library.so")
 
 
 @pytest.fixture(scope="session")
-def kernels():
-    skip_where_there_is_no_emulator()
-    return Emulated(emulator.build())
+def kernels(tmp_path_factory):
+    return emulated("conformance.cu", tmp_path_factory.mktemp("conformance"))
 
 
 @pytest.fixture(scope="session")
 def bugs(tmp_path_factory):
-    skip_where_there_is_no_emulator()
-    folder = tmp_path_factory.mktemp("bugs")
-    emulator.csrc_build().emulated(folder / "bugs.so", [Path(__file__).with_name("bugs.cu")], folder)
-    return Emulated(folder / "bugs.so")
+    return emulated("bugs.cu", tmp_path_factory.mktemp("bugs"))

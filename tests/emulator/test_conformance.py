@@ -7,9 +7,7 @@ import primitives
 import pytest
 import torch
 
-from fastattn.kernels.cuda import library
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+from fastattn.kernels.cuda import emulator
 
 BLOCKS = 50
 EXP2_ERROR = 2**-22 + 2**-24  # relative: that of the instruction by the PTX ISA, and the rounding of the emulator's result
@@ -18,11 +16,20 @@ SPECIAL += [2**-24, 2**-25, 3 * 2**-25]  # a subnormal half, two ties
 
 
 @pytest.fixture(scope="module")
-def gpu():
-    problems = library.problems("cuda")
-    if problems:
-        pytest.skip("; ".join(problems))
-    return ctypes.CDLL(str(library.path()))
+def gpu(tmp_path_factory):
+    """The primitives compiled by nvcc: for the GPU that is here, or for sm_90."""
+    compiler, folder = emulator.csrc_build(), tmp_path_factory.mktemp("gpu")
+    problem = compiler.nvcc_problem()
+    if problem is not None:
+        pytest.skip(problem)
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    compiler.cuda(folder / "library.so", folder, [f"{major}{minor}"], [primitives.CONFORMANCE])
+    return ctypes.CDLL(str(folder / "library.so"))
+
+
+def test_nvcc_compiles_every_primitive(gpu):
+    """The assembler has accepted each instruction; what it does is for a GPU to show."""
+    assert list(primitives.sizes(gpu)) == primitives.NAMES
 
 
 def inputs(name, threads, per_thread):
@@ -67,6 +74,8 @@ def magnitude(kernels, name, words):
     return primitives.emulate(kernels, name, words & clear).view(np.float32).ravel()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("name", primitives.NAMES)
 def test_gpu_and_emulator_agree(gpu, kernels, name):
     words_in, words_out = primitives.sizes(kernels.library)[name]

@@ -1,29 +1,48 @@
-"""The cpu backend of `add_layer_norm`: PyTorch's LayerNorm kernels, given fp32 parameters so that their statistics are fp32."""
+"""The cpu backend of the norms: PyTorch's LayerNorm kernels, given fp32 parameters so that their statistics are fp32.
+
+An RMSNorm, which PyTorch fuses on GPUs only, is the specification.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.reference import compute_dtype
+from fastattn import reference
 
 
 def unsupported(problem) -> list[str]:
     return [] if problem.device == "cpu" else [f"tensors are on {problem.device}"]
 
 
-def forward(total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    weight, bias = _wide(weight, total, 1.0), _wide(bias, total, 0.0)
-    return torch.native_layer_norm(total, total.shape[-1:], weight, bias, eps)
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    if rms:
+        return reference.norm(x, residual, weight, bias, eps, rms)
+    total = x if residual is None else residual + x
+    y, mean, rstd = torch.native_layer_norm(total, total.shape[-1:], _wide(weight, total, 1.0), _wide(bias, total, 0.0), eps)
+    return y.to(x.dtype), total, mean, rstd
 
 
-def backward(dy: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None,
+    need_dweight: bool, need_dbias: bool,
+) -> tuple[Tensor, Any, Any]:  # fmt: skip
+    if mean is None:
+        return reference.norm_backward(dy, dtotal, total, mean, rstd, weight, need_dweight, need_dbias)
     weight = _wide(weight, total, 1.0)
-    return torch.ops.aten.native_layer_norm_backward(
-        dy.to(total.dtype), total, total.shape[-1:], mean, rstd, weight, torch.zeros_like(weight), [True, True, True]
-    )
+    dtype = rstd.dtype  # in half precision PyTorch's kernel would add up dweight in it
+    dsum, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dy.to(dtype), total.to(dtype), total.shape[-1:], mean, rstd, weight, torch.zeros_like(weight),
+        [True, need_dweight, need_dbias],
+    )  # fmt: skip
+    dsum = dsum if dtotal is None else dsum + dtotal
+    return dsum.to(total.dtype), dweight if need_dweight else None, dbias if need_dbias else None
 
 
 def _wide(parameter: Tensor | None, total: Tensor, default: float) -> Tensor:
-    dtype = compute_dtype(total.dtype)
+    dtype = reference.compute_dtype(total.dtype)
     return torch.full(total.shape[-1:], default, dtype=dtype) if parameter is None else parameter.to(dtype)

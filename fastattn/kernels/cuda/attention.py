@@ -16,7 +16,7 @@ INT32_MAX = 2**31 - 1
 def unsupported(problem) -> list[str]:
     reasons = library.problems(problem.device)
     if problem.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"{problem.dtype} is served by other backends; this one takes fp16 and bf16")
+        reasons.append(f"{problem.dtype} is not served: the CUDA kernels take fp16 and bf16")
     if problem.D not in HEAD_DIMS:
         reasons.append(f"head dimension {problem.D} is not 32, 64 or 128")
     if problem.pairs:

@@ -41,7 +41,7 @@ def problems() -> list[str]:
 
 
 def launch(kernel: str, arguments: dict[str, Any], reads: dict[str, Tensor | None], writes: dict[str, Tensor | None]) -> None:
-    module, checks = _module(), _interface()
+    module, checks = _module(), interface(build())
     for access, tensors in ((READ, reads), (WRITE, writes)):
         for name, tensor in tensors.items():
             if tensor is not None:
@@ -61,20 +61,25 @@ def launch(kernel: str, arguments: dict[str, Any], reads: dict[str, Tensor | Non
 @functools.cache
 def build() -> Path:
     """Compile what has changed since the last time; one process at a time."""
-    spec = importlib.util.spec_from_file_location("fastattn_csrc_build", ROOT / "csrc" / "build.py")
-    assert spec is not None and spec.loader is not None
-    compiler = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compiler)
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        compiler.emulated(LIBRARY, (*compiler.KERNELS, compiler.BINDINGS), FOLDER)
+        csrc_build().emulated(LIBRARY, FOLDER)
     return LIBRARY
+
+
+def csrc_build() -> ModuleType:
+    """csrc/build.py, which is not part of the package."""
+    return _import("fastattn_csrc_build", ROOT / "csrc" / "build.py")
 
 
 @functools.cache
 def _module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fastattn.emulated._cuda", build())
+    return _import("fastattn.emulated._cuda", build())
+
+
+def _import(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -82,8 +87,9 @@ def _module() -> ModuleType:
 
 
 @functools.cache
-def _interface() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build()))
+def interface(path: Path) -> ctypes.CDLL:
+    """A library with an emulator in it, and the two functions that tell it what to watch and ask it what it found."""
+    library = ctypes.CDLL(str(path))
     numbers = ctypes.POINTER(ctypes.c_int64)
     library.fastattn_emulator_watch.argtypes = [
         ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, numbers, numbers, ctypes.c_int,

@@ -7,18 +7,15 @@ arguments; what is compiled in is the dtype, D, which mask fields there are, and
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 import triton
 from torch import Tensor
 
 from fastattn.kernels.triton.attention_backward import _attention_dkdv_kernel, _attention_dq_kernel
 from fastattn.kernels.triton.attention_forward import _attention_forward_kernel
-from fastattn.kernels.triton.primitives import INTERPRET
+from fastattn.kernels.triton.launch import Launch, precision, refusals, run, vector
 from fastattn.masks import LoweredMask
 
 
@@ -55,40 +52,18 @@ CONFIGS = {
 }
 
 
-class Launch(NamedTuple):
-    """One kernel launch, as data: tests compile it for other architectures without running it."""
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    config: Config
-
-
 def unsupported(problem) -> list[str]:
-    reasons = []
-    if problem.device != "cuda" and not INTERPRET.value:
-        reasons.append(f"tensors are on {problem.device}")
-    if problem.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        reasons.append("the GPU's compute capability is below 8.0")
-    if INTERPRET.value and _version(triton) < (3, 7) and _version(numpy) >= (2, 4):
-        reasons.append(f"Triton {triton.__version__} cannot interpret with NumPy {numpy.__version__} (2.4 or later)")
-    if problem.dtype == torch.float64:
-        reasons.append("fp64 is served by eager and cpu")
+    reasons = refusals(problem)
     if not 1 <= problem.D <= 128:
         reasons.append(f"head dimension {problem.D} is not in 1..128")
     return reasons
-
-
-def _version(module: ModuleType) -> tuple[int, int]:
-    major, minor, *_ = module.__version__.split(".")
-    return int(major), int(minor)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool) -> tuple[Tensor, Tensor]:
     B, H, M, D = q.shape
     out = q.new_empty(B, M, H, D).transpose(1, 2)
     lse = q.new_empty(B, H, M, dtype=torch.float32)
-    _run(forward_launch(q, k, v, out, lse, mask, scale))
+    run(forward_launch(q, k, v, out, lse, mask, scale))
     return out, lse
 
 
@@ -99,7 +74,7 @@ def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> 
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
     dlse = None if dlse is None else dlse.contiguous()
     for launch in backward_launches(dout, dlse, q, k, v, out, lse.contiguous(), delta, dq, dk, dv, mask, scale):
-        _run(launch)
+        run(launch)
     return dq, dk, dv
 
 
@@ -122,25 +97,19 @@ def backward_launches(dout, dlse, q, k, v, out, lse, delta, dq, dk, dv, mask: Lo
 
 
 def _shared(tensors: dict[str, Tensor], mask: LoweredMask, scale: float, q: Tensor, k: Tensor) -> dict[str, Any]:
-    """Arguments that all kernels take: the (B, H, L, D) tensors with their strides, the mask, sizes, what is compiled in.
-
-    Strides go in units of VECTOR elements: multiplied by that constant inside, they let the compiler see 16-byte rows.
-    """
-    vector = 16 // q.element_size()
-    aligned = all(x.data_ptr() % 16 == 0 and not any(s % vector for s in x.stride()[:3]) for x in tensors.values())
-    vector = vector if aligned else 1
+    """Arguments that all kernels take: the (B, H, L, D) tensors with their strides, the mask, sizes, what is compiled in."""
+    unit = vector(q.element_size(), list(tensors.values()), [stride for x in tensors.values() for stride in x.stride()[:3]])
     arguments: dict[str, Any] = dict(tensors)
     for name, x in tensors.items():
-        b, h, length = (stride // vector for stride in x.stride()[:3])
+        b, h, length = (stride // unit for stride in x.stride()[:3])
         arguments.update({f"{name}_b": b, f"{name}_h": h, f"{name}_l": length})
     keys_b, keys_n = (0, 0) if mask.keys is None else mask.keys.stride()
     pairs_strides = (0, 0, 0, 0) if mask.pairs is None else _broadcast_strides(mask.pairs)
     arguments.update(zip(("pairs_b", "pairs_h", "pairs_m", "pairs_n"), pairs_strides, strict=True))
     arguments.update(mask._asdict(), keys_b=keys_b, keys_n=keys_n, scale=scale)
     arguments.update(H=q.shape[1], M=q.shape[2], N=k.shape[2])
-    arguments.update(D=q.shape[3], BLOCK_D=_block_d(q), VECTOR=vector)
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    arguments.update(PRECISION="tf32" if tf32 else "ieee")
+    arguments.update(D=q.shape[3], BLOCK_D=_block_d(q), VECTOR=unit)
+    arguments.update(PRECISION=precision(q.dtype))
     return arguments
 
 
@@ -159,12 +128,3 @@ def _configs(q: Tensor, mask: LoweredMask) -> tuple[Config, Config, Config]:
 def _programs(x: Tensor, block: int) -> int:
     """One program per head and block of rows, all on the grid's first axis: the others end at 65,535."""
     return x.shape[0] * x.shape[1] * triton.cdiv(x.shape[2], block)
-
-
-def _run(launch: Launch) -> None:
-    if launch.programs == 0:
-        return
-    device = launch.arguments["q"].device
-    other = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if other else nullcontext():
-        launch.kernel[(launch.programs,)](**launch.arguments, **launch.config._asdict())

@@ -48,3 +48,24 @@ def store_rows(base, index, stride, live, tile, D: tl.constexpr, BLOCK_D: tl.con
     d = tl.arange(0, BLOCK_D)
     pointers = base + index.to(tl.int64)[:, None] * stride + d[None, :]
     tl.store(pointers, round_to(tile, base.dtype.element_ty), mask=live[:, None] & (d[None, :] < D))
+
+
+@triton.jit
+def load_tile(base, m, n, stride, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The (BLOCK_M, BLOCK_N) tile at row m (scalar) and column n of an (M, N) matrix, in fp32; 0 beyond its end.
+
+    The tile's own address is 64 bits wide; inside it 32 are enough, for rows of less than 2^23 elements, and half the registers.
+    """
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    inside = (m + i < M)[:, None] & (n + j < N)[None, :]
+    pointers = base + m.to(tl.int64) * stride + n + (i[:, None] * stride + j[None, :])
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(base, m, n, stride, M, N, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store an fp32 tile where `load_tile` would read it, rounded once to the matrix's dtype."""
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    inside = (m + i < M)[:, None] & (n + j < N)[None, :]
+    pointers = base + m.to(tl.int64) * stride + n + (i[:, None] * stride + j[None, :])
+    tl.store(pointers, round_to(tile, base.dtype.element_ty), mask=inside)

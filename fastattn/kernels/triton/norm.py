@@ -1,0 +1,175 @@
+"""The triton backend of `add_layer_norm` and `add_rms_norm`: one kernel forward, one backward, each reading its tensors once.
+
+A program holds whole rows in registers, so the variance is taken from the centred row and not from a difference of sums. The
+backward walks a fixed number of rows per program and adds up dweight and dbias in fp32 on its way; the partial sums, one row per
+program, are added at the end. No atomics: gradients are deterministic. What is compiled in is the dtypes, which tensors there
+are, the width's next power of two, and whether rows are made of units of 16 bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.kernels.triton.launch import Launch, matrix, matrix_arguments, refusals, run
+from fastattn.kernels.triton.primitives import load_tile, round_to, store_tile
+
+# The sums of dweight and dbias of a wider row do not fit into the registers; up to it nothing spills, but for rows of more than
+# 4096 elements that are no multiple of 16 bytes, whose backward spills.
+WIDEST = 8192
+PARTS, ROWS = 512, 16  # partial sums of dweight: at most so many, of at least so many rows each
+
+
+class Config(NamedTuple):
+    """Rows and columns of a tile, warps per program."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit(do_not_specialize=["x_m", "residual_m", "M", "N"])
+def _norm_forward_kernel(
+    x, residual, weight, bias, y, total, mean, rstd, x_m, residual_m, eps, M, N,
+    RMS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """x, residual, and dense y and total (M, N), weight and bias (N,), mean and rstd (M,); only x, y and rstd must be."""
+    N *= VECTOR
+    m = tl.program_id(0) * BLOCK_M
+    i, j = m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    s = load_tile(x, m, 0, x_m * VECTOR, M, N, BLOCK_M, BLOCK_N)
+    if residual is not None:
+        s += load_tile(residual, m, 0, residual_m * VECTOR, M, N, BLOCK_M, BLOCK_N)
+        if x.dtype.element_ty == residual.dtype.element_ty:  # else the sum is fp32; it is normalised as it is returned
+            s = round_to(s, x.dtype.element_ty).to(tl.float32)
+    if total is not None:
+        store_tile(total, m, 0, N, M, N, s, BLOCK_M, BLOCK_N)
+    if not RMS:
+        average = tl.sum(s, 1) / N
+        tl.store(mean + i, average, mask=i < M)
+        s = tl.where((j < N)[None, :], s - average[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(s * s, 1) / N + eps)
+    tl.store(rstd + i, scale, mask=i < M)
+    s *= scale[:, None]
+    if weight is not None:
+        s *= tl.load(weight + j, mask=j < N, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        s += tl.load(bias + j, mask=j < N, other=0.0).to(tl.float32)[None, :]
+    store_tile(y, m, 0, N, M, N, s, BLOCK_M, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["dy_m", "dtotal_m", "total_m", "M", "N", "steps"])
+def _norm_backward_kernel(
+    dy, dtotal, total, mean, rstd, weight, dsum, dweight, dbias, dy_m, dtotal_m, total_m, M, N, steps,
+    VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dy, dtotal, total and dense dsum (M, N), dweight and dbias (programs, N) in fp32. An RMSNorm has no mean.
+
+    With n = (total - mean) * rstd and g = dy * weight: dsum = rstd * (g - mean(g) - n * mean(g * n)) + dtotal.
+    """
+    N *= VECTOR
+    j = tl.arange(0, BLOCK_N)
+    dweight_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    dbias_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(steps):
+        m = (tl.program_id(0) * steps + step) * BLOCK_M
+        i = m + tl.arange(0, BLOCK_M)
+        scale = tl.load(rstd + i, mask=i < M, other=0.0)[:, None]
+        normal = load_tile(total, m, 0, total_m * VECTOR, M, N, BLOCK_M, BLOCK_N)
+        if mean is not None:
+            normal -= tl.load(mean + i, mask=i < M, other=0.0)[:, None]
+        normal *= scale  # beyond the width it is not 0, but g is
+        g = load_tile(dy, m, 0, dy_m * VECTOR, M, N, BLOCK_M, BLOCK_N)
+        if dweight is not None:
+            dweight_tile += g * normal
+        if dbias is not None:
+            dbias_tile += g
+        if weight is not None:
+            g *= tl.load(weight + j, mask=j < N, other=0.0).to(tl.float32)[None, :]
+        grad = g - normal * (tl.sum(g * normal, 1) / N)[:, None]
+        if mean is not None:
+            grad -= (tl.sum(g, 1) / N)[:, None]
+        grad *= scale
+        if dtotal is not None:
+            grad += load_tile(dtotal, m, 0, dtotal_m * VECTOR, M, N, BLOCK_M, BLOCK_N)
+        store_tile(dsum, m, 0, N, M, N, grad, BLOCK_M, BLOCK_N)
+    part = tl.program_id(0).to(tl.int64) * N
+    if dweight is not None:
+        tl.store(dweight + part + j, tl.sum(dweight_tile, 0), mask=j < N)
+    if dbias is not None:
+        tl.store(dbias + part + j, tl.sum(dbias_tile, 0), mask=j < N)
+
+
+def unsupported(problem) -> list[str]:
+    reasons = refusals(problem)
+    if not 1 <= problem.width <= WIDEST:
+        reasons.append(f"width {problem.width} is not in 1..{WIDEST}")
+    elif problem.width > WIDEST // 2 and problem.width % 8:
+        reasons.append(f"width {problem.width}, beyond {WIDEST // 2}, is no multiple of 8")  # the backward would spill
+    return reasons
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """y, the sum (None without a residual, or where nobody keeps it), mean (None in an RMSNorm) and rstd."""
+    y, total = x.new_empty(x.shape), None
+    if residual is not None and keep:
+        total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    mean = None if rms else rstd.new_empty(rstd.shape)
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    run(forward_launch(matrix(x), None if residual is None else matrix(residual), weight, bias, y, total, mean, rstd, eps))
+    return y, total, mean, rstd
+
+
+def backward(
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None,
+    need_dweight: bool, need_dbias: bool,
+) -> tuple[Tensor, Any, Any]:  # fmt: skip
+    """dsum in total's dtype; dweight and dbias in fp32, None if not needed."""
+    dsum, dtotal = total.new_empty(total.shape), None if dtotal is None else matrix(dtotal)
+    total, weight = matrix(total), None if weight is None else weight.contiguous()
+    programs = parts(total, need_dweight or need_dbias)[0]
+    sums = [rstd.new_empty(programs, total.shape[1]) if need else None for need in (need_dweight, need_dbias)]
+    mean = None if mean is None else mean.contiguous()
+    run(backward_launch(matrix(dy), dtotal, total, mean, rstd.contiguous(), weight, dsum, *sums))
+    dweight, dbias = (None if part is None else part.sum(0) for part in sums)
+    return dsum, dweight, dbias
+
+
+def forward_launch(x, residual, weight, bias, y, total, mean, rstd, eps: float) -> Launch:
+    """x and residual (M, N), y and total dense, of any shape; no mean, no subtraction of it."""
+    (M, N), config = x.shape, _config(x.shape[1])
+    arguments = matrix_arguments({"x": x, "residual": residual}, N=N)
+    arguments.update(weight=weight, bias=bias, y=y, total=total, mean=mean, rstd=rstd, eps=eps, M=M, RMS=mean is None)
+    return Launch(_norm_forward_kernel, triton.cdiv(M, config.BLOCK_M), arguments, config)
+
+
+def backward_launch(dy, dtotal, total, mean, rstd, weight, dsum, dweight, dbias) -> Launch:
+    """dy, dtotal and total (M, N), dsum dense, of any shape; dweight and dbias (parts, N) or None."""
+    M, N = total.shape
+    programs, steps = parts(total, dweight is not None or dbias is not None)
+    arguments = matrix_arguments({"dy": dy, "dtotal": dtotal, "total": total}, N=N)
+    arguments.update(weight=weight, dsum=dsum, dweight=dweight, dbias=dbias, mean=mean, rstd=rstd, M=M, steps=steps)
+    return Launch(_norm_backward_kernel, programs, arguments, _config(N))
+
+
+def _config(N: int) -> Config:
+    """About 1024 elements per program, or one row; 8 or 16 elements per thread: more would spill in the backward."""
+    block_n = max(16, triton.next_power_of_2(N))
+    block_m = max(1, 1024 // block_n)
+    return Config(block_m, block_n, max(4, block_n // 512), 1)
+
+
+def parts(total: Tensor, sums: bool) -> tuple[int, int]:
+    """Programs of the backward, and the tiles of rows that each walks; they depend on the shape alone."""
+    block = _config(total.shape[1]).BLOCK_M
+    tiles = triton.cdiv(total.shape[0], block)
+    steps = max(triton.cdiv(ROWS, block), triton.cdiv(tiles, PARTS)) if sums else 1
+    return triton.cdiv(tiles, steps), steps

@@ -1,0 +1,119 @@
+"""What every compiled kernel holds, seen without a GPU: registers, spills, shared memory, tensor-core instructions, occupancy.
+
+A program: `python tests/gates.py` (`make gates`) compiles every variant of the CUDA and Triton kernels for each architecture, in
+minutes, and writes the table gates.json. With `sample` it compiles at most 60 and prints them. test_gates.py holds the table to
+the present sources and to limits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aot
+import sass
+import triton
+
+from fastattn.kernels.cuda import emulator, library
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = Path(__file__).with_name("gates.json")
+SOURCES = {
+    "cuda": ("csrc/attention/*.cu", "csrc/ffn/*.cu", "csrc/*/*.cuh", "csrc/*/*.h"),
+    "triton": ("fastattn/kernels/triton/*.py", "tests/aot.py"),
+}
+Row = dict[str, Any]
+
+
+def source_hash(backend: str) -> str:
+    """Of everything that a backend's rows depend on, but for the compiler."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES[backend] for path in ROOT.glob(pattern)):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def compilers() -> dict[str, str | None]:
+    compiler = emulator.csrc_build()
+    return {"cuda": compiler.nvcc_version() if compiler.nvcc() else None, "triton": triton.__version__}
+
+
+def cuda_rows(sms: Iterable[int]) -> Iterator[Row]:
+    """A row per CUDA kernel and architecture."""
+    kernels = library.module().kernels
+    for source in sorted({path for pattern in SOURCES["cuda"][:2] for path in ROOT.glob(pattern)}):
+        for sm in sms:
+            with tempfile.TemporaryDirectory() as folder:
+                cubin = Path(folder) / "kernels.cubin"
+                command = [
+                    emulator.csrc_build().nvcc(),
+                    *emulator.csrc_build().CUDA_FLAGS,
+                    f"-arch=sm_{sm}",
+                    "-cubin",
+                    source,
+                    "-o",
+                    cubin,
+                ]
+                subprocess.run(command, check=True)
+                found = sass.functions(cubin)
+            for signature, held in sorted(found.items()):
+                name = next(name for name in kernels if name in signature.replace("fastattn::", ""))
+                row = _row("cuda", name, "", sm, *kernels[name], held)
+                yield {**row, "multiplies": "backward" not in name}
+
+
+def triton_rows(variants: Iterable[aot.Variant]) -> Iterator[Row]:
+    """A row per variant of a Triton kernel."""
+    for variant in variants:
+        kernel = aot.compile_launch(variant.launch, variant.sm)
+        threads = 32 * variant.launch.config.num_warps
+        row = _row(
+            "triton",
+            variant.kernel,
+            f"{variant.dtype} {variant.case}",
+            variant.sm,
+            threads,
+            kernel.metadata.shared,
+            aot.held(kernel),
+        )
+        yield {**row, "multiplies": variant.multiplies, "block_m": variant.launch.config.BLOCK_M}
+
+
+def _row(backend: str, kernel: str, case: str, sm: int, threads: int, shared: int, held: dict[str, int]) -> Row:
+    row = {"backend": backend, "kernel": kernel, "case": case, "sm": sm, "threads": threads, "shared": shared, **held}
+    fits = shared <= sass.MULTIPROCESSORS[sm].block_shared
+    return {**row, "fits": fits, "occupancy": sass.occupancy(sm, held["registers"], threads, shared)}
+
+
+def head() -> dict[str, Any]:
+    return {"sources": {backend: source_hash(backend) for backend in SOURCES}, "compilers": compilers()}
+
+
+def sample() -> Iterator[Row]:
+    """At most 60 variants, among them each kernel; those of CUDA where there is an nvcc."""
+    if emulator.csrc_build().nvcc():
+        yield from cuda_rows((80, 90))
+    yield from triton_rows(aot.sampled())
+
+
+def write_table() -> None:
+    rows = []
+    for row in (*cuda_rows(aot.CAPABILITIES), *triton_rows(aot.shipped())):
+        rows.append(row)
+        if sys.stderr.isatty():
+            print(f"\r{len(rows)} variants", end="", file=sys.stderr)
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    TABLE.write_text(json.dumps(head(), indent=1)[:-2] + ',\n "rows": [\n  ' + lines + "\n ]\n}\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["sample"]:
+        print(json.dumps({**head(), "rows": list(sample())}))
+    else:
+        write_table()

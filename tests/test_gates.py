@@ -1,0 +1,124 @@
+"""What the compiled kernels hold: gates.json is of the present sources, within limits, and what a sample compiles to now."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+MOST_SPILLED = 64  # bytes of stack
+
+# Variants that spill, each with its reason: (kernel, start of its case) -> bytes of stack at most.
+SPILLS = {
+    # 255 registers hold both accumulators and the tiles of K and V; smaller tiles cost more than the two stores outside the loop
+    ("attention_dkdv_kernel", "bfloat16 D=64"): 8,
+    ("attention_dkdv_kernel", "float16 D=64"): 8,
+}
+
+
+def program(name, *arguments):
+    """What a program beside this file prints as JSON; it compiles, so nothing is interpreted there."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    command = [sys.executable, str(Path(__file__).with_name(name)), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return json.loads(Path(__file__).with_name("gates.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def present():
+    """The sources' hashes, the compilers' versions and a sample of the variants, compiled now."""
+    return program("gates.py", "sample")
+
+
+@pytest.fixture(params=["table", "present"])
+def rows(request):
+    return request.getfixturevalue(request.param)["rows"]
+
+
+def check(rows, holds):
+    wrong = [row for row in rows if not holds(row)]
+    assert rows and not wrong, "\n".join(map(str, wrong))
+
+
+def key(row):
+    return row["backend"], row["kernel"], row["case"], row["sm"]
+
+
+@pytest.mark.slow
+def test_table_is_of_the_present_sources(table, present):
+    assert table["sources"] == present["sources"], "run `make gates`"
+
+
+@pytest.mark.slow
+def test_sample_is_as_the_table_says(table, present):
+    recorded = {key(row): row for row in table["rows"]}
+    assert len(recorded) == len(table["rows"]) and len(present["rows"]) <= 60
+    for row in present["rows"]:
+        assert key(row) in recorded
+        if present["compilers"][row["backend"]] == table["compilers"][row["backend"]]:
+            assert row == recorded[key(row)]
+
+
+@pytest.mark.slow
+def test_sample_holds_every_kernel(table, present):
+    found = [{(row["backend"], row["kernel"]) for row in rows} for rows in (table["rows"], present["rows"])]
+    compiled = {backend for backend, version in present["compilers"].items() if version}
+    assert found[1] == {kernel for kernel in found[0] if kernel[0] in compiled}
+    assert len({kernel for backend, kernel in found[0] if backend == "cuda"}) <= 40
+
+
+@pytest.mark.slow
+def test_no_spills(rows):
+    def allowed(row):
+        reasons = [most for (kernel, case), most in SPILLS.items() if row["kernel"] == kernel and row["case"].startswith(case)]
+        return max(reasons, default=0)
+
+    assert max(SPILLS.values()) <= MOST_SPILLED
+    check(rows, lambda row: row["stack"] <= allowed(row) and (row["local"] == 0 or allowed(row) > 0))
+
+
+@pytest.mark.slow
+def test_a_block_fits(rows):
+    check(rows, lambda row: row["occupancy"] > 0 and row["fits"])
+
+
+@pytest.mark.slow
+def test_products_of_half_precision_run_on_tensor_cores(rows):
+    half = [row for row in rows if row["multiplies"] and "float32" not in row["case"]]
+    check(half, lambda row: row["hmma"] + row["hgmma"] > 0)
+    triton = [row for row in half if row["backend"] == "triton" and row["sm"] == 90 and row["block_m"] >= 64]
+    check(triton, lambda row: row["hgmma"] > 0)
+
+
+@pytest.mark.slow
+def test_half_precision_loads_16_bytes(rows):
+    """Triton's variants are of aligned rows but for those that say `odd`; CUDA kernels hold both paths."""
+    triton = [row for row in rows if row["backend"] == "triton" and "float32" not in row["case"] and "odd" not in row["case"]]
+    check(triton, lambda row: row["narrow"] == 0)
+    cuda = [row for row in rows if row["backend"] == "cuda" and row["multiplies"]]
+    if cuda or shutil.which("nvcc"):
+        check(cuda, lambda row: row["ldgsts"] > 0)
+
+
+@pytest.mark.slow
+def test_fp32_is_ieee(rows):
+    single = [row for row in rows if "float32" in row["case"]]
+    check(single, lambda row: row["tf32"] == 0 and row["hmma"] + row["hgmma"] == 0)
+
+
+@pytest.mark.slow
+def test_thirty_lengths_compile_at_most_two_variants():
+    counts = program("aot.py")
+    assert len(counts) == 8 and all(1 <= n <= 2 for n in counts.values()), counts
