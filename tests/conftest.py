@@ -63,3 +63,12 @@ def alone(monkeypatch):
     for module in (cpu, eager):
         monkeypatch.setattr(module, "forward", refuse)
         monkeypatch.setattr(module, "backward", refuse)
+
+
+@pytest.fixture
+def matmul_precision():
+    """PyTorch's switch for fp32 products on GPUs; left as it was."""
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    yield switch
+    switch.fp32_precision = before

@@ -195,15 +195,6 @@ def test_inference_mode():
     torch.testing.assert_close(out, expected)
 
 
-@pytest.fixture
-def matmul_precision():
-    """PyTorch's switch for fp32 products on GPUs; left as it was."""
-    switch = torch.backends.cuda.matmul
-    before = switch.fp32_precision
-    yield switch
-    switch.fp32_precision = before
-
-
 @pytest.mark.parametrize(("setting", "expected"), [("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")])
 @pytest.mark.parametrize("backend", [TRITON])
 def test_fp32_follows_pytorch_s_tf32_switch(backend, setting, expected, matmul_precision):

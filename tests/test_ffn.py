@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backends import BACKENDS, CUDA, TRITON, device_of, dtype_of
+from graphs import assert_replay_follows
 from guarded import assert_no_read_beyond_the_end
+from layouts import LAYOUTS
 
 import fastattn
 from fastattn.activations import ACTIVATIONS
@@ -159,16 +161,6 @@ def test_many_tiles_of_small_integers_are_exact(backend, dtype, monkeypatch):
     for name in ("y", "dx") if dtype == torch.float16 else exact:  # the others are beyond fp16's integers
         assert 0 < exact[name].abs().max() < 1 / torch.finfo(dtype).eps, name
         assert torch.equal(result[name].double(), exact[name]), name
-
-
-LAYOUTS = {
-    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "batch first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-    "last stride 2": lambda t: torch.stack([t, torch.full_like(t, float("nan"))], -1).flatten(-2)[..., ::2],
-    "odd address": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
-    "wide rows": lambda t: torch.cat([t, torch.full_like(t, float("nan"))], -1)[..., : t.shape[-1]],
-    "stride 0": lambda t: t[:1].expand(t.shape),
-}
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -345,15 +337,6 @@ def test_explain_says_what_is_left_to_the_library(backend):
     assert "cuBLAS" in str(fused) and len(plain) == len(fused) + 1
 
 
-@pytest.fixture
-def matmul_precision():
-    """PyTorch's switch for fp32 products on GPUs; left as it was."""
-    switch = torch.backends.cuda.matmul
-    before = switch.fp32_precision
-    yield switch
-    switch.fp32_precision = before
-
-
 @pytest.mark.parametrize(("setting", "expected"), [("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")])
 @pytest.mark.parametrize("backend", [TRITON])
 def test_fp32_follows_pytorch_s_tf32_switch(backend, setting, expected, matmul_precision):
@@ -367,26 +350,15 @@ def test_fp32_follows_pytorch_s_tf32_switch(backend, setting, expected, matmul_p
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_cuda_graph_captures_forward_and_backward():
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_cuda_graph_captures_forward_and_backward(backend):
     args = [t.requires_grad_() for t in ffn_tensors(70, 64, 256, torch.float16, "cuda")[:5]]
 
     def step():
-        y = fastattn.ffn(*args, backend="triton")
+        y = fastattn.ffn(*args, backend=backend)
         return y, *torch.autograd.grad(y.sum(), args)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        args[0].copy_(torch.randn_like(args[0]))
-    graph.replay()
-    for replayed, expected in zip(captured, step(), strict=True):
-        assert torch.equal(replayed, expected)
+    assert_replay_follows(step, args[0])
 
 
 # Packed weights

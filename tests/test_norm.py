@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from backends import TRITON, device_of
 from guarded import assert_no_read_beyond_the_end
+from layouts import LAYOUTS
 
 import fastattn
 from fastattn import reference
@@ -84,16 +85,6 @@ def test_mean_far_from_zero(backend):
     assert_accurate(result, norm_yardstick(*args, 1e-5))
     expected = F.layer_norm((args[0] + residual).double(), (129,), weight.double(), bias.double(), 1e-5)
     assert (result["y"] - expected).abs().max() < 2.0**-24 * 3000 * 32
-
-
-LAYOUTS = {
-    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "batch first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-    "last stride 2": lambda t: torch.stack([t, torch.full_like(t, float("nan"))], -1).flatten(-2)[..., ::2],
-    "odd address": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
-    "wide rows": lambda t: torch.cat([t, torch.full_like(t, float("nan"))], -1)[..., : t.shape[-1]],
-    "stride 0": lambda t: t[:1].expand(t.shape),
-}
 
 
 @pytest.mark.usefixtures("poisoned")
