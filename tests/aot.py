@@ -157,7 +157,7 @@ def launches(more: bool) -> Iterator[tuple[torch.dtype, str, Launch]]:
     for dtype, activation, size in LINEAR + MORE_LINEAR * more:
         yield from ((dtype, f"{activation} {size}", launch) for launch in linear_launches(dtype, activation, *SIZES[size]))
     for dtype, width, rms in NORM + MORE_NORM * more:
-        case = f"width={width} {'rms' if rms else 'layer'}"
+        case = f"width={width} {'rms' if rms else 'layer'}{' odd' if width % 8 else ''}"
         yield from ((dtype, case, launch) for launch in norm_launches(dtype, width, rms))
 
 

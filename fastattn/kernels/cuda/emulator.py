@@ -37,7 +37,8 @@ def problems() -> list[str]:
         return [f"the emulator switches stacks on x86-64 only, and this is {platform.machine()}"]
     if shutil.which("g++") is None:
         return ["the emulator is compiled with g++, which was not found"]
-    return []
+    missing = [name for name in ("pybind11", "ninja") if importlib.util.find_spec(name) is None and shutil.which(name) is None]
+    return [f"the emulator is built with {name}: pip install {name}" for name in missing]
 
 
 def launch(kernel: str, arguments: dict[str, Any], reads: dict[str, Tensor | None], writes: dict[str, Tensor | None]) -> None:
