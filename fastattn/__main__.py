@@ -96,7 +96,8 @@ def run_info(args: argparse.Namespace) -> int:
     if cuda is None or not cuda["cuda"]:
         print(f"{'cuda build':10} none: {cuda['reason'] if cuda else 'the package was not installed by pip'}")
     else:
-        print(f"{'cuda build':10} nvcc {cuda['nvcc']} for sm_{', sm_'.join(cuda['archs'])}")
+        archs = ", ".join(f"sm_{arch}" for arch in cuda["archs"])
+        print(f"{'cuda build':10} nvcc {cuda['nvcc']} for {archs}; needs a driver of CUDA {cuda['nvcc'].split('.')[0]} or later")
         for kernel in cuda["kernels"]:
             print(f"{'kernel':10} {kernel}")
     return 0
