@@ -6,7 +6,8 @@ else
   RUN := $(VENV)/bin/python
 endif
 OUT ?= out
-BUILD := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+BUILD := pyproject.toml setup.py constraints.txt csrc/build.py $(CSRC)
 
 .PHONY: bench test lint gpu gates readme
 
@@ -20,6 +21,7 @@ lint: ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -c "import clang_format as tool; tool.clang_format()" --dry-run --Werror $(CSRC) $(wildcard tests/emulator/*.cu)
 	$(RUN) -m benchmarks.report --check
 
 readme: ready-bench

@@ -29,7 +29,7 @@ class BuildCuda(build_ext):
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         archs = [arch.strip() for arch in os.environ.get("FASTATTN_CUDA_ARCHS", ";".join(build.ARCHS)).split(";") if arch.strip()]
-        reason = refusal()
+        reason = refusal(archs)
         if reason is None:
             tag = f"{sys.implementation.cache_tag}-{'-'.join(archs)}"
             build.cuda(output, ROOT / "build" / f"cuda-{tag}", archs)
@@ -47,14 +47,14 @@ class BuildCuda(build_ext):
         shutil.copyfile(Path(self.build_lib) / "fastattn" / RECORD, output.parent / RECORD)
 
 
-def refusal() -> str | None:
+def refusal(archs: list[str]) -> str | None:
     """Why the kernels are not to be built, or None. Raises RuntimeError where they must be built and cannot."""
     wish = os.environ.get("FASTATTN_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         raise RuntimeError(f"FASTATTN_CUDA must be auto, 0 or 1; got {wish!r}")
     if wish == "0":
         return "FASTATTN_CUDA=0"
-    problem = build.nvcc_problem()
+    problem = build.nvcc_problem(archs) if archs else "FASTATTN_CUDA_ARCHS names no architecture"
     if problem is not None and wish == "1":
         raise RuntimeError(f"FASTATTN_CUDA=1, but {problem}")
     return problem

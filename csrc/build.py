@@ -33,15 +33,15 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
 
 
-def nvcc_problem() -> str | None:
-    """Why CUDA code cannot be compiled here, found by compiling an empty kernel: nvcc may be there without a host compiler."""
+def nvcc_problem(archs: Sequence[str] = ARCHS) -> str | None:
+    """Why CUDA code cannot be compiled here, found by compiling an empty kernel: nvcc may lack a host compiler, or be too old."""
     compiler = nvcc()
     if compiler is None:
         return "nvcc was not found: set CUDA_HOME or PATH"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "empty.cu"
         source.write_text("__global__ void empty() {}\n")
-        return _failure([compiler, "-c", str(source), "-o", str(source.with_suffix(".o"))], folder)
+        return _failure([compiler, *CUDA_FLAGS, *_codes(archs), "-c", str(source), "-o", str(source.with_suffix(".o"))], folder)
 
 
 def nvcc_version() -> str:
@@ -51,11 +51,8 @@ def nvcc_version() -> str:
 
 def cuda(output: Path, folder: Path, archs: Sequence[str] = ARCHS, sources: Sequence[Path] = MODULE) -> None:
     """Build `output`, a shared library with kernels for `archs`, like "80" or "90a"; objects are kept in `folder`."""
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    newest = archs[-1].rstrip("af")
-    codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     rules = {
-        ".cu": f"{nvcc()} {' '.join(CUDA_FLAGS)} {' '.join(codes)} -MD -MF $out.d -c $in -o $out",
+        ".cu": f"{nvcc()} {' '.join((*CUDA_FLAGS, *_codes(archs)))} -MD -MF $out.d -c $in -o $out",
         ".cpp": f"g++ -std=c++17 -O2 -fPIC -fvisibility=hidden {_includes()} -MD -MF $out.d -c $in -o $out",
         "link": f"{nvcc()} -shared -cudart static -Xcompiler -fPIC $in -o $out",
     }
@@ -75,6 +72,13 @@ def emulated(output: Path, folder: Path, sources: Sequence[Path] = MODULE) -> No
         "link": "g++ -shared $in -o $out",
     }
     _ninja(output, (*sources, *EMULATOR), folder, rules)
+
+
+def _codes(archs: Sequence[str]) -> list[str]:
+    """What nvcc is to generate: machine code for each of `archs`, and the last one's PTX."""
+    newest = archs[-1].rstrip("af")
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
 def _includes() -> str:

@@ -101,6 +101,16 @@ def test_nvcc_that_cannot_compile_is_no_compiler(tmp_path):
     assert done.returncode == 0 and "Failed to preprocess host compiler properties" in done.stdout
 
 
+@built
+@pytest.mark.parametrize(("archs", "words"), [("12", "compute_12"), (" ; ", "FASTATTN_CUDA_ARCHS names no architecture")])
+def test_architectures_that_nvcc_does_not_know(tmp_path, archs, words):
+    command = ["setup.py", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    done = run(command, FASTATTN_CUDA="1", FASTATTN_CUDA_ARCHS=archs)
+    assert done.returncode != 0 and words in done.stderr
+    done = run(command, FASTATTN_CUDA="auto", FASTATTN_CUDA_ARCHS=archs)
+    assert done.returncode == 0 and words in done.stdout
+
+
 def problem(**changes):
     request = {"device": "cpu", "dtype": torch.float16, "B": 1, "H": 1, "M": 8, "N": 8, "D": 64, "causal": False, "ranges": False,
                "keys": False, "pairs": False}  # fmt: skip

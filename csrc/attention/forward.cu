@@ -1,17 +1,18 @@
-// Attention forward: out = softmax(scale q k^T + mask) v and the log-sum-exp of the scores, by the online softmax of FlashAttention-2
-// (Dao, 2023, arXiv:2307.08691) on mma.sync, for sm_80 and up.
+// Attention forward: out = softmax(scale q k^T + mask) v and the log-sum-exp of the scores, by the online softmax of
+// FlashAttention-2 (Dao, 2023, arXiv:2307.08691) on mma.sync, for sm_80 and up.
 //
-// Tile plan: a block of 4 warps takes 64 queries of one head, 16 a warp, and walks over the keys in tiles of 64. Q stays in registers; K and
-// V come through two stages of asynchronous copies. Scores and probabilities never leave registers: the accumulator of Q K^T has
-// the layout that P V wants of its left operand. Shared memory: (1 + 2 * 2) tiles of 64 x D, 20, 40 and 80 KB for D = 32, 64, 128.
+// Tile plan: a block of 4 warps takes 64 queries of one head, 16 a warp, and walks over the keys in tiles of 64. Q stays in
+// registers; K and V come through two stages of asynchronous copies. Scores and probabilities never leave registers: the
+// accumulator of Q K^T has the layout that P V wants of its left operand. Shared memory: (1 + 2 * 2) tiles of 64 x D, 20, 40 and
+// 80 KB for D = 32, 64, 128.
 //
 // Bytes: q and out once, k and v once per 64 queries of a head (from L2 after the first), lse 4 per query: with M = N = S that is
-// 8 D S + 4 S per head at least, 2 D (2 + 2 ceil(S / 64)) S + 4 S as seen by L2. MMA: 4 D multiply-adds' FLOPs per pair of a visited tile; S^2
-// is rounded up to 64 in both directions, tiles with no visible pair are skipped, tiles with no hidden pair run without a mask.
-// Per pair beside the MMA: one multiply, one maximum, one subtraction, one ex2, one addition, half a conversion.
+// 8 D S + 4 S per head at least, 4 D S (1 + ceil(S / 64)) + 4 S as seen by L2. MMA: 4 D FLOPs per pair of a visited tile; S^2 is
+// rounded up to 64 in both directions, tiles with no visible pair are skipped, tiles with no hidden pair run without a mask. Per
+// pair beside the MMA: one multiply, one maximum, one subtraction, one ex2, one addition, half a conversion.
 //
-// Scores are in units of log 2. A hidden pair is selected to -inf, never added; a hidden key is read as 0, so what it holds (NaN too)
-// reaches nothing. A query that sees no key: out 0, lse -inf.
+// Scores are in units of log 2. A hidden pair is selected to -inf, never added; a hidden key is read as 0, so what it holds (NaN
+// too) reaches nothing. A query that sees no key: out 0, lse -inf.
 #include "forward.h"
 
 #include "../common/tile.cuh"
@@ -135,7 +136,7 @@ DEVICE void accumulate(Softmax<D>& state, const uint32_t (&weight)[BLOCK_N / 16]
     }
 }
 
-// Divide by the sum of weights, and write out and lse. The 16 rows of a warp go through its own part of `tile`, for 16-byte stores.
+// Divide by the sum of weights, write out and lse. The 16 rows of a warp go through its own part of `tile`, for 16-byte stores.
 template <class T, int D>
 DEVICE void finish(const AttentionForward& p, const Softmax<D>& state, unsigned char* tile, int64_t head, int m0, int rows) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -166,8 +167,15 @@ DEVICE void finish(const AttentionForward& p, const Softmax<D>& state, unsigned 
   }
 }
 
+// Blocks that share a multiprocessor: as many as registers allow without spills.
+template <int D>
+constexpr int RESIDENT = D == 128  ? 2
+                         : D == 64 ? 3
+                                   : 4;
+
 template <class T, int D>
-KERNEL(THREADS, D == 128 ? 2 : D == 64 ? 3 : 4) attention_forward_kernel(KERNEL_ARGUMENT AttentionForward p) {
+KERNEL(THREADS, RESIDENT<D>)
+attention_forward_kernel(KERNEL_ARGUMENT AttentionForward p) {
   SHARED_MEMORY(shared);
   constexpr int TILE = BLOCK_N * D * 2;
   unsigned char *q_tile = shared, *k_tiles = shared + TILE, *v_tiles = shared + 3 * TILE;

@@ -16,7 +16,8 @@ struct Heads {
 struct AttentionForward {
   Heads q, k, v, out;  // q, out: L = M; k, v: L = N. out's rows start at multiples of 16 bytes.
   float* lse;          // (B, H, M)
-  // Key j of sequence b is live where key_begin[b] <= j < key_end[b] and keys[b, j]; query i where i < query_end[b]. Each may be null.
+  // Key j of sequence b is live where key_begin[b] <= j < key_end[b] and keys[b, j]; query i where i < query_end[b]. All may be
+  // null.
   const int32_t* key_begin;
   const int32_t* key_end;
   const int32_t* query_end;

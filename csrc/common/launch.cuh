@@ -1,8 +1,8 @@
-// Kernel launches on a GPU. Every launch is checked, and a failure is an exception with the kernel's name.
+// Kernel launches on a GPU, included by ptx.cuh. Every launch is checked, and a failure is an exception with the kernel's name.
 //
-// The device and the stream are the caller's (PyTorch's): nothing here sets a device, synchronises or allocates, so launches can be
-// captured into a CUDA graph. What a kernel needs once per device, loading its code and asking for shared memory, happens at its
-// first launch there, which must therefore lie outside of a capture.
+// The device and the stream are the caller's (PyTorch's): nothing here sets a device, synchronises or allocates, so launches can
+// be captured into a CUDA graph. What a kernel needs once per device, loading its code and asking for shared memory, happens at
+// its first launch there, which must therefore lie outside of a capture.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,7 +25,8 @@ inline void prepare(const char* name, const void* kernel, const Launch& where) {
   cudaStreamCaptureStatus status;
   check(cudaStreamIsCapturing(reinterpret_cast<cudaStream_t>(where.stream), &status), name);
   if (status != cudaStreamCaptureStatusNone)
-    throw std::runtime_error(std::string(name) + ": the first launch on a device cannot be captured; call it once before the capture");
+    throw std::runtime_error(std::string(name) +
+                             ": the first launch on a device cannot be captured; call it once before the capture");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, where.shared_bytes), name);
 }
 
@@ -43,8 +44,8 @@ void launch(const char* name, const Launch& where, Arguments arguments) {
     prepared.fetch_or(bit);
   }
   void* packed[] = {&arguments};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(where.blocks)), dim3(where.threads), packed,
-                         where.shared_bytes, reinterpret_cast<cudaStream_t>(where.stream)),
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(where.blocks)), dim3(where.threads),
+                         packed, where.shared_bytes, reinterpret_cast<cudaStream_t>(where.stream)),
         name);
 }
 

@@ -1,11 +1,11 @@
 // The one door to the hardware: every PTX instruction that a kernel uses, as a function, and the launch of a kernel.
 //
-// nvcc turns each into that instruction; g++ into a call of the emulator (csrc/emulator), which executes it lane by lane on a CPU.
-// This is the only file that knows which of the two it is in. tests/emulator/conformance.cu runs each function on random data, so
-// that a GPU and the emulator can be compared.
+// nvcc turns each into that instruction; g++ into a call of the emulator (csrc/emulator), which executes it lane by lane on a
+// CPU. This is the only file that knows which of the two it is in. tests/emulator/conformance.cu runs each function on random
+// data, so that a GPU and the emulator can be compared.
 //
-// Fragment layouts are those of the PTX ISA: in an m16n8 accumulator, lane l holds rows l / 4 and l / 4 + 8, columns
-// 2 (l % 4) and 2 (l % 4) + 1, in the order c[0] = (row, col), c[1] = (row, col + 1), c[2] = (row + 8, col), c[3] = (row + 8, col + 1).
+// Fragment layouts are those of the PTX ISA: in an m16n8 accumulator, lane l holds in d[0] and d[1] columns 2 (l % 4) and the
+// next of row l / 4, in d[2] and d[3] the same columns of row l / 4 + 8.
 #pragma once
 
 #include <cstddef>
@@ -57,10 +57,9 @@ DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
 
 template <>
 DEVICE void mma_m16n8k16<Half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 template <>
@@ -78,8 +77,9 @@ DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ldmatrix: 8 x 8 matrices of 16-bit elements from shared memory. Lane 8 i + r gives the address of row r of matrix i, which must be
-// a multiple of 16 bytes; lane l receives in r[i] the elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1), transposed: (2 (l % 4), l / 4), ...
+// ldmatrix: 8 x 8 matrices of 16-bit elements from shared memory. Lane 8 i + r gives the address of row r of matrix i, which must
+// be a multiple of 16 bytes. Lane l receives in r[i] elements 2 (l % 4) and the next of row l / 4, or with `trans` of column l
+// / 4.
 
 DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
@@ -109,8 +109,8 @@ DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// Asynchronous copies to shared memory: 16 bytes, of which the first `bytes` (0 to 16) are read and the rest is zero. Both addresses
-// must be multiples of 16. The data is there after `cp_async_wait` and, for other threads, a barrier.
+// Asynchronous copies to shared memory: 16 bytes, of which the first `bytes` (0 to 16) are read and the rest is zero. Both
+// addresses must be multiples of 16. The data is there after `cp_async_wait` and, for other threads, a barrier.
 
 DEVICE void cp_async_16(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");

@@ -1,8 +1,8 @@
-// Tiles of 16-bit elements in shared memory, and the three moves that kernels make with them: global to shared, shared to fragments
-// of a matrix product, shared to global.
+// Tiles of 16-bit elements in shared memory, and the three moves that kernels make with them: global to shared, shared to
+// fragments of a matrix product, shared to global.
 //
-// A tile is ROWS x COLUMNS, stored by rows in chunks of 8 elements (16 bytes). Chunk c of row r lies at place c ^ swizzle(r) of its row,
-// so that the 8 rows that one phase of ldmatrix reads fall into 8 different groups of banks, whatever the width.
+// A tile is ROWS x COLUMNS, stored by rows in chunks of 8 elements (16 bytes). Chunk c of row r lies at place c ^ swizzle(r) of
+// its row, so that the 8 rows that one phase of ldmatrix reads fall into 8 different groups of banks, whatever the width.
 #pragma once
 
 #include "ptx.cuh"

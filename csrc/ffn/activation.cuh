@@ -10,10 +10,10 @@ namespace fastattn {
 
 DEVICE float logistic(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-constexpr float QUICK = 1.702f;                                               // quick_gelu(z) = z logistic(1.702 z)
-constexpr float SQRT_HALF = 0.70710678118654752f;                             // sqrt(1 / 2)
-constexpr float RSQRT_2PI = 0.39894228040143268f;                             // 1 / sqrt(2 pi)
-constexpr float TANH_SCALE = 0.79788456080286536f, TANH_CUBIC = 0.044715f;    // sqrt(2 / pi); both of Hendrycks and Gimpel, 2016
+constexpr float QUICK = 1.702f;                                             // quick_gelu(z) = z logistic(1.702 z)
+constexpr float SQRT_HALF = 0.70710678118654752f;                           // sqrt(1 / 2)
+constexpr float RSQRT_2PI = 0.39894228040143268f;                           // 1 / sqrt(2 pi)
+constexpr float TANH_SCALE = 0.79788456080286536f, TANH_CUBIC = 0.044715f;  // sqrt(2 / pi); both of Hendrycks and Gimpel, 2016
 
 DEVICE float activate(Activation activation, float z) {
   switch (activation) {

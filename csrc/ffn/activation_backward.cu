@@ -1,8 +1,8 @@
-// The gradient that enters a linear layer's products: dz = dy activation'(z), and in the same pass the bias gradient's partial sums.
+// The gradient that enters a linear layer's products, dz = dy activation'(z), and in the same pass the bias gradient's sums.
 //
 // Tile plan: a block of 256 threads takes 64 columns of one run of rows; a thread 8 columns of every 32nd row. Sums are kept in
-// registers, added over the 32 rows of threads in shared memory in a fixed order, and written as one row of `sums` per run: no atomics,
-// so the result is the same in every launch. The caller adds the `splits` rows.
+// registers, added over the 32 rows of threads in shared memory in a fixed order, and written as one row of `sums` per run: no
+// atomics, so the result is the same in every launch. The caller adds the `splits` rows.
 //
 // Bytes per element: 2 for dy, 2 for z, 2 for dz; without an activation 2 for dy alone.
 #include "linear.h"
@@ -17,7 +17,8 @@ constexpr int COLUMNS = 64, THREADS = 256, LANES = COLUMNS / 8, ROWS = THREADS /
 constexpr int SHARED_BYTES = ROWS * COLUMNS * 4;
 
 template <class T>
-KERNEL(THREADS, 4) activation_backward_kernel(KERNEL_ARGUMENT ActivationBackward p) {
+KERNEL(THREADS, 4)
+activation_backward_kernel(KERNEL_ARGUMENT ActivationBackward p) {
   SHARED_MEMORY(shared);
   int blocks = (p.F + COLUMNS - 1) / COLUMNS, split = blockIdx.x / blocks;
   int row = threadIdx.x / LANES, lane_column = threadIdx.x % LANES * 8;

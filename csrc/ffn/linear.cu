@@ -1,12 +1,13 @@
 // A linear layer in one kernel: z = x W^T + b, y = activation(z) + residual, on mma.sync, for sm_80 and up.
 //
-// Tile plan: a block of 4 warps makes 128 x 128 elements of y, 64 x 64 a warp in 128 accumulators a thread, over K in steps of 32 that come
-// through four stages of asynchronous copies (64 KB of shared memory). Both operands are K-contiguous, as PyTorch stores them.
-// The epilogue goes by strips of 16 rows through a warp's own shared memory, so that bias, residual, z and y move in 16-byte accesses.
+// Tile plan: a block of 4 warps makes 128 x 128 elements of y, 64 x 64 a warp in 128 accumulators a thread, over K in steps of 32
+// that come through four stages of asynchronous copies (64 KB of shared memory). Both operands are K-contiguous, as PyTorch
+// stores them. The epilogue goes by strips of 16 rows through a warp's own shared memory, so that bias, residual, z and y move in
+// 16-byte accesses.
 //
-// Bytes from L2: x once per 128 outputs, W once per 128 rows: K (1 / 128 + 1 / 128) 2 bytes per element of y, and 2 for y, 2 each for z and
-// the residual where there are any. MMA: 2 K FLOPs per element, with rows, F rounded up to 128 and K to 32.
-// All arithmetic of the epilogue is fp32; z and y are each rounded once.
+// Bytes from L2: x once per 128 outputs, W once per 128 rows: K (1 / 128 + 1 / 128) 2 bytes per element of y, and 2 for y, 2 each
+// for z and the residual where there are any. MMA: 2 K FLOPs per element, with rows, F rounded up to 128 and K to 32. All
+// arithmetic of the epilogue is fp32; z and y are each rounded once.
 #include "linear.h"
 
 #include "../common/tile.cuh"
@@ -17,8 +18,8 @@ namespace fastattn {
 namespace {
 
 constexpr int BLOCK_M = 128, BLOCK_N = 128, BLOCK_K = 32, STAGES = 4, THREADS = 128;
-constexpr int WARP_M = 64, WARP_N = 64;          // a warp's part of the block's tile; the warps stand 2 x 2
-constexpr int STRIP_ROW = WARP_N + 4;            // floats; the 4 spread the rows of a strip over the banks
+constexpr int WARP_M = 64, WARP_N = 64;            // a warp's part of the block's tile; the warps stand 2 x 2
+constexpr int STRIP_ROW = WARP_N + 4;              // floats; the 4 spread the rows of a strip over the banks
 constexpr int TILE_BYTES = BLOCK_M * BLOCK_K * 2;  // of x, and as many of W
 constexpr int SHARED_BYTES = STAGES * 2 * TILE_BYTES;
 static_assert(4 * 16 * STRIP_ROW * 4 <= SHARED_BYTES, "a strip per warp in the memory of the stages");
@@ -46,7 +47,7 @@ DEVICE void multiply(Accumulators& acc, const unsigned char* x_tile, const unsig
   }
 }
 
-// Eight elements of z to z and y. `at`: index of the first in a contiguous (rows, F); `column`: its column; `count`: how many exist.
+// Eight elements of z to z and y. `at`: index of the first in a contiguous (rows, F), `column` its column; `count` of them exist.
 template <class T>
 DEVICE void finish(const Linear& p, float (&z)[8], int64_t at, int column, int count) {
   float values[8];
@@ -103,7 +104,8 @@ DEVICE void epilogue(const Linear& p, const Accumulators& acc, float* strip, int
 }
 
 template <class T>
-KERNEL(THREADS, 2) linear_kernel(KERNEL_ARGUMENT Linear p) {
+KERNEL(THREADS, 2)
+linear_kernel(KERNEL_ARGUMENT Linear p) {
   SHARED_MEMORY(shared);
   int columns = (p.F + BLOCK_N - 1) / BLOCK_N;
   int64_t m0 = static_cast<int64_t>(blockIdx.x / columns) * BLOCK_M;

@@ -11,11 +11,11 @@ enum class Activation : int { none, gelu, gelu_tanh, quick_gelu, relu, silu };
 
 // z = x weight^T + bias, y = activation(z) + residual.
 struct Linear {
-  const void* x;       // (rows, K)
-  int64_t x_row;       // stride
-  const void* weight;  // (F, K)
-  int64_t weight_row;  // stride
-  const void* bias;    // (F,), or null
+  const void* x;         // (rows, K)
+  int64_t x_row;         // stride
+  const void* weight;    // (F, K)
+  int64_t weight_row;    // stride
+  const void* bias;      // (F,), or null
   const void* residual;  // (rows, F) contiguous, or null
   void* z;               // (rows, F) contiguous, or null where it is not wanted
   void* y;               // (rows, F) contiguous

@@ -26,8 +26,8 @@ DEVICE void load_8(float (&values)[8], const T* x, int count, bool vectors) {
 template <class T>
 DEVICE void store_8(T* x, const float (&values)[8], int count, bool vectors) {
   if (vectors && count == 8) {
-    *reinterpret_cast<uint4*>(x) = uint4{pack<T>(values[0], values[1]), pack<T>(values[2], values[3]), pack<T>(values[4], values[5]),
-                                         pack<T>(values[6], values[7])};
+    *reinterpret_cast<uint4*>(x) = uint4{pack<T>(values[0], values[1]), pack<T>(values[2], values[3]),
+                                         pack<T>(values[4], values[5]), pack<T>(values[6], values[7])};
   } else {
 #pragma unroll
     for (int e = 0; e < 8; e++)

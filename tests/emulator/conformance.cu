@@ -21,7 +21,8 @@ struct Shape {
 };
 
 template <class Primitive>
-KERNEL(Primitive::THREADS, 1) conformance(KERNEL_ARGUMENT Arguments arguments) {
+KERNEL(Primitive::THREADS, 1)
+conformance(KERNEL_ARGUMENT Arguments arguments) {
   SHARED_MEMORY(shared);
   size_t thread = static_cast<size_t>(blockIdx.x) * Primitive::THREADS + threadIdx.x;
   Primitive::run(arguments.input + thread * Primitive::INPUTS, arguments.output + thread * Primitive::OUTPUTS, shared);

@@ -19,10 +19,10 @@ SPECIAL += [2**-24, 2**-25, 3 * 2**-25]  # a subnormal half, two ties
 def gpu(tmp_path_factory):
     """The primitives compiled by nvcc: for the GPU that is here, or for sm_90."""
     compiler, folder = emulator.csrc_build(), tmp_path_factory.mktemp("gpu")
-    problem = compiler.nvcc_problem()
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    problem = compiler.nvcc_problem([f"{major}{minor}"])
     if problem is not None:
         pytest.skip(problem)
-    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     compiler.cuda(folder / "library.so", folder, [f"{major}{minor}"], [primitives.CONFORMANCE])
     return ctypes.CDLL(str(folder / "library.so"))
 

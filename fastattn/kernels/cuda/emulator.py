@@ -1,13 +1,12 @@
 """The CUDA kernels on a CPU: the sources in csrc compiled with the emulator, at first use, in a checkout of the repository.
 
 The emulator executes a kernel thread by thread, with the tensor-core instructions lane by lane, and checks every access to
-memory; what it finds is raised as `EmulatorError`. It is for tests: about a million times slower than a GPU.
+memory; what it finds is raised as `EmulatorError`. It is for tests: a small layer takes seconds.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import importlib.util
 import platform
@@ -62,6 +61,8 @@ def launch(kernel: str, arguments: dict[str, Any], reads: dict[str, Tensor | Non
 @functools.cache
 def build() -> Path:
     """Compile what has changed since the last time; one process at a time."""
+    import fcntl  # not on Windows, where this module is imported all the same
+
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
