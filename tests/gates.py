@@ -25,7 +25,7 @@ from fastattn.kernels.cuda import emulator, library
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_name("gates.json")
 SOURCES = {
-    "cuda": ("csrc/attention/*.cu", "csrc/ffn/*.cu", "csrc/*/*.cuh", "csrc/*/*.h"),
+    "cuda": ("csrc/attention/*", "csrc/ffn/*", "csrc/common/*"),
     "triton": ("fastattn/kernels/triton/*.py", "tests/aot.py"),
 }
 Row = dict[str, Any]
@@ -47,7 +47,7 @@ def compilers() -> dict[str, str | None]:
 def cuda_rows(sms: Iterable[int]) -> Iterator[Row]:
     """A row per CUDA kernel and architecture."""
     kernels = library.module().kernels
-    for source in sorted({path for pattern in SOURCES["cuda"][:2] for path in ROOT.glob(pattern)}):
+    for source in sorted(path for pattern in SOURCES["cuda"] for path in ROOT.glob(f"{pattern}.cu")):
         for sm in sms:
             with tempfile.TemporaryDirectory() as folder:
                 cubin = Path(folder) / "kernels.cubin"
