@@ -15,8 +15,9 @@
 //
 // Not seen: a race in global memory in which the read comes first; a source of cp.async that is overwritten before the wait; an
 // access to the wrong one of two views that share memory; uninitialised registers; loads and stores of whole structs of 16 bytes
-// that need only 8-byte alignment count as misaligned at odd multiples of 8. And what only a GPU has: the order in which a matrix
-// product rounds, approximate functions, the memory model short of a barrier, registers, time.
+// that need only 8-byte alignment count as misaligned at odd multiples of 8. And what only a GPU has: the text of an asm
+// statement, the order in which a matrix product rounds, approximate functions, the memory model short of a barrier, registers,
+// time.
 #pragma once
 
 #include <cstdint>
