@@ -64,6 +64,7 @@ def imported(path):
         ("kernels/eager/*.py", ("masks", "activations", "reference")),
         ("kernels/cpu/*.py", ("masks", "activations", "reference", "kernels.cpu")),
         ("kernels/triton/*.py", ("masks", "activations", "kernels.triton")),
+        ("kernels/cuda/*.py", ("masks", "reference", "kernels.cuda")),
     ],
 )
 def test_imports_never_point_upwards(files, allowed):
