@@ -1,7 +1,7 @@
 """The cpu backend of `linear`: oneDNN through PyTorch, with the activation fused into the product.
 
 oneDNN wants its weights in a blocked layout. Without a cache they are packed on every call, in fp32 only: there packing still
-beats the other BLAS where that is slow (2x on AMD), while PyTorch's own bf16 linear is oneDNN already. Leaves used
+beats the other BLAS where that is slow, while PyTorch's own bf16 linear is oneDNN already. Leaves used
 without grad keep their packed copy, see `_packed`. Training runs plain linears and saves the pre-activation.
 """
 
