@@ -21,7 +21,7 @@ lint: ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -c "import clang_format as tool; tool.clang_format()" --dry-run --Werror $(CSRC) $(wildcard tests/emulator/*.cu)
+	$(RUN) -c "import clang_format as tool; tool.clang_format()" --dry-run --Werror $(CSRC) $(wildcard tests/emulator/*.cu*)
 	$(RUN) -m benchmarks.report --check
 
 readme: ready-bench

@@ -75,8 +75,14 @@ def run(bugs, name, bug, threads=THREADS, access=WRITE):
     return bugs.finish()
 
 
-def line_of(name):  # in bugs.cu
-    marked = [n for n, line in enumerate(SOURCE.read_text().splitlines(), 1) if line.rstrip().endswith(f"// {name}")]
+def place_of(name):
+    """File and line that are marked with a kernel's name."""
+    marked = [
+        f"{path}:{number}"
+        for path in SOURCE.parent.glob("bugs_*.cuh")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if line.rstrip().endswith(f"// {name}")
+    ]
     assert len(marked) == 1
     return marked[0]
 
@@ -87,7 +93,7 @@ def test_bug_is_reported(bugs, name):
     if name == "unwritten_output":
         assert reports == ["unwritten output: 1 elements of 'output' are never written, the first at (5, 2)"]
         return
-    place = f"bugs.cu:{line_of(name)} (kernel {name}, block "
+    place = f"{place_of(name)} (kernel {name}, block "
     assert any(report.startswith(f"{KINDS[name]}: ") and place in report for report in reports), reports
 
 
@@ -105,7 +111,7 @@ def test_message_says_what_where_and_how_often(bugs):
     race = run(bugs, "missing_warp_barrier", True)
     assert race[0] == (
         f"race: byte 120 of shared memory is read after thread 30 wrote it, with no barrier between, "
-        f"at {SOURCE}:{line_of('missing_warp_barrier')} (kernel missing_warp_barrier, block 0, thread 31; 64 times)"
+        f"at {place_of('missing_warp_barrier')} (kernel missing_warp_barrier, block 0, thread 31; 64 times)"
     )
 
 
