@@ -32,11 +32,11 @@ def steps(out: Path) -> list[Step]:
     test = ("-m", "pytest", "-m", "gpu", "--tb=short")
     return [
         Step("build", 60, ("setup.py", "build_ext", "--inplace")),
-        Step("conformance", 60, (*test, "tests/emulator")),
-        Step("tests", 140, (*test, "tests", "--ignore=tests/emulator", *workers)),
+        Step("conformance", 50, (*test, "tests/emulator")),
+        Step("tests", 180, (*test, "tests", "--ignore=tests/emulator", *workers)),
         Step("verify", 60, ("-m", "fastattn", "verify")),
-        Step("ops", 110, ("-m", "benchmarks.ops", *where)),
-        Step("models", 100, ("-m", "benchmarks.models", *where)),
+        Step("ops", 100, ("-m", "benchmarks.ops", *where)),
+        Step("models", 80, ("-m", "benchmarks.models", *where)),
     ]
 
 
