@@ -15,7 +15,7 @@ from fastattn import testing
 from fastattn.activations import ACTIVATIONS
 from fastattn.info import info
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SHAPE, MASK = "8,12,256,64", "padding"  # of a request that names none
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,9 +52,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _request_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--shape", type=_shape, default="8,12,256,64", help="B,H,L,D or B,H,M,N,D (default %(default)s)")
-    command.add_argument("--mask", choices=testing.MASKS, default="padding", help="(default %(default)s)")
-    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="(default %(default)s)")
+    command.add_argument("--shape", type=_shape, default=SHAPE, help="B,H,L,D or B,H,M,N,D (default %(default)s)")
+    command.add_argument("--mask", choices=testing.MASKS, default=MASK, help="(default %(default)s)")
+    command.add_argument("--dtype", choices=testing.DTYPES, default="fp32", help="(default %(default)s)")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
 
 
@@ -78,7 +78,7 @@ def _linear_shape(text: str) -> tuple[int, int, int]:
 
 def _inputs(args: argparse.Namespace) -> testing.AttentionInputs:
     B, H, M, N, D = args.shape
-    return testing.attention_inputs(B, H, M, N, D, DTYPES[args.dtype], args.device, mask=args.mask)
+    return testing.attention_inputs(B, H, M, N, D, testing.DTYPES[args.dtype], args.device, mask=args.mask)
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -104,9 +104,13 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def run_explain(args: argparse.Namespace) -> int:
+    if args.activation and not args.linear:
+        raise SystemExit("explain: --activation is for --linear")
+    if args.linear and (args.shape, args.mask) != (_shape(SHAPE), MASK):
+        raise SystemExit("explain: --shape and --mask are for attention, not for --linear")
     if args.linear:
         rows, inputs, outputs = args.linear
-        options: dict[str, Any] = {"dtype": DTYPES[args.dtype], "device": args.device}
+        options: dict[str, Any] = {"dtype": testing.DTYPES[args.dtype], "device": args.device}
         tensors = torch.empty(rows, inputs, **options), torch.empty(outputs, inputs, **options)
         print(fastattn.explain_linear(*tensors, activation=args.activation, backend=args.backend))
         return 0
@@ -126,7 +130,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
     if args.checkpoint is None:
         return bench.attention(_inputs(args))
-    if (args.mask, args.dtype) != ("padding", "fp32"):
+    if (args.mask, args.dtype) != (MASK, "fp32"):
         raise SystemExit("bench: --mask and --dtype are for a shape; a checkpoint is timed in fp32 and without padding")
     return bench.checkpoint(args.checkpoint, args.shape[0], args.shape[2], args.device)
 

@@ -27,6 +27,11 @@ from fastattn.masks import LoweredMask, Mask
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 HALF = (torch.float16, torch.bfloat16)
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}  # by their short names
 GRADIENTS = ("dq", "dk", "dv", "dx", "dw", "db", "dw1", "db1", "dw2", "db2", "dresidual", "dweight", "dbias")
 COLD, HOT = 32, 256
 

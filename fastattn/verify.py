@@ -15,7 +15,6 @@ from fastattn.activations import ACTIVATIONS
 from fastattn.info import info
 from fastattn.ops import attention, ffn, norm
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ATTENTION_SHAPES = [(2, 2, 64, 64, 64), (2, 2, 77, 77, 64), (2, 2, 129, 129, 32), (2, 2, 197, 197, 80), (2, 2, 65, 130, 128)]
 EPS = 1e-5
 
@@ -61,16 +60,16 @@ Case = Callable[[], dict[str, float]]  # raises AssertionError where the rule is
 
 def requests(device: str) -> Iterator[tuple[Row, list[Case]]]:
     """Every row with its cases, one per shape."""
-    for backend, dtype in itertools.product(_backends(attention.BACKENDS, device), DTYPES):
+    for backend, dtype in itertools.product(_backends(attention.BACKENDS, device), testing.DTYPES):
         for mask in testing.MASKS:
             slow = backend in ("triton", "cuda") and device == "cpu"  # interpreted or emulated
             shapes = ATTENTION_SHAPES[:2] if slow else ATTENTION_SHAPES
             yield Row(device, "attention", backend, dtype, mask), [_attention(backend, dtype, mask, device, s) for s in shapes]
-    for backend, dtype in itertools.product(_backends(ffn.BACKENDS, device), DTYPES):
+    for backend, dtype in itertools.product(_backends(ffn.BACKENDS, device), testing.DTYPES):
         for op, activation in itertools.product(("linear", "ffn"), ACTIVATIONS):
             make = _linear if op == "linear" else _ffn
             yield Row(device, op, backend, dtype, activation), [make(backend, dtype, activation, device)]
-    for backend, dtype in itertools.product(_backends(norm.BACKENDS, device), DTYPES):
+    for backend, dtype in itertools.product(_backends(norm.BACKENDS, device), testing.DTYPES):
         for op in ("add_layer_norm", "add_rms_norm"):
             yield Row(device, op, backend, dtype, "with the sum"), [_norm(backend, dtype, op == "add_rms_norm", device)]
 
@@ -97,7 +96,7 @@ def _run(row: Row, cases: list[Case]) -> None:
 
 def _attention(backend: str, dtype: str, mask: str, device: str, shape: tuple[int, int, int, int, int]) -> Case:
     def case() -> dict[str, float]:
-        x = testing.attention_inputs(*shape, DTYPES[dtype], device, mask=mask)
+        x = testing.attention_inputs(*shape, testing.DTYPES[dtype], device, mask=mask)
         result, yardstick = testing.run_attention(x, backend), testing.attention_yardstick(x)
         return testing.assert_accurate(result, yardstick, cpu_half_gradients=backend == "cpu")
 
@@ -106,7 +105,9 @@ def _attention(backend: str, dtype: str, mask: str, device: str, shape: tuple[in
 
 def _linear(backend: str, dtype: str, activation: str, device: str) -> Case:
     def case() -> dict[str, float]:
-        x, weight, bias, residual, dy = _tensors(DTYPES[dtype], device, (2, 33, 65), (96, 65), (96,), (2, 33, 96), (2, 33, 96))
+        x, weight, bias, residual, dy = _tensors(
+            testing.DTYPES[dtype], device, (2, 33, 65), (96, 65), (96,), (2, 33, 96), (2, 33, 96)
+        )
         result = testing.run_linear(x, weight, bias, residual, dy, activation, backend)
         return testing.assert_accurate(result, testing.linear_yardstick(x, weight, bias, residual, dy, activation))
 
@@ -115,7 +116,9 @@ def _linear(backend: str, dtype: str, activation: str, device: str) -> Case:
 
 def _ffn(backend: str, dtype: str, activation: str, device: str) -> Case:
     def case() -> dict[str, float]:
-        x, w1, b1, w2, b2, dy = _tensors(DTYPES[dtype], device, (2, 33, 65), (96, 65), (96,), (40, 96), (40,), (2, 33, 40))
+        x, w1, b1, w2, b2, dy = _tensors(
+            testing.DTYPES[dtype], device, (2, 33, 65), (96, 65), (96,), (40, 96), (40,), (2, 33, 40)
+        )
         result = testing.run_ffn(x, w1, b1, w2, b2, dy, activation, backend)
         return testing.assert_accurate(result, testing.ffn_yardstick(x, w1, b1, w2, b2, dy, activation))
 
@@ -125,7 +128,7 @@ def _ffn(backend: str, dtype: str, activation: str, device: str) -> Case:
 def _norm(backend: str, dtype: str, rms: bool, device: str) -> Case:
     def case() -> dict[str, float]:
         x, residual, weight, bias, dy, dsum = _tensors(
-            DTYPES[dtype], device, (2, 33, 96), (2, 33, 96), (96,), (96,), *[(2, 33, 96)] * 2
+            testing.DTYPES[dtype], device, (2, 33, 96), (2, 33, 96), (96,), (96,), *[(2, 33, 96)] * 2
         )
         given = (x, residual, weight, None if rms else bias, dy, dsum)
         return testing.assert_accurate(

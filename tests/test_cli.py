@@ -27,6 +27,9 @@ def test_explain(capsys):
     assert "linear(rows=8 K=16 F=32" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["explain", "--linear", "8,16"])
+    for ignored in (["--activation", "gelu"], ["--linear", "8,16,32", "--mask", "causal"]):
+        with pytest.raises(SystemExit, match="explain: --"):
+            main(["explain", *ignored])
 
 
 def test_verify_passes_and_fails(capsys, monkeypatch):
@@ -41,7 +44,7 @@ def test_verify_passes_and_fails(capsys, monkeypatch):
     assert {row["op"] for row in rows} == {"attention", "linear", "ffn", "add_layer_norm", "add_rms_norm"}
     refused = {(row["backend"], row["dtype"], row["kind"]) for row in rows if row["refusal"] and row["op"] == "attention"}
     assert refused <= {
-        ("cuda", dtype, kind) for dtype in verify.DTYPES for kind in testing.MASKS if "fp32" in dtype or kind == "dense"
+        ("cuda", dtype, kind) for dtype in testing.DTYPES for kind in testing.MASKS if "fp32" in dtype or kind == "dense"
     }
     forward = eager.forward
     monkeypatch.setattr(eager, "forward", lambda *args: (forward(*args)[0] * 1.02, forward(*args)[1]))

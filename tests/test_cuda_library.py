@@ -34,7 +34,7 @@ def run(code, **environment):
 def test_module_needs_no_driver_and_holds_at_most_40_kernels():
     code = f"""
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("alone._cuda", {str(library.path())!r})
+spec = importlib.util.spec_from_file_location("alone._cuda", {library.module().__file__!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 print(len(module.kernels), "torch" in sys.modules)
@@ -47,7 +47,7 @@ print(len(module.kernels), "torch" in sys.modules)
 
 @built
 def test_module_links_no_cuda_library():
-    needed = subprocess.run(["ldd", library.path()], capture_output=True, text=True, check=True).stdout
+    needed = subprocess.run(["ldd", library.module().__file__], capture_output=True, text=True, check=True).stdout
     assert "libcuda" not in needed and "libtorch" not in needed
 
 

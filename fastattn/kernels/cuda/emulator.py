@@ -1,7 +1,7 @@
 """The CUDA kernels on a CPU: the sources in csrc compiled with the emulator, at first use, in a checkout of the repository.
 
 The emulator executes a kernel thread by thread, with the tensor-core instructions lane by lane, and checks every access to
-memory; what it finds is raised as `EmulatorError`. It is for tests: a small layer takes seconds.
+memory; what it finds is raised as `EmulatorError`. It is for tests.
 """
 
 from __future__ import annotations

@@ -56,11 +56,6 @@ def module() -> ModuleType:
     return importlib.import_module("fastattn._cuda")
 
 
-def path() -> Path:
-    """The file of that module."""
-    return Path(str(module().__file__))
-
-
 def build_record() -> dict[str, Any] | None:
     """What the build decided: cuda, reason, nvcc, archs; None where the package was never built."""
     return json.loads(RECORD.read_text()) if RECORD.exists() else None
