@@ -55,7 +55,7 @@ def _triton_reason() -> str | None:
     from fastattn.ops.attention import AttentionProblem
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    problem = AttentionProblem(device, torch.float16, 1, 1, 1, 1, 64, False, False, False, False)
+    problem = AttentionProblem(device, torch.float16, B=1, H=1, M=1, N=1, D=64, Hkv=1, Dv=64)
     reasons = unsupported(problem)
     if device == "cpu" and reasons:
         return "no CUDA device, and TRITON_INTERPRET=1 is not set"

@@ -1,130 +1,252 @@
-"""Attention masks: which query may attend to which key, in a form that kernels evaluate without an M x N tensor.
+"""Attention masks: which query may attend to which key, with `&` and `|`.
 
-A mask is a conjunction of at most: the causal band in either alignment, a range of keys and of queries per sequence,
-one bit per key, and one bit per pair. `&` stays inside that form. `Mask.dense` is the slow definition.
+A mask is a conjunction of bounds, kept in closed form, and of terms, which become one bit per pair when M and N are known.
+`&` adds to the conjunction; `|` makes a term. `Mask.dense` is the slow definition. In what follows d = j - i for query i and
+key j, and a = N - M (`align="bottom_right"`, the last query beside the last key) or 0 (`"top_left"`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fastattn.lowering import LoweredMask, pack_bits, tile_lists, tile_status
+
 ALIGNMENTS = ("bottom_right", "top_left")
 INT32_MAX = 2**31 - 1
-
-
-class LoweredMask(NamedTuple):
-    """What an op and its kernels receive once M and N are known. Pair (i, j) of sequence b, head h is visible iff all hold."""
-
-    diagonal: int | None = None  # j - i <= diagonal
-    key_begin: Tensor | None = None  # (B,) int32: key_begin[b] <= j
-    key_end: Tensor | None = None  # (B,) int32: j < key_end[b]
-    query_end: Tensor | None = None  # (B,) int32: i < query_end[b]
-    keys: Tensor | None = None  # (B, N) bool: keys[b, j]
-    pairs: Tensor | None = None  # bool, four dimensions, each 1 or that of (B, H, M, N): pairs[b, h, i, j]
-
-    def visible(self, B: int, H: int, M: int, N: int, device: torch.device | None = None) -> Tensor:
-        """The conjunction as a bool tensor (B, H, M, N)."""
-        i = torch.arange(M, device=device)[:, None]
-        j = torch.arange(N, device=device)
-        result = torch.ones(B, H, M, N, dtype=torch.bool, device=device)
-        if self.diagonal is not None:
-            result &= j - i <= self.diagonal
-        if self.key_begin is not None:
-            result &= j >= self.key_begin[:, None, None, None]
-        if self.key_end is not None:
-            result &= j < self.key_end[:, None, None, None]
-        if self.query_end is not None:
-            result &= i < self.query_end[:, None, None, None]
-        if self.keys is not None:
-            result &= self.keys[:, None, None, :]
-        if self.pairs is not None:
-            result &= self.pairs
-        return result
+CACHED_SHAPES = 8  # (M, N) of one mask whose bits and tiles are kept
+VECTORS = ("key_begin", "key_end", "query_end", "prefix_top_left", "prefix_bottom_right")  # (B,)
+MATRICES = ("keys", "ids", "key_ids")  # (B, N), (B, M), (B, N)
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Build one with `causal`, `padding`, `key_padding` or `dense`, combine with `&`; the fields are the normal form.
+    """Build one with the functions of this module, combine with `&` and `|`; the fields are the normal form.
 
-    Immutable, and a pytree; its tensors must not be changed after use.
+    Immutable, and a pytree; its tensors must not be changed after use. Bits and tiles are made once for each (M, N) and kept.
     """
 
-    causal_top_left: bool = False
-    causal_bottom_right: bool = False
+    low_top_left: int | None = None  # low <= d - a
+    low_bottom_right: int | None = None
+    high_top_left: int | None = None  # d - a <= high
+    high_bottom_right: int | None = None
+    prefix_top_left: Tensor | None = None  # j < prefix[b] or d <= a
+    prefix_bottom_right: Tensor | None = None
     key_begin: Tensor | None = None
     key_end: Tensor | None = None
     query_end: Tensor | None = None
     keys: Tensor | None = None
-    pairs: Tensor | None = None
+    ids: Tensor | None = None
+    key_ids: Tensor | None = None  # None: equal to ids
+    terms: tuple[Dense | Grid | AnyOf, ...] = ()
+    _bits: dict = field(default_factory=dict, init=False, repr=False)
 
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         keys = _both(torch.logical_and, self.keys, other.keys)
-        key_begin: Tensor | None
+        key_begin = _both(torch.maximum, self.key_begin, other.key_begin)
+        key_end = _both(torch.minimum, self.key_end, other.key_end)
         if keys is not None and self.keys is not None and other.keys is not None:
             key_begin, live_end = _live_range(keys)  # holes of two masks may hide what was the first live key of each
-            key_end = _both(torch.minimum, _both(torch.minimum, self.key_end, other.key_end), live_end)
-        else:
-            key_begin = _both(torch.maximum, self.key_begin, other.key_begin)
-            key_end = _both(torch.minimum, self.key_end, other.key_end)
+            key_end = _both(torch.minimum, key_end, live_end)
+        terms = self.terms + other.terms
+        if self.ids is not None and other.ids is not None:  # one pair of ids has a place, the other becomes bits
+            terms = (*terms, AnyOf((Mask(ids=other.ids, key_ids=other.key_ids),)))
         return Mask(
-            causal_top_left=self.causal_top_left or other.causal_top_left,
-            causal_bottom_right=self.causal_bottom_right or other.causal_bottom_right,
+            low_top_left=_both(max, self.low_top_left, other.low_top_left),
+            low_bottom_right=_both(max, self.low_bottom_right, other.low_bottom_right),
+            high_top_left=_both(min, self.high_top_left, other.high_top_left),
+            high_bottom_right=_both(min, self.high_bottom_right, other.high_bottom_right),
+            prefix_top_left=_both(torch.minimum, self.prefix_top_left, other.prefix_top_left),
+            prefix_bottom_right=_both(torch.minimum, self.prefix_bottom_right, other.prefix_bottom_right),
             key_begin=key_begin,
             key_end=key_end,
             query_end=_both(torch.minimum, self.query_end, other.query_end),
             keys=keys,
-            pairs=_both(torch.logical_and, self.pairs, other.pairs),
+            ids=other.ids if self.ids is None else self.ids,
+            key_ids=other.key_ids if self.ids is None else self.key_ids,
+            terms=terms,
         )
 
-    def lower(self, M: int, N: int) -> LoweredMask:
-        """The mask for M queries and N keys: alignments become one bound on j - i."""
-        diagonal = None
-        if self.causal_top_left:
-            diagonal = 0
-        if self.causal_bottom_right:
-            diagonal = N - M if diagonal is None else min(diagonal, N - M)
-        return LoweredMask(diagonal, self.key_begin, self.key_end, self.query_end, self.keys, self.pairs)
+    def __or__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return Mask(terms=(AnyOf((self, other)),))
+
+    def lower(self, M: int, N: int, device: torch.device | None = None) -> LoweredMask:
+        """The mask for M queries and N keys. `device` is where bits are made; that of the mask's tensors if it has any."""
+        terms, bounds = self.terms, self._bounds(M, N)
+        if self.prefix_top_left is not None and self.prefix_bottom_right is not None:  # kernels take one prefix
+            terms = (*terms, AnyOf((Mask(key_end=self.prefix_top_left), causal("top_left"))))
+        if not terms and self.ids is None:
+            return bounds
+        device = self.device() or device
+        if torch.compiler.is_compiling():
+            return bounds._replace(**_bits_and_tiles(bounds, terms, M, N, device))
+        key = (M, N, device)
+        if key not in self._bits:
+            with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed by a backward pass
+                made = _bits_and_tiles(bounds, terms, M, N, device)
+            if not _may_keep(made.values()):
+                return bounds._replace(**made)
+            if len(self._bits) >= CACHED_SHAPES:
+                self._bits.clear()
+            self._bits[key] = made
+        return bounds._replace(**self._bits[key])
+
+    def _bounds(self, M: int, N: int) -> LoweredMask:
+        """All but the terms: alignments become bounds on j - i."""
+        delta = N - M
+        low = _both(max, self.low_top_left, None if self.low_bottom_right is None else self.low_bottom_right + delta)
+        high = _both(min, self.high_top_left, None if self.high_bottom_right is None else self.high_bottom_right + delta)
+        prefix, prefix_high = self.prefix_top_left, None if self.prefix_top_left is None else 0
+        if self.prefix_bottom_right is not None:
+            prefix, prefix_high = self.prefix_bottom_right, delta
+        key_ids = self.ids if self.key_ids is None else self.key_ids
+        ranges = self.key_begin, self.key_end, self.query_end
+        return LoweredMask(low, high, prefix_high, prefix, *ranges, self.keys, self.ids, key_ids)
 
     def dense(self, B: int, H: int, M: int, N: int, device: torch.device | str | None = None) -> Tensor:
         """The definition, as a bool tensor (B, H, M, N), True = may attend. Slow: for tests and for looking at a mask."""
-        tensors = (self.key_begin, self.key_end, self.query_end, self.keys, self.pairs)
-        found = next((t.device for t in tensors if t is not None), None)
-        device = torch.device(device) if device is not None else found
+        device = torch.device(device) if device is not None else self.device()
         self.check(B, H, M, N, device)
-        return self.lower(M, N).visible(B, H, M, N, device)
+        return self.pairs(M, N, device).expand(B, H, M, N)
+
+    def pairs(self, M: int, N: int, device: torch.device | None) -> Tensor:
+        """The definition at the shape that the mask itself has: bool, (B or 1, H or 1, M or 1, N or 1)."""
+        i, j = torch.arange(M, device=device), torch.arange(N, device=device)
+        result = self._bounds(M, N).pairs(i, j)
+        if self.prefix_top_left is not None and self.prefix_bottom_right is not None:
+            result = result & Mask(prefix_top_left=self.prefix_top_left).pairs(M, N, device)
+        for term in self.terms:
+            result = result & term.pairs(M, N, device)
+        return result
+
+    def device(self) -> torch.device | None:
+        """Where the mask's tensors are; None if it has none."""
+        for tensor in (getattr(self, name) for name in VECTORS + MATRICES):
+            if tensor is not None:
+                return tensor.device
+        return next((device for term in self.terms if (device := term.device()) is not None), None)
 
     def check(self, B: int, H: int, M: int, N: int, device: torch.device | None = None) -> None:
         """Raise ValueError if a tensor of the mask does not fit (B, H, M, N) or lies on another device."""
-        for name in ("key_begin", "key_end", "query_end", "keys"):
+        for name in VECTORS + MATRICES:
             tensor = getattr(self, name)
-            expected = (B, N) if name == "keys" else (B,)
-            if tensor is not None and tuple(tensor.shape) != expected:
+            if tensor is None:
+                continue
+            expected = (B,) if name in VECTORS else (B, M) if name == "ids" else (B, N)
+            if tuple(tensor.shape) != expected:
                 raise ValueError(f"mask: {name} has shape {tuple(tensor.shape)}, but this call needs {expected}")
-        if self.pairs is not None:
-            for size, expected_size in zip(self.pairs.shape, (B, H, M, N), strict=True):
-                if size != 1 and size != expected_size:
-                    shape = tuple(self.pairs.shape)
-                    raise ValueError(f"mask: a bool tensor of shape {shape} does not broadcast to {(B, H, M, N)}")
-        for tensor in (self.key_begin, self.key_end, self.query_end, self.keys, self.pairs):
-            if tensor is not None and device is not None and tensor.device != device:
+            if device is not None and tensor.device != device:
                 raise ValueError(f"mask is on {tensor.device}, but q is on {device}; build the mask on q's device")
+        if self.ids is not None and self.key_ids is None and M != N:
+            raise ValueError(f"mask: documents of {M} queries and {N} keys need key_ids")
+        for term in self.terms:
+            term.check(B, H, M, N, device)
 
 
-torch.export.register_dataclass(Mask)
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A term: a bool tensor of four dimensions, each 1 or that of (B, H, M, N)."""
+
+    keep: Tensor
+
+    def pairs(self, M: int, N: int, device: torch.device | None) -> Tensor:
+        return self.keep
+
+    def device(self) -> torch.device:
+        return self.keep.device
+
+    def check(self, B: int, H: int, M: int, N: int, device: torch.device | None) -> None:
+        for size, expected in zip(self.keep.shape, (B, H, M, N), strict=True):
+            if size != 1 and size != expected:
+                shape = tuple(self.keep.shape)
+                raise ValueError(f"mask: a bool tensor of shape {shape} does not broadcast to {(B, H, M, N)}")
+        if device is not None and self.keep.device != device:
+            raise ValueError(f"mask is on {self.keep.device}, but q is on {device}; build the mask on q's device")
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A term: `prefix` tokens of text, then an image of h x w tokens by rows, each of which sees earlier ones.
+
+    Of the image a token sees those at most `row_reach` rows and `column_reach` columns away.
+    """
+
+    h: int
+    w: int
+    row_reach: int
+    column_reach: int
+    prefix: int
+
+    def pairs(self, M: int, N: int, device: torch.device | None) -> Tensor:
+        x = torch.arange(N - M, N, device=device)[:, None]  # the query's place among the keys
+        j = torch.arange(N, device=device)
+        row, column, key_row, key_column = (
+            part(y - self.prefix, self.w) for y in (x, j) for part in (torch.floor_divide, torch.remainder)
+        )
+        near = ((row - key_row).abs() <= self.row_reach) & ((column - key_column).abs() <= self.column_reach)
+        return ((j <= x) & ((x < self.prefix) | (j < self.prefix) | near))[None, None]
+
+    def device(self) -> None:
+        return None
+
+    def check(self, B: int, H: int, M: int, N: int, device: torch.device | None) -> None:
+        size = self.prefix + self.h * self.w
+        if N > size:
+            raise ValueError(f"mask: {N} keys, but a prefix of {self.prefix} and an image of {self.h} x {self.w} are {size}")
+
+
+@dataclass(frozen=True, eq=False)
+class AnyOf:
+    """A term: visible where one of the masks says so."""
+
+    parts: tuple[Mask, ...]
+
+    def pairs(self, M: int, N: int, device: torch.device | None) -> Tensor:
+        first, *others = (part.pairs(M, N, device) for part in self.parts)
+        for other in others:
+            first = first | other
+        return first
+
+    def device(self) -> torch.device | None:
+        return next((device for part in self.parts if (device := part.device()) is not None), None)
+
+    def check(self, B: int, H: int, M: int, N: int, device: torch.device | None) -> None:
+        for part in self.parts:
+            part.check(B, H, M, N, device)
+
+
+for _class in (Mask, Dense, Grid, AnyOf):
+    torch.export.register_dataclass(_class)
+
+
+def full() -> Mask:
+    """Every query sees every key."""
+    return Mask()
+
+
+def window(left: int | None, right: int | None, align: str = "bottom_right") -> Mask:
+    """-left <= d - a <= right: keys up to `left` before and `right` after the query's own; None = no bound."""
+    if align not in ALIGNMENTS:
+        raise ValueError(f"align must be one of {ALIGNMENTS}, got {align!r}")
+    for name, bound in (("left", left), ("right", right)):
+        if bound is not None and not (isinstance(bound, int | torch.SymInt) and not isinstance(bound, bool)):
+            raise TypeError(f"{name} must be an integer or None, got {bound!r}")
+    low = None if left is None else -left
+    if align == "top_left":
+        return Mask(low_top_left=low, high_top_left=right)
+    return Mask(low_bottom_right=low, high_bottom_right=right)
 
 
 def causal(align: str = "bottom_right") -> Mask:
-    """Query i sees key j iff j - i <= a, with a = N - M for "bottom_right" and 0 for "top_left"."""
-    if align not in ALIGNMENTS:
-        raise ValueError(f"align must be one of {ALIGNMENTS}, got {align!r}")
-    return Mask(causal_top_left=align == "top_left", causal_bottom_right=align == "bottom_right")
+    """d <= a: the last query sees every key ("bottom_right"), or the first sees just the first key ("top_left")."""
+    return window(None, 0, align)
 
 
 def padding(key_lengths: Tensor | Sequence[int], query_lengths: Tensor | Sequence[int] | None = None) -> Mask:
@@ -148,25 +270,100 @@ def key_padding(keep: Tensor) -> Mask:
     return Mask(keys=keep, key_begin=key_begin, key_end=key_end)
 
 
+def prefix_lm(lengths: Tensor | Sequence[int], align: str = "bottom_right") -> Mask:
+    """j < lengths[b] or d <= a: causal, but every query sees the first lengths[b] keys. lengths: integers (B,)."""
+    if align not in ALIGNMENTS:
+        raise ValueError(f"align must be one of {ALIGNMENTS}, got {align!r}")
+    prefix = _lengths(lengths, "lengths")
+    return Mask(prefix_top_left=prefix) if align == "top_left" else Mask(prefix_bottom_right=prefix)
+
+
+def documents(ids: Tensor, key_ids: Tensor | None = None) -> Mask:
+    """A query sees the keys of its own document: ids equal and >= 0.
+
+    ids: integers (B, M); key_ids (B, N), needed when M != N, else equal to ids. A negative id is in no document. Ids are below
+    2^31. In any order; tiles are skipped best where a document's tokens lie together.
+    """
+    return Mask(ids=_ids(ids, "ids"), key_ids=None if key_ids is None else _ids(key_ids, "key_ids"))
+
+
+def rows(h: int, w: int, prefix: int = 0) -> Mask:
+    """`prefix` tokens of text, causal, then an image of h x w tokens: each sees the prefix and its own row up to itself.
+
+    Query i stands at x = i + N - M. Fewer keys than prefix + h * w are the beginning of the sequence.
+    """
+    return _grid(h, w, 0, w, prefix)
+
+
+def columns(h: int, w: int, prefix: int = 0) -> Mask:
+    """As `rows`, with the token's own column."""
+    return _grid(h, w, h, 0, prefix)
+
+
+def conv(h: int, w: int, kernel: int, prefix: int = 0) -> Mask:
+    """As `rows`, with the part before it of the square of side `kernel` (odd) around the token."""
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel must be odd and positive, got {kernel}")
+    return _grid(h, w, kernel // 2, kernel // 2, prefix)
+
+
 def dense(keep: Tensor) -> Mask:
     """keep: bool, broadcastable to (B, H, M, N), True = may attend. `attention` takes the tensor itself as well.
 
-    One that does not depend on the head or the query, (B, 1, 1, N), becomes a `key_padding`.
+    One that does not depend on the head or the query, (B, 1, 1, N), becomes a `key_padding`. A tensor is packed into bits on
+    first use of its Mask, so what serves many calls is best made a Mask once.
     """
-    if keep.dtype != torch.bool:
-        raise TypeError(f"mask must be a Mask or a bool tensor (True = may attend), got {keep.dtype}")
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+        got = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
+        raise TypeError(f"mask must be a Mask or a bool tensor (True = may attend), got {got}")
     if keep.dim() > 4:
         raise ValueError(f"mask must broadcast to (B, H, M, N), got {tuple(keep.shape)}")
     keep = keep.reshape((1,) * (4 - keep.dim()) + tuple(keep.shape))
     if keep.shape[1] == keep.shape[2] == 1 and keep.shape[0] > 1 and keep.shape[3] > 1:
         return key_padding(keep[:, 0, 0, :])
-    return Mask(pairs=keep)
+    return Mask(terms=(Dense(keep),))
 
 
-def _both(combine, a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def _bits_and_tiles(bounds: LoweredMask, terms: tuple, M: int, N: int, device: torch.device | None) -> dict[str, Tensor | None]:
+    """The bits of the terms, and the tiles to visit under the whole mask."""
+    pairs = None
+    for term in terms:
+        pairs = term.pairs(M, N, device) if pairs is None else pairs & term.pairs(M, N, device)
+    status = tile_status(bounds, M, N, device, pairs)
+    bits = None if pairs is None else pack_bits(pairs)
+    return {"bits": bits, "key_tiles": tile_lists(status), "query_tiles": tile_lists(status.mT)}
+
+
+def _may_keep(tensors) -> bool:
+    """Not those of a trace, nor those in the memory of a CUDA graph that is being captured."""
+    present = [x for x in tensors if x is not None]
+    if any(type(x) is not Tensor for x in present):
+        return False
+    return present[0].device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _both(combine, a, b):
     if a is None or b is None:
         return b if a is None else a
     return combine(a, b)
+
+
+def _grid(h: int, w: int, row_reach: int, column_reach: int, prefix: int) -> Mask:
+    for name, size, least in (("h", h, 1), ("w", w, 1), ("prefix", prefix, 0)):
+        if size < least:
+            raise ValueError(f"{name} must be at least {least}, got {size}")
+    return Mask(terms=(Grid(h, w, row_reach, column_reach, prefix),))
+
+
+def _ids(ids: Tensor, name: str) -> Tensor:
+    if not isinstance(ids, Tensor) or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {got}")
+    if ids.dim() == 1:
+        raise NotImplementedError(f"{name} of shape {tuple(ids.shape)} are for packed sequences, which are not served yet")
+    if ids.dim() != 2:
+        raise ValueError(f"{name} must have shape (B, length), got {tuple(ids.shape)}")
+    return ids.to(torch.int32)
 
 
 def _lengths(lengths: Tensor | Sequence[int], name: str) -> Tensor:

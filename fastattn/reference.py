@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.activations import ACTIVATIONS
-from fastattn.masks import LoweredMask
+from fastattn.lowering import LoweredMask
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,19 +23,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v and its natural log-sum-exp.
 
-    q (B, H, M, D), k and v (B, H, N, D); returns out (B, H, M, D) in q's dtype and lse (B, H, M) in fp32 (fp64 for fp64).
-    A query with no visible key has out 0 and lse -inf.
+    q (B, H, M, D), k (B, Hkv, N, D), v (B, Hkv, N, Dv); query head h reads head h // (H / Hkv) of k and v. Returns out
+    (B, H, M, Dv) in q's dtype and lse (B, H, M) in fp32 (fp64 for fp64). A query with no visible key has out 0 and lse -inf.
     """
     s, visible = scores(q, k, mask, scale)
     if s.shape[-1] == 0:
-        return torch.zeros_like(q), torch.full_like(s.sum(-1), float("-inf"))
+        return q.new_zeros(*q.shape[:3], v.shape[3]), torch.full_like(s.sum(-1), float("-inf"))
     top = s.amax(-1, keepdim=True)
     top = torch.where(top == float("-inf"), 0, top)
     p = torch.exp(s - top)
     total = p.sum(-1, keepdim=True)
     dead = total == 0
     total = torch.where(dead, 1, total)
-    v = torch.where(visible.any(-2)[..., None], v, 0)
+    v = torch.where(visible.any(-2)[..., None], query_heads(v, q), 0)
     out = (p.to(q.dtype).to(p.dtype) @ v.to(p.dtype)) / total
     lse = torch.where(dead, float("-inf"), top + torch.log(total))
     return out.to(q.dtype), lse[..., 0]
@@ -47,13 +47,14 @@ def attention_backward(
     """dq, dk, dv of `attention`; dlse (B, H, M) or None is the gradient of the log-sum-exp.
 
     With P = exp(S - lse), delta = rowsum(dO * O) - dlse: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale dS K,
-    dK = scale dS^T Q.
+    dK = scale dS^T Q; dK and dV are summed over the query heads that share a head of k and v.
     """
     s, visible = scores(q, k, mask, scale)
     dead = lse == float("-inf")
     p = torch.exp(s - torch.where(dead, float("inf"), lse)[..., None])
+    heads = k.shape[1]
+    k, v = (torch.where(visible.any(-2)[..., None], query_heads(x, q), 0).to(p.dtype) for x in (k, v))
     q = torch.where(visible.any(-1)[..., None], q, 0).to(p.dtype)
-    k, v = (torch.where(visible.any(-2)[..., None], x, 0).to(p.dtype) for x in (k, v))
     do = torch.where(dead[..., None], 0, dout).to(p.dtype)
     delta = (do * out.to(p.dtype)).sum(-1)
     if dlse is not None:
@@ -61,6 +62,8 @@ def attention_backward(
     dv = p.to(dout.dtype).to(p.dtype).mT @ do
     ds = torch.where(visible, p * (do @ v.mT - delta[..., None]), 0).to(dout.dtype).to(p.dtype)
     dq, dk = (ds @ k) * scale, (ds.mT @ q) * scale
+    if dk.shape[1] != heads:
+        dk, dv = (x.unflatten(1, (heads, -1)).sum(2) for x in (dk, dv))
     return dq.to(dout.dtype), dk.to(dout.dtype), dv.to(dout.dtype)
 
 
@@ -71,9 +74,14 @@ def scores(q: Tensor, k: Tensor, mask: LoweredMask, scale: float) -> tuple[Tenso
     """
     B, H, M, _ = q.shape
     visible = mask.visible(B, H, M, k.shape[2], q.device)
-    q = torch.where(visible.any(-1)[..., None], q, 0).to(compute_dtype(q.dtype))
-    k = torch.where(visible.any(-2)[..., None], k, 0).to(q.dtype)
+    k = torch.where(visible.any(-2)[..., None], query_heads(k, q), 0).to(compute_dtype(q.dtype))
+    q = torch.where(visible.any(-1)[..., None], q, 0).to(k.dtype)
     return torch.where(visible, q @ k.mT * scale, float("-inf")), visible
+
+
+def query_heads(x: Tensor, q: Tensor) -> Tensor:
+    """k or v (B, Hkv, N, D) with one head for each of q's: itself, or each head repeated."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
 def linear(

@@ -23,7 +23,8 @@ from torch import Tensor
 
 import fastattn
 from fastattn import masks, reference
-from fastattn.masks import LoweredMask, Mask
+from fastattn.lowering import LoweredMask
+from fastattn.masks import Mask
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 HALF = (torch.float16, torch.bfloat16)
@@ -90,7 +91,7 @@ def _assert_lse(lse: Tensor, exact: Tensor) -> None:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """q, k, v and the gradients of out and lse, all (B, H, L, D) in (B, L, H, D) memory."""
+    """q, k, v and the gradients of out and lse, all (B, H, L, D) in (B, L, H, D) memory; k and v may have fewer heads."""
 
     q: Tensor
     k: Tensor
@@ -101,20 +102,23 @@ class AttentionInputs:
     scale: float
 
     def lowered(self) -> LoweredMask:
-        return LoweredMask() if self.mask is None else self.mask.lower(self.q.shape[2], self.k.shape[2])
+        return LoweredMask() if self.mask is None else self.mask.lower(self.q.shape[2], self.k.shape[2], self.q.device)
 
 
 def attention_inputs(
     B: int, H: int, M: int, N: int, D: int, dtype: torch.dtype, device: str = "cpu", *,
+    Hkv: int | None = None, Dv: int | None = None,
     mask: str = "none", seed: int = 0, amplitude: float = 1.0, dlse: bool = False,
 ) -> AttentionInputs:  # fmt: skip
     """Seeded normal inputs with a mask from MASKS; amplitude multiplies q and k (4 gives hot scores)."""
     g = torch.Generator().manual_seed(seed)
 
-    def normal(length: int, factor: float = 1.0) -> Tensor:
-        return (torch.randn(B, length, H, D, generator=g) * factor).to(device, dtype).transpose(1, 2)
+    def normal(length: int, heads: int, width: int, factor: float = 1.0) -> Tensor:
+        return (torch.randn(B, length, heads, width, generator=g) * factor).to(device, dtype).transpose(1, 2)
 
-    q, k, v, dout = normal(M, amplitude), normal(N, amplitude), normal(N), normal(M)
+    Hkv, Dv = H if Hkv is None else Hkv, D if Dv is None else Dv
+    q, k = normal(M, H, D, amplitude), normal(N, Hkv, D, amplitude)
+    v, dout = normal(N, Hkv, Dv), normal(M, H, Dv)
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     lse_grad = torch.randn(B, H, M, generator=g).to(device, lse_dtype) if dlse else None
     return AttentionInputs(q, k, v, dout, lse_grad, MASKS[mask](B, H, M, N, g, device), D**-0.5)
@@ -151,22 +155,23 @@ def _attention_magnitude(x: AttentionInputs, mask: LoweredMask) -> dict[str, Ten
     p = torch.nan_to_num(torch.softmax(s, -1), 0.0)
     rows, columns = visible.any(-1)[..., None], visible.any(-2)[..., None]
     q, do = (torch.where(rows, t, 0).double().abs() for t in (x.q, x.dout))
-    k, v = (torch.where(columns, t, 0).double().abs() for t in (x.k, x.v))
+    k, v = (torch.where(columns, reference.query_heads(t, x.q), 0).double().abs() for t in (x.k, x.v))
     out = p @ v
     delta = (do * out).sum(-1, keepdim=True)
     if x.dlse is not None:
         delta = delta + x.dlse.double().abs()[..., None]
     ds = p * (do @ v.mT + delta) * abs(x.scale)
-    return {"out": out, "dq": ds @ k, "dk": ds.mT @ q, "dv": p.mT @ do}
+    dk, dv = ((y.mT @ z).unflatten(1, (x.k.shape[1], -1)).sum(2) for y, z in ((ds, q), (p, do)))
+    return {"out": out, "dq": ds @ k, "dk": dk, "dv": dv}
 
 
 def _eager_attention(x: AttentionInputs, mask: LoweredMask) -> dict[str, Tensor]:
     """What a user gets from matmul, softmax and matmul in the dtype."""
     q, k, v = (torch.nan_to_num(t.detach(), 0.0).requires_grad_() for t in (x.q, x.k, x.v))
     visible = mask.visible(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
-    s = (q @ k.mT * x.scale).masked_fill(~visible, float("-inf"))
+    s = (q @ reference.query_heads(k, q).mT * x.scale).masked_fill(~visible, float("-inf"))
     p = torch.softmax(s, -1).masked_fill(~visible.any(-1, keepdim=True), 0)
-    out = p @ v
+    out = p @ reference.query_heads(v, q)
     if x.dlse is not None or not bool(visible.any(-1).all()):
         return {"out": out.detach()}  # dead rows and the gradient of lse are not eager PyTorch's to answer
     grads = torch.autograd.grad(out, [q, k, v], torch.nan_to_num(x.dout, 0.0))
@@ -187,6 +192,17 @@ def _keep(B: int, N: int, g: torch.Generator, device: str, kind: str) -> Tensor:
     return keep.to(device)
 
 
+def _documents(B: int, L: int, g: torch.Generator, device: str) -> Tensor:
+    """Ids of some documents, each in one piece, with tokens of none at the end of all sequences but the last."""
+    ids = torch.randint(0, 4, (B, L), generator=g).cumsum(1) // 40
+    return torch.where(torch.arange(L) < _lengths(B, L, g, "cpu")[:, None], ids, -1).to(device)
+
+
+def _grid(N: int, kind: Callable[..., Mask], *kernel: int) -> Mask:
+    """An image of eight columns behind a prefix of 5 tokens, with room for N keys."""
+    return kind(max(-(-(N - 5) // 8), 1), 8, *kernel, prefix=5)
+
+
 # name -> mask for (B, H, M, N, generator, device): every mask of the algebra that a backend must agree on
 MASKS: dict[str, Callable[[int, int, int, int, torch.Generator, str], Mask | None]] = {
     "none": lambda B, H, M, N, g, device: None,
@@ -199,6 +215,20 @@ MASKS: dict[str, Callable[[int, int, int, int, torch.Generator, str], Mask | Non
     "holes": lambda B, H, M, N, g, device: masks.key_padding(_keep(B, N, g, device, "holes")),
     "causal_padding": lambda B, H, M, N, g, device: masks.causal() & masks.padding(_lengths(B, N, g, device)),
     "causal_left": lambda B, H, M, N, g, device: masks.causal("top_left") & masks.key_padding(_keep(B, N, g, device, "left")),
+    "window": lambda B, H, M, N, g, device: masks.window(9, 4),
+    "window_right": lambda B, H, M, N, g, device: masks.window(-2, 70, "top_left"),
+    "prefix_lm": lambda B, H, M, N, g, device: masks.prefix_lm(_lengths(B, N, g, device)),
+    "window_prefix": lambda B, H, M, N, g, device: (
+        masks.window(20, None) & masks.prefix_lm(_lengths(B, N, g, device), "top_left") & masks.padding(_lengths(B, N, g, device))
+    ),
+    "documents": lambda B, H, M, N, g, device: masks.documents(_documents(B, M, g, device), _documents(B, N, g, device)),
+    "documents_causal": lambda B, H, M, N, g, device: (
+        masks.documents(_documents(B, M, g, device), _documents(B, N, g, device)) & masks.causal()
+    ),
+    "rows": lambda B, H, M, N, g, device: _grid(N, masks.rows),
+    "columns_padding": lambda B, H, M, N, g, device: _grid(N, masks.columns) & masks.padding(_lengths(B, N, g, device)),
+    "conv": lambda B, H, M, N, g, device: _grid(N, masks.conv, 3),
+    "either": lambda B, H, M, N, g, device: masks.window(3, 3) | masks.padding(_lengths(B, N // 2, g, device)),
     "dense": lambda B, H, M, N, g, device: masks.dense((torch.rand(B, H, M, N, generator=g) < 0.7).to(device)),
     "dense_rows": lambda B, H, M, N, g, device: masks.dense((torch.rand(M, 1, generator=g) < 0.7).to(device)),
 }  # fmt: skip

@@ -30,7 +30,8 @@ def _marks(backend: str, without_gpu: pytest.MarkDecorator) -> list:
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return [*marks, pytest.mark.skip(reason="triton is not installed")]
     module = importlib.import_module(f"fastattn.kernels.{backend}.attention")
-    problem = AttentionProblem(KERNEL_DEVICE, dtype_of(backend), 1, 1, 1, 1, head_dim_of(backend), False, False, False, False)
+    D = head_dim_of(backend)
+    problem = AttentionProblem(KERNEL_DEVICE, dtype_of(backend), B=1, H=1, M=1, N=1, D=D, Hkv=1, Dv=D)
     reasons = module.unsupported(problem)
     return [*marks, pytest.mark.skipif(bool(reasons), reason="; ".join(reasons) or "none")]
 

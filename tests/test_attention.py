@@ -91,9 +91,9 @@ def test_gradcheck(backend, mask):
 def hide(x, mask_name):
     """The same inputs with NaN and Inf wherever the mask promises that they reach nothing."""
     B, H, M, N = *x.q.shape[:3], x.k.shape[2]
-    visible = x.lowered()._replace(pairs=None).visible(B, H, M, N, x.q.device)
+    visible = x.lowered().visible(B, H, M, N, x.q.device)
     if mask_name.startswith("causal"):  # only keys that padding hides are promised, and rows that see nothing
-        visible_keys = x.lowered()._replace(diagonal=None).visible(B, H, M, N, x.q.device).any(-2)
+        visible_keys = x.lowered()._replace(low=None, high=None).visible(B, H, M, N, x.q.device).any(-2)
     else:
         visible_keys = visible.any(-2)
     dead_rows, dead_keys = ~visible.any(-1)[..., None], ~visible_keys[..., None]
@@ -122,7 +122,7 @@ def test_each_range_alone(backend, causal, fields):
     x = attention_inputs(2, 1, 70, 133, head_dim_of(backend), dtype_of(backend), device, dlse=True)
     ends = {"key_begin": [5, 66], "key_end": [130, 71], "query_end": [70, 3]}
     ranges = {name: torch.tensor(ends[name], dtype=torch.int32, device=device) for name in fields.split()}
-    x = replace(x, mask=masks.Mask(causal_bottom_right=causal, **ranges))
+    x = replace(x, mask=masks.Mask(high_bottom_right=0 if causal else None, **ranges))
     assert_accurate(run_attention(x, backend), attention_yardstick(x), cpu_half_gradients=backend == "cpu")
 
 

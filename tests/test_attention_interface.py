@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn import masks
-from fastattn.masks import LoweredMask
+from fastattn.lowering import LoweredMask
 
 
 def inputs(backend, requires_grad=True, L=19, dtype=None):
@@ -146,8 +146,9 @@ ELSEWHERE = torch.zeros(2, dtype=torch.int32, device="meta")
         (NotImplementedError, "bias", lambda: fastattn.attention(Q, Q, Q, bias=Q)),
         (NotImplementedError, "dropout", lambda: fastattn.attention(Q, Q, Q, dropout=0.1)),
         (NotImplementedError, "seed", lambda: fastattn.attention(Q, Q, Q, seed=1)),
-        (NotImplementedError, "k has 2 heads", lambda: fastattn.attention(Q, Q[:, :2], Q[:, :2])),
-        (NotImplementedError, "v has head dimension 8", lambda: fastattn.attention(Q, Q, Q[..., :8])),
+        (ValueError, "q has 4 heads, which is no multiple of k's 3", lambda: fastattn.attention(Q, Q[:, :3], Q[:, :3])),
+        (ValueError, "need key_ids", lambda: fastattn.attention(Q, Q[:, :, :5], Q[:, :, :5], masks.documents(Q[:, 0, :, 0].int()))),
+        (ValueError, "6 keys, but a prefix of 1 and an image", lambda: fastattn.attention(Q, Q, Q, masks.rows(2, 2, 1))),
         (NotImplementedError, "attn_mask of dtype", lambda: fastattn.scaled_dot_product_attention(Q, Q, Q, torch.zeros(6, 6))),
         (NotImplementedError, "triton", lambda: fastattn.attention(Q.double(), Q.double(), Q.double(), backend="triton")),
         (ValueError, "attn_mask and is_causal", lambda: fastattn.scaled_dot_product_attention(Q, Q, Q, ANY, is_causal=True)),

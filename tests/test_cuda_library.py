@@ -112,8 +112,7 @@ def test_architectures_that_nvcc_does_not_know(tmp_path, archs, words):
 
 
 def problem(**changes):
-    request = {"device": "cpu", "dtype": torch.float16, "B": 1, "H": 1, "M": 8, "N": 8, "D": 64, "causal": False, "ranges": False,
-               "keys": False, "pairs": False}  # fmt: skip
+    request = {"device": "cpu", "dtype": torch.float16, "B": 1, "H": 1, "M": 8, "N": 8, "D": 64, "Hkv": 1, "Dv": 64}
     return AttentionProblem(**{**request, **changes})
 
 

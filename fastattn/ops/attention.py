@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastattn import masks
-from fastattn.masks import LoweredMask, Mask
+from fastattn.lowering import LoweredMask
+from fastattn.masks import Mask
 from fastattn.ops import dispatch
 
 BACKENDS = ("triton", "cuda", "cpu", "eager")  # in order of preference
@@ -31,41 +32,54 @@ class AttentionProblem:
     M: int
     N: int
     D: int
-    causal: bool
-    ranges: bool  # key_begin, key_end or query_end
-    keys: bool
-    pairs: bool
+    Hkv: int  # heads of k and v
+    Dv: int  # head dimension of v
+    band: bool = False  # low or high
+    prefix: bool = False
+    ranges: bool = False  # key_begin, key_end or query_end
+    keys: bool = False
+    documents: bool = False
+    bits: bool = False
 
     def __str__(self) -> str:
-        mask = [name for name in ("causal", "ranges", "keys", "pairs") if getattr(self, name)]
+        mask = [name for name in ("band", "prefix", "ranges", "keys", "documents", "bits") if getattr(self, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = f"B={self.B} H={self.H} M={self.M} N={self.N} D={self.D}"
+        sizes += f" Hkv={self.Hkv}" * (self.Hkv != self.H) + f" Dv={self.Dv}" * (self.Dv != self.D)
         return f"attention({sizes}, {dtype}, {self.device}, mask: {' & '.join(mask) or 'none'})"
 
 
-def _problem(q: Tensor, k: Tensor, mask: LoweredMask) -> AttentionProblem:
-    ranges = mask.key_begin is not None or mask.key_end is not None or mask.query_end is not None
-    B, H, M, D = q.shape
-    causal, keys, pairs = mask.diagonal is not None, mask.keys is not None, mask.pairs is not None
-    return AttentionProblem(q.device.type, q.dtype, B, H, M, k.shape[2], D, causal, ranges, keys, pairs)
+def _problem(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> AttentionProblem:
+    return AttentionProblem(
+        q.device.type, q.dtype, *q.shape[:3], k.shape[2], q.shape[3], k.shape[1], v.shape[3],
+        band=mask.low is not None or mask.high is not None,
+        prefix=mask.prefix is not None,
+        ranges=mask.key_begin is not None or mask.key_end is not None or mask.query_end is not None,
+        keys=mask.keys is not None,
+        documents=mask.ids is not None,
+        bits=mask.bits is not None,
+    )  # fmt: skip
 
 
 # The op. `exact_lse` says that the caller wants lse itself; without it only the backward reads it, and a backend may save work.
 
-_MASK = "SymInt? diagonal, Tensor? key_begin, Tensor? key_end, Tensor? query_end, Tensor? keys, Tensor? pairs"
+_INTEGERS = ("low", "high", "prefix_high")
+_MASK = ", ".join(f"{'SymInt' if name in _INTEGERS else 'Tensor'}? {name}" for name in LoweredMask._fields)
 _REQUEST = f"{_MASK}, float scale, str backend"
+_NO_GRADIENTS = (None,) * (len(LoweredMask._fields) + 3)  # mask, scale, backend, exact_lse
 
 
-def _forward(q, k, v, diagonal, key_begin, key_end, query_end, keys, pairs, scale, backend, exact_lse):
-    mask = LoweredMask(diagonal, key_begin, key_end, query_end, keys, pairs)
-    module = dispatch.choose("attention", BACKENDS, backend, _problem(q, k, mask))
+def _forward(q, k, v, *rest):
+    *mask, scale, backend, exact_lse = rest
+    mask = LoweredMask(*mask)
+    module = dispatch.choose("attention", BACKENDS, backend, _problem(q, k, v, mask))
     return module.forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), mask, scale, exact_lse)
 
 
 def _forward_fake(q, k, v, *rest):
-    B, H, M, D = q.shape
+    B, H, M, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(B, M, H, D).transpose(1, 2), q.new_empty(B, H, M, dtype=lse_dtype)
+    return q.new_empty(B, M, H, v.shape[3]).transpose(1, 2), q.new_empty(B, H, M, dtype=lse_dtype)
 
 
 def _forward_autograd(*args):
@@ -80,11 +94,11 @@ def _forward_autograd(*args):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        q, k, v, diagonal, *tensors, scale, backend, _ = args
+        q, k, v, low, high, prefix_high, *tensors, scale, backend, _ = args
         with dispatch.below_autograd():
             out, lse = _FORWARD(*args)
         ctx.save_for_backward(q, k, v, out, lse, *tensors)
-        ctx.diagonal, ctx.scale, ctx.backend = diagonal, scale, backend
+        ctx.integers, ctx.scale, ctx.backend = (low, high, prefix_high), scale, backend
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -93,13 +107,15 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        grads = dispatch.call_backward(_BACKWARD, dout, dlse, q, k, v, out, lse, ctx.diagonal, *tensors, ctx.scale, ctx.backend)
-        return (*grads, *(None,) * 9)
+        mask = *ctx.integers, *tensors
+        grads = dispatch.call_backward(_BACKWARD, dout, dlse, q, k, v, out, lse, *mask, ctx.scale, ctx.backend)
+        return (*grads, *_NO_GRADIENTS)
 
 
-def _backward(dout, dlse, q, k, v, out, lse, diagonal, key_begin, key_end, query_end, keys, pairs, scale, backend):
-    mask = LoweredMask(diagonal, key_begin, key_end, query_end, keys, pairs)
-    module = dispatch.choose("attention", BACKENDS, backend, _problem(q, k, mask))
+def _backward(dout, dlse, q, k, v, out, lse, *rest):
+    *mask, scale, backend = rest
+    mask = LoweredMask(*mask)
+    module = dispatch.choose("attention", BACKENDS, backend, _problem(q, k, v, mask))
     return module.backward(
         _unit_stride(dout), dlse, _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(out), lse, mask, scale
     )
@@ -163,7 +179,8 @@ def attention(
 
     Args:
         q: (B, H, M, D), any strides; fp16, bf16, fp32, or fp64 (backends `eager` and `cpu`).
-        k, v: (B, H, N, D), q's dtype and device.
+        k: (B, Hkv, N, D), v: (B, Hkv, N, Dv), q's dtype and device. H is a multiple of Hkv; query head h reads head
+            h // (H / Hkv): grouped-query attention, and multi-query attention where Hkv = 1.
         mask: a `masks.Mask`, a bool tensor broadcastable to (B, H, M, N) with True = may attend, or None.
         bias, dropout, seed: not served yet; anything but the default raises NotImplementedError.
         scale: any finite float; default D ** -0.5.
@@ -172,7 +189,7 @@ def attention(
         backend: "auto", or one of "triton", "cuda", "cpu", "eager"; a named backend never falls back.
 
     Returns:
-        out (B, H, M, D) in q's dtype, in (B, M, H, D) memory; or (out, lse). A query with no visible key has output 0,
+        out (B, H, M, Dv) in q's dtype, in (B, M, H, Dv) memory; or (out, lse). A query with no visible key has output 0,
         lse -inf and gradients 0. A key hidden from every query of its sequence by `padding` or `key_padding` may hold NaN.
 
     Raises:
@@ -200,8 +217,9 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`, served by fastattn.
 
     query (..., H, M, D), key and value (..., H, N, D) with equal leading dimensions; a bool attn_mask broadcastable to
-    (..., M, N), True = may attend; is_causal is top-left and excludes attn_mask. A float attn_mask, dropout_p > 0 and
-    grouped heads are not served yet and raise NotImplementedError.
+    (..., M, N), True = may attend; is_causal is top-left and excludes attn_mask. enable_gqa=True lets key and value have fewer
+    heads, of which query's number is a multiple. A float attn_mask and dropout_p > 0 are not served yet and raise
+    NotImplementedError.
     """
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask and is_causal exclude each other: set one of them")
@@ -238,9 +256,8 @@ def explain(
 
     `return_lse` is taken so that a call can be explained as it stands; the choice does not depend on it.
     """
-    args = _arguments(q, k, v, mask, bias, scale, dropout, seed, backend)
-    q, k, v = args[:3]
-    problem = _problem(q, k, LoweredMask(*args[3:9]))
+    q, k, v, *lowered, _, _ = _arguments(q, k, v, mask, bias, scale, dropout, seed, backend)
+    problem = _problem(q, k, v, LoweredMask(*lowered))
     notes = [
         f"{name} has a last stride of {x.stride(-1)} and is copied"
         for name, x in (("q", q), ("k", k), ("v", v))
@@ -269,13 +286,13 @@ def _arguments(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple:
     elif not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be a finite number, got {scale}")
     if mask is None:
-        return (q, k, v, None, None, None, None, None, None, scale, backend)
+        return (q, k, v, *LoweredMask(), scale, backend)
     if not isinstance(mask, Mask):
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a masks.Mask, a bool tensor or None, got {type(mask).__name__}")
         mask = masks.dense(mask)
     mask.check(B, H, M, N, q.device)
-    return (q, k, v, *mask.lower(M, N), scale, backend)
+    return (q, k, v, *mask.lower(M, N, q.device), scale, backend)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -303,10 +320,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k has {k.shape[1]} heads of length {k.shape[2]}, but v has {v.shape[1]} of {v.shape[2]}")
     if k.shape[3] != q.shape[3]:
         raise ValueError(f"k has head dimension {k.shape[3]}, but q has {q.shape[3]}")
-    if v.shape[3] != q.shape[3]:
-        raise NotImplementedError(f"v has head dimension {v.shape[3]} and q {q.shape[3]}: different ones are not served yet")
-    if k.shape[1] != q.shape[1]:
-        raise NotImplementedError(f"k has {k.shape[1]} heads and q {q.shape[1]}: grouped heads are not served yet")
+    if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
+        raise ValueError(f"q has {q.shape[1]} heads, which is no multiple of k's {k.shape[1]}")
 
 
 def _four_dimensions(x: Tensor) -> Tensor:

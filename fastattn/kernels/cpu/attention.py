@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.masks import LoweredMask
+from fastattn.lowering import LoweredMask
 
 INF = float("inf")
 ROWS = 64  # rows of scores held at a time where the fused backward cannot serve

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.kernels.cuda import library
-from fastattn.masks import LoweredMask
+from fastattn.lowering import LoweredMask
 
 HEAD_DIMS = (32, 64, 128)
 INT32_MAX = 2**31 - 1

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.masks import LoweredMask
+from fastattn.lowering import LoweredMask
 
 
 def unsupported(problem) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastattn.kernels.triton.attention_backward import _attention_dkdv_kernel, _attention_dq_kernel
 from fastattn.kernels.triton.attention_forward import _attention_forward_kernel
 from fastattn.kernels.triton.launch import Launch, precision, refusals, run, vector
-from fastattn.masks import LoweredMask
+from fastattn.lowering import LoweredMask
 
 
 class Config(NamedTuple):

@@ -1,0 +1,156 @@
+"""A mask as kernels receive it: bounds that they evaluate in place, bits for the rest, and lists of the tiles to visit.
+
+For query i the bounds leave one interval of keys whose ends never move back as i grows, so the tiles that a block of queries
+visits are one run, and so are those in which it hides nothing. Where a mask has more than bounds (bits or documents), the tiles
+to visit are listed instead. B, H, M, N: batch, query heads, queries, keys.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 64  # queries and keys of a listed tile
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+class LoweredMask(NamedTuple):
+    """What an op and its kernels receive once M and N are known. Pair (i, j) of sequence b, head h is visible iff all hold."""
+
+    low: int | None = None  # low <= j - i
+    high: int | None = None  # j - i <= high
+    prefix_high: int | None = None  # with `prefix`
+    prefix: Tensor | None = None  # (B,) int32: j < prefix[b] or j - i <= prefix_high
+    key_begin: Tensor | None = None  # (B,) int32: key_begin[b] <= j
+    key_end: Tensor | None = None  # (B,) int32: j < key_end[b]
+    query_end: Tensor | None = None  # (B,) int32: i < query_end[b]
+    keys: Tensor | None = None  # (B, N) bool: keys[b, j]
+    ids: Tensor | None = None  # (B, M) int32, with `key_ids`
+    key_ids: Tensor | None = None  # (B, N) int32: ids[b, i] == key_ids[b, j] >= 0
+    bits: Tensor | None = None  # int32, (B, H, M, ceil(N / 32)) or 1 for each: bit j % 32 of word j // 32
+    key_tiles: Tensor | None = None  # with ids or bits: for each TILE queries the tiles of keys to visit, see `tile_lists`
+    query_tiles: Tensor | None = None  # and for each TILE keys the tiles of queries
+
+    def pairs(self, i: Tensor, j: Tensor) -> Tensor:
+        """Visibility of queries i and keys j, bool (B or 1, H or 1, len(i), len(j)): at the shape that the mask has."""
+        distance = j - i[:, None]
+        visible = torch.ones_like(distance, dtype=torch.bool)[None, None]
+        if self.low is not None:
+            visible = visible & (distance >= self.low)
+        if self.high is not None:
+            visible = visible & (distance <= self.high)
+        if self.prefix is not None:
+            visible = visible & ((j < _per_sequence(self.prefix)) | (distance <= self.prefix_high))
+        if self.key_begin is not None:
+            visible = visible & (j >= _per_sequence(self.key_begin))
+        if self.key_end is not None:
+            visible = visible & (j < _per_sequence(self.key_end))
+        if self.query_end is not None:
+            visible = visible & (i[:, None] < _per_sequence(self.query_end))
+        if self.keys is not None:
+            visible = visible & self.keys[:, None, None, j]
+        if self.ids is not None and self.key_ids is not None:
+            ids, key_ids = self.ids[:, None, i, None], self.key_ids[:, None, None, j]
+            visible = visible & (ids == key_ids) & (ids >= 0)
+        if self.bits is not None:
+            rows = self.bits if self.bits.shape[2] == 1 else self.bits[:, :, i]
+            words = rows if rows.shape[3] == 1 else rows[..., j // 32]
+            visible = visible & ((words >> (j % 32).to(torch.int32)) & 1).bool()
+        return visible
+
+    def visible(self, B: int, H: int, M: int, N: int, device: torch.device | None = None) -> Tensor:
+        """The conjunction as a bool tensor (B, H, M, N)."""
+        i, j = torch.arange(M, device=device), torch.arange(N, device=device)
+        return self.pairs(i, j).expand(B, H, M, N)
+
+
+def pack_bits(pairs: Tensor) -> Tensor:
+    """Bool (..., N) as int32 (..., ceil(N / 32)); for N = 1, which stands for every key, all bits of the word are equal."""
+    if pairs.shape[-1] == 1:
+        return -pairs.to(torch.int32)
+    words = -(-pairs.shape[-1] // 32)
+    bits = F.pad(pairs, (0, words * 32 - pairs.shape[-1])).unflatten(-1, (words * 4, 8)).view(torch.uint8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=pairs.device)
+    return (bits * weights).sum(-1, dtype=torch.uint8).view(torch.int32)
+
+
+def tile_status(
+    mask: LoweredMask, M: int, N: int, device: torch.device | None, pairs: Tensor | None = None, rows: int = TILE, keys: int = TILE
+) -> Tensor:
+    """EMPTY, PARTIAL or FULL for each tile of rows x keys: int8 (B or 1, H or 1, ceil(M / rows), ceil(N / keys)).
+
+    `pairs` is what `mask.bits` were packed from. EMPTY where the bounds together, or one other part of the mask, hide every pair;
+    documents are told apart by the least and the greatest id in a tile.
+    """
+    m0 = torch.arange(0, M, rows, device=device)[:, None]
+    n0 = torch.arange(0, N, keys, device=device)
+    m1, n1 = (m0 + rows - 1).clamp(max=M - 1), (n0 + keys - 1).clamp(max=N - 1)
+    begin = torch.zeros_like(m0[:1, :1]) if mask.key_begin is None else _per_sequence(mask.key_begin)
+    end = begin.new_full((1, 1), N) if mask.key_end is None else _per_sequence(mask.key_end).clamp(max=N)
+    queries = begin.new_full((1, 1), M) if mask.query_end is None else _per_sequence(mask.query_end).clamp(max=M)
+    last = torch.minimum(m1, queries - 1)
+    first_key, last_key = torch.maximum(n0, begin), torch.minimum(n1, end - 1)
+    some = (first_key <= last_key) & (m0 <= last)
+    every = (begin <= n0) & (n1 < end) & (m1 < queries)
+    if mask.low is not None:
+        some = some & (last_key - m0 >= mask.low)
+        every = every & (n0 - m1 >= mask.low)
+    if mask.high is not None:
+        some = some & (first_key - last <= mask.high)
+        every = every & (n1 - m0 <= mask.high)
+    if mask.prefix is not None:
+        prefix = _per_sequence(mask.prefix)
+        some = some & ((first_key < prefix) | (first_key - last <= mask.prefix_high))
+        every = every & ((n1 < prefix) | (n1 - m0 <= mask.prefix_high))
+    if mask.keys is not None:
+        some = some & _any_in_tiles(mask.keys[:, None, None], rows, keys)
+        every = every & ~_any_in_tiles(~mask.keys[:, None, None], rows, keys)
+    if mask.ids is not None and mask.key_ids is not None:
+        (least, live, most), (least_key, live_key, most_key) = _extremes(mask.ids, rows), _extremes(mask.key_ids, keys)
+        some = some & (live.mT <= most_key) & (live_key <= most.mT)
+        every = every & (least.mT == most_key) & (least_key == most.mT) & (least_key == most_key)
+    if pairs is not None:
+        some = some & _any_in_tiles(pairs, rows, keys)
+        every = every & ~_any_in_tiles(~pairs, rows, keys)
+    status = some.to(torch.int8) + (some & every).to(torch.int8)
+    return status if status.dim() == 4 else status[None, None]
+
+
+def tile_lists(status: Tensor) -> Tensor:
+    """For each row of tiles (..., T): the number of partial and of full tiles, then their indices: int32 (..., 2 + T).
+
+    Indices ascend, first those of partial tiles, then those of full ones; what follows is not to be read.
+    """
+    kind = torch.where(status == PARTIAL, 0, torch.where(status == FULL, 1, 2))
+    counts = torch.stack([(kind == 0).sum(-1), (kind == 1).sum(-1)], -1)
+    return torch.cat([counts, kind.argsort(dim=-1, stable=True)], -1).to(torch.int32)
+
+
+def _per_sequence(x: Tensor) -> Tensor:
+    """(B,) beside (B, H, M, N)."""
+    return x[:, None, None, None].long()
+
+
+def _any_in_tiles(pairs: Tensor, rows: int, keys: int) -> Tensor:
+    """Whether a tile of a (..., M or 1, N or 1) bool tensor holds True: (..., ceil(M / rows) or 1, ceil(N / keys) or 1)."""
+    for dim, size in ((-2, rows), (-1, keys)):
+        length = pairs.shape[dim]
+        if length == 1:
+            continue
+        tiles = -(-length // size)
+        padding = (0, tiles * size - length) if dim == -1 else (0, 0, 0, tiles * size - length)
+        pairs = F.pad(pairs, padding).unflatten(dim, (tiles, size)).any(dim)
+    return pairs
+
+
+def _extremes(ids: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each `size` ids of (B, L) the least, the least that is not negative, and the greatest: (B, 1, 1, ceil(L / size))."""
+    tiles = -(-ids.shape[1] // size)
+    if tiles:  # the last tile is filled up with its last id
+        ids = ids[:, torch.arange(tiles * size, device=ids.device).clamp(max=ids.shape[1] - 1)]
+    ids = ids.reshape(ids.shape[0], 1, 1, tiles, size)
+    live = torch.where(ids < 0, torch.iinfo(torch.int32).max, ids)
+    return ids.amin(-1), live.amin(-1), ids.amax(-1)
