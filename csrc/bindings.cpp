@@ -5,6 +5,7 @@
 
 #include <array>
 #include <optional>
+#include <tuple>
 
 #include "attention/forward.h"
 #include "ffn/linear.h"
@@ -25,18 +26,39 @@ using MatrixArgument = std::array<int64_t, 2>;  // address; stride of a row
 
 Heads heads(const HeadsArgument& x) { return {pointer<void>(x[0]), x[1], x[2], x[3]}; }
 
+// Every field of LoweredMask, in its order: integers or None; (address, strides...) of tensors, with address 0 for None.
+using MaskArgument =
+    std::tuple<std::optional<int>, std::optional<int>, std::optional<int>, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+               std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<int64_t, 5>,
+               std::array<int64_t, 4>, std::array<int64_t, 4>>;
+
+Mask mask(const MaskArgument& x) {
+  auto [low, high, prefix_high, prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, key_tiles, query_tiles] = x;
+  Mask m{};
+  m.has_low = low.has_value(), m.low = low.value_or(0);
+  m.has_high = high.has_value(), m.high = high.value_or(0);
+  m.prefix = pointer<int32_t>(prefix), m.prefix_high = prefix_high.value_or(0);
+  m.key_begin = pointer<int32_t>(key_begin), m.key_end = pointer<int32_t>(key_end);
+  m.query_end = pointer<int32_t>(query_end);
+  m.keys = pointer<uint8_t>(keys[0]), m.keys_batch = keys[1], m.keys_key = keys[2];
+  m.ids = pointer<int32_t>(ids[0]), m.ids_batch = ids[1], m.ids_query = ids[2];
+  m.key_ids = pointer<int32_t>(key_ids[0]), m.key_ids_batch = key_ids[1], m.key_ids_key = key_ids[2];
+  m.bits = pointer<int32_t>(bits[0]);
+  m.bits_batch = bits[1], m.bits_head = bits[2], m.bits_row = bits[3], m.bits_word = bits[4];
+  m.key_tiles = {pointer<int32_t>(key_tiles[0]), key_tiles[1], key_tiles[2], key_tiles[3]};
+  m.query_tiles = {pointer<int32_t>(query_tiles[0]), query_tiles[1], query_tiles[2], query_tiles[3]};
+  return m;
+}
+
 void py_attention_forward(const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& out,
-                          uintptr_t lse, uintptr_t key_begin, uintptr_t key_end, uintptr_t query_end,
-                          const std::array<int64_t, 3>& keys, std::optional<int> diagonal, float scale,
-                          const std::array<int, 5>& sizes, bool bfloat16, bool aligned, uintptr_t stream) {
+                          uintptr_t lse, const MaskArgument& mask_argument, float scale, const std::array<int, 6>& sizes,
+                          bool bfloat16, bool aligned, uintptr_t stream) {
   AttentionForward p{};
   p.q = heads(q), p.k = heads(k), p.v = heads(v), p.out = heads(out);
   p.lse = pointer<float>(lse);
-  p.key_begin = pointer<int32_t>(key_begin), p.key_end = pointer<int32_t>(key_end), p.query_end = pointer<int32_t>(query_end);
-  p.keys = pointer<uint8_t>(keys[0]), p.keys_batch = keys[1], p.keys_key = keys[2];
-  p.causal = diagonal.has_value(), p.diagonal = diagonal.value_or(0);
+  p.mask = mask(mask_argument);
   p.scale = scale;
-  p.B = sizes[0], p.H = sizes[1], p.M = sizes[2], p.N = sizes[3], p.D = sizes[4];
+  p.B = sizes[0], p.H = sizes[1], p.Hkv = sizes[2], p.M = sizes[3], p.N = sizes[4], p.D = sizes[5];
   p.bfloat16 = bfloat16, p.aligned = aligned;
   attention_forward(p, stream);
 }
@@ -69,8 +91,8 @@ void py_activation_backward(const MatrixArgument& dy, uintptr_t z, uintptr_t dz,
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Launches of fastattn's CUDA kernels. Each raises RuntimeError with the kernel's name if the launch fails.";
-  m.def("attention_forward", &py_attention_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "key_begin"_a, "key_end"_a,
-        "query_end"_a, "keys"_a, "diagonal"_a, "scale"_a, "sizes"_a, "bfloat16"_a, "aligned"_a, "stream"_a);
+  m.def("attention_forward", &py_attention_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "mask"_a, "scale"_a,
+        "sizes"_a, "bfloat16"_a, "aligned"_a, "stream"_a);
   m.def("linear", &py_linear, "x"_a, "weight"_a, "bias"_a, "residual"_a, "z"_a, "y"_a, "rows"_a, "K"_a, "F"_a, "activation"_a,
         "bfloat16"_a, "wide_bias"_a, "wide"_a, "aligned"_a, "vectors"_a, "stream"_a);
   m.def("activation_backward", &py_activation_backward, "dy"_a, "z"_a, "dz"_a, "sums"_a, "rows"_a, "F"_a, "splits"_a,

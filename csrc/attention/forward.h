@@ -2,31 +2,18 @@
 #pragma once
 
 #include "../common/kernel.h"
+#include "mask.h"
 
 #include <cstdint>
 
 namespace fastattn {
 
-// A (B, H, L, D) tensor of fp16 or bf16. Strides are in elements; the last is 1.
-struct Heads {
-  void* data;
-  int64_t batch, head, row;
-};
-
 struct AttentionForward {
-  Heads q, k, v, out;  // q, out: L = M; k, v: L = N. out's rows start at multiples of 16 bytes.
+  Heads q, k, v, out;  // q, out: (B, H, M, D); k, v: (B, Hkv, N, D). out's rows start at multiples of 16 bytes.
   float* lse;          // (B, H, M)
-  // Key j of sequence b is live where key_begin[b] <= j < key_end[b] and keys[b, j]; query i where i < query_end[b]. All may be
-  // null.
-  const int32_t* key_begin;
-  const int32_t* key_end;
-  const int32_t* query_end;
-  const uint8_t* keys;
-  int64_t keys_batch, keys_key;  // strides of keys
-  bool causal;                   // j - i <= diagonal
-  int diagonal;
+  Mask mask;
   float scale;
-  int B, H, M, N, D;
+  int B, H, Hkv, M, N, D;  // query head h reads head h / (H / Hkv) of k and v
   bool bfloat16;
   bool aligned;  // rows of q, k and v start at multiples of 16 bytes
 };

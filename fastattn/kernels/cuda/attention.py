@@ -19,8 +19,8 @@ def unsupported(problem) -> list[str]:
         reasons.append(f"{problem.dtype} is not served: the CUDA kernels take fp16 and bf16")
     if problem.D not in HEAD_DIMS:
         reasons.append(f"head dimension {problem.D} is not 32, 64 or 128")
-    if problem.pairs:
-        reasons.append("a dense mask is not served yet")
+    if problem.Dv != problem.D:
+        reasons.append(f"v has head dimension {problem.Dv} and q {problem.D}: the CUDA kernels take equal ones")
     if max(problem.B, problem.H, problem.M, problem.N) > INT32_MAX:
         reasons.append("a size is beyond 2^31 - 1")
     return reasons
@@ -37,21 +37,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, ex
     lse = q.new_empty(B, H, M, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    vectors = {name: getattr(mask, name) for name in ("key_begin", "key_end", "query_end")}
-    vectors = {name: None if x is None else x.contiguous() for name, x in vectors.items()}
-    keys = mask.keys
+    mask_argument, mask_tensors = _mask(mask)
     arguments = {
         **{name: _heads(x) for name, x in (("q", q), ("k", k), ("v", v), ("out", out))},
-        **{name: library.address(x) for name, x in vectors.items()},
         "lse": lse.data_ptr(),
-        "keys": (0, 0, 0) if keys is None else (keys.data_ptr(), *keys.stride()),
-        "diagonal": mask.diagonal,
+        "mask": mask_argument,
         "scale": scale,
-        "sizes": (B, H, M, N, D),
+        "sizes": (B, H, k.shape[1], M, N, D),
         "bfloat16": q.dtype == torch.bfloat16,
         "aligned": library.rows_aligned(q, k, v),
     }
-    library.launch("attention_forward", arguments, {"q": q, "k": k, "v": v, "keys": keys, **vectors}, {"out": out, "lse": lse})
+    library.launch("attention_forward", arguments, {"q": q, "k": k, "v": v, **mask_tensors}, {"out": out, "lse": lse})
     return out, lse
 
 
@@ -65,3 +61,23 @@ def _heads(x: Tensor) -> tuple[int, int, int, int]:
     """Address and strides of a (B, H, L, D) tensor, as the binding takes them."""
     batch, head, row, _ = x.stride()
     return x.data_ptr(), batch, head, row
+
+
+def _mask(mask: LoweredMask) -> tuple[tuple, dict[str, Tensor]]:
+    """The mask as the binding takes it, and its tensors, whose addresses stand in it."""
+    tensors = {name: x for name, x in mask._asdict().items() if isinstance(x, Tensor)}
+    for name in ("prefix", "key_begin", "key_end", "query_end"):
+        if name in tensors:
+            tensors[name] = tensors[name].contiguous()
+
+    def strided(name: str, dimensions: int) -> tuple[int, ...]:
+        x = tensors.get(name)
+        if x is None:
+            return (0,) * (dimensions + 1)
+        strides = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        return (x.data_ptr(), *strides)[: dimensions + 1]
+
+    vectors = (library.address(tensors.get(name)) for name in ("prefix", "key_begin", "key_end", "query_end"))
+    matrices = (strided(name, 2) for name in ("keys", "ids", "key_ids"))
+    tiles = (strided(name, 3) for name in ("key_tiles", "query_tiles"))
+    return (mask.low, mask.high, mask.prefix_high, *vectors, *matrices, strided("bits", 4), *tiles), tensors
