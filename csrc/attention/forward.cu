@@ -16,6 +16,7 @@
 #include "forward.h"
 
 #include "../common/tile.cuh"
+#include "mask.cuh"
 
 #include <cmath>
 #include <stdexcept>
@@ -26,29 +27,6 @@ namespace {
 constexpr int BLOCK_M = 64, BLOCK_N = 64, THREADS = 128;
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 constexpr float INF = INFINITY;
-
-// What the mask leaves of one sequence for the 64 queries from m0 on.
-struct Window {
-  int begin, end;   // live keys
-  int rows;         // live queries
-  int first, last;  // keys that tiles cover: from a multiple of BLOCK_N, to one past the last that some query may see
-};
-
-DEVICE Window window(const AttentionForward& p, int b, int m0) {
-  Window w{0, p.N, p.M, 0, 0};
-  if (p.key_begin != nullptr) w.begin = max(p.key_begin[b], 0);
-  if (p.key_end != nullptr) w.end = min(p.key_end[b], p.N);
-  if (p.query_end != nullptr) w.rows = min(p.query_end[b], p.M);
-  w.first = w.begin / BLOCK_N * BLOCK_N;
-  w.last = w.end;
-  if (p.causal) w.last = min(w.last, min(m0 + BLOCK_M, w.rows) + p.diagonal);
-  if (m0 >= w.rows) w.last = w.first;
-  return w;
-}
-
-DEVICE bool live_key(const AttentionForward& p, const Window& w, int b, int n) {
-  return n >= w.begin && n < w.end && (p.keys == nullptr || p.keys[b * p.keys_batch + n * p.keys_key] != 0);
-}
 
 // The running state of the online softmax for the two rows (lane / 4, + 8) of which this thread holds a part.
 template <int D>
@@ -80,18 +58,18 @@ DEVICE void scores(float (&s)[BLOCK_N / 8][4], const uint32_t (&q)[D / 16][4], c
     for (int e = 0; e < 4; e++) s[i][e] *= scale;
 }
 
-// -inf where key n0 + column is not live, or after query m + row's diagonal.
-DEVICE void hide(float (&s)[BLOCK_N / 8][4], const AttentionForward& p, const Window& w, int b, int m, int n0) {
+// -inf where the mask hides the pair of key n0 + column and query m or m + 8.
+DEVICE void hide(float (&s)[BLOCK_N / 8][4], const Mask& mask, const Bounds& r, int b, int h, int m, int n0) {
   int column = n0 + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int i = 0; i < BLOCK_N / 8; i++)
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       int n = column + i * 8 + e;
-      bool live = live_key(p, w, b, n);
+      bool live = live_key(mask, r, b, n);
 #pragma unroll
       for (int half = 0; half < 2; half++)
-        if (!live || (p.causal && n - (m + half * 8) > p.diagonal)) s[i][half * 2 + e] = -INF;
+        if (!live || !live_query(mask, r, b, m + half * 8) || !visible(mask, r, b, h, m + half * 8, n)) s[i][half * 2 + e] = -INF;
     }
 }
 
@@ -185,19 +163,22 @@ attention_forward_kernel(KERNEL_ARGUMENT AttentionForward p) {
   int m0 = static_cast<int>(blockIdx.x % blocks) * BLOCK_M;
   int b = static_cast<int>(head / p.H), h = static_cast<int>(head % p.H);
   const T* q = static_cast<const T*>(p.q.data) + b * p.q.batch + h * p.q.head;
-  const T* k = static_cast<const T*>(p.k.data) + b * p.k.batch + h * p.k.head;
-  const T* v = static_cast<const T*>(p.v.data) + b * p.v.batch + h * p.v.head;
-  Window w = window(p, b, m0);
-  int tiles = max(w.last - w.first + BLOCK_N - 1, 0) / BLOCK_N;
+  int kv = h / (p.H / p.Hkv);
+  const T* k = static_cast<const T*>(p.k.data) + b * p.k.batch + kv * p.k.head;
+  const T* v = static_cast<const T*>(p.v.data) + b * p.v.batch + kv * p.v.head;
+  Bounds r = bounds(p.mask, b, p.M, p.N);
+  Run run{0, 0, 0, 0};
+  if (m0 < r.rows) run = key_run(p.mask, r, m0, min(m0 + BLOCK_M, r.rows) - 1);
+  int first = run.first / BLOCK_N * BLOCK_N, tiles = max(run.last - first + BLOCK_N - 1, 0) / BLOCK_N;
 
   auto load_keys = [&](int tile) {
-    int n0 = w.first + tile * BLOCK_N, stage = tile % 2 * TILE;
-    auto count = [&](int row, int) { return live_key(p, w, b, n0 + row) ? 8 : 0; };
+    int n0 = first + tile * BLOCK_N, stage = tile % 2 * TILE;
+    auto count = [&](int row, int) { return live_key(p.mask, r, b, n0 + row) ? 8 : 0; };
     load_tile<T, BLOCK_N, D, THREADS>(k_tiles + stage, k + n0 * p.k.row, p.k.row, p.aligned, count);
     load_tile<T, BLOCK_N, D, THREADS>(v_tiles + stage, v + n0 * p.v.row, p.v.row, p.aligned, count);
   };
   load_tile<T, BLOCK_M, D, THREADS>(q_tile, q + m0 * p.q.row, p.q.row, p.aligned,
-                                    [&](int row, int) { return m0 + row < w.rows ? 8 : 0; });
+                                    [&](int row, int) { return m0 + row < p.M && live_query(p.mask, r, b, m0 + row) ? 8 : 0; });
   if (tiles > 0) load_keys(0);
   cp_async_commit();
 
@@ -220,11 +201,12 @@ attention_forward_kernel(KERNEL_ARGUMENT AttentionForward p) {
 #pragma unroll
       for (int i = 0; i < D / 16; i++) load_a<D / 8>(q_fragments[i], q_tile, warp * 16, i * 2);
     }
-    int n0 = w.first + tile * BLOCK_N, stage = tile % 2 * TILE;
+    int n0 = first + tile * BLOCK_N, stage = tile % 2 * TILE;
     float s[BLOCK_N / 8][4];
     scores<T, D>(s, q_fragments, k_tiles + stage, p.scale * LOG2_E);
-    bool full = p.keys == nullptr && n0 >= w.begin && n0 + BLOCK_N <= w.end && (!p.causal || n0 + BLOCK_N - 1 <= m0 + p.diagonal);
-    if (!full) hide(s, p, w, b, m, n0);
+    bool bounded = p.mask.keys == nullptr && p.mask.ids == nullptr && p.mask.bits == nullptr;
+    bool full = bounded && n0 >= run.full_first && n0 + BLOCK_N <= run.full_last;
+    if (!full) hide(s, p.mask, r, b, h, m, n0);
     uint32_t weight[BLOCK_N / 16][4];
     weights<T, D>(weight, s, state);
     accumulate<T, D>(state, weight, v_tiles + stage);
@@ -232,7 +214,7 @@ attention_forward_kernel(KERNEL_ARGUMENT AttentionForward p) {
   }
   cp_async_wait<0>();
   block_barrier();
-  finish<T, D>(p, state, q_tile, head, m0, w.rows);
+  finish<T, D>(p, state, q_tile, head, m0, r.rows);
 }
 
 template <class T, int D>
