@@ -4,6 +4,7 @@ from fastattn import masks
 from fastattn.integrations.torch_sdpa import sdpa_override
 from fastattn.kernels.cpu.ffn import clear_packed
 from fastattn.ops.attention import attention, explain, scaled_dot_product_attention
+from fastattn.ops.attention_weights import attention_weights
 from fastattn.ops.ffn import explain_linear, ffn, linear
 from fastattn.ops.norm import add_layer_norm, add_rms_norm
 from fastattn.version import __version__
@@ -13,6 +14,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_weights",
     "clear_packed",
     "explain",
     "explain_linear",

@@ -1,4 +1,4 @@
-"""`python -m fastattn info | explain | verify | bench`."""
+"""`python -m fastattn info | explain | verify | bench | masks`."""
 
 from __future__ import annotations
 
@@ -48,6 +48,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     _request_options(command)
     command.set_defaults(run=run_bench)
+
+    command = commands.add_parser("masks", help="draw each kind of mask, and the tiles that kernels skip, into PNG files")
+    command.add_argument("--out", type=Path, default=Path("masks"), help="the folder for them (default %(default)s)")
+    command.set_defaults(run=run_masks)
     return parser.parse_args(argv)
 
 
@@ -133,6 +137,17 @@ def run_bench(args: argparse.Namespace) -> int:
     if (args.mask, args.dtype) != (MASK, "fp32"):
         raise SystemExit("bench: --mask and --dtype are for a shape; a checkpoint is timed in fp32 and without padding")
     return bench.checkpoint(args.checkpoint, args.shape[0], args.shape[2], args.device)
+
+
+def run_masks(args: argparse.Namespace) -> int:
+    from fastattn import pictures
+
+    try:
+        paths = pictures.draw(args.out)
+    except ImportError as error:
+        raise SystemExit(f"masks: {error.name} is needed for pictures: pip install {error.name}") from error
+    print("\n".join(map(str, paths)))
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,21 +1,40 @@
-"""Masks against a pair-by-pair definition written out here."""
+"""Masks against a pair-by-pair definition written out here, and what kernels receive of them against the masks."""
 
 import itertools
 
 import pytest
 import torch
 
+import fastattn
 from fastattn import masks
+from fastattn.lowering import EMPTY, FULL, PARTIAL, TILE, LoweredMask, pack_bits, tile_lists, tile_status
+from fastattn.testing import MASKS
 
 B, H, M, N = 3, 2, 4, 6
 LENGTHS, QUERIES = [0, 4, 6], [4, 0, 2]
 KEEP = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
 OTHER = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 0]], dtype=torch.bool)
 PAIRS = torch.arange(M * N).reshape(M, N) % 3 > 0
+IDS = torch.tensor([[0, 0, 1, 1], [2, -1, 2, 5], [-1, -1, -1, -1]])
+KEY_IDS = torch.tensor([[0, 1, 1, 0, -1, 7], [2, 2, -1, 5, 5, 5], [-1, 0, 1, 2, 3, 4]])
+DELTA = N - M
+
+
+def grid(near):
+    """A prefix of 1 and an image of 2 x 3; near(row, column, key row, key column)."""
+
+    def visible(b, h, i, j):
+        x = i + DELTA
+        if x < 1 or j < 1:
+            return j <= x
+        return j <= x and near(*divmod(x - 1, 3), *divmod(j - 1, 3))
+
+    return visible
+
 
 # mask and the sentence that defines it
 ATOMS = [
-    (masks.causal(), lambda b, h, i, j: j - i <= N - M),
+    (masks.causal(), lambda b, h, i, j: j - i <= DELTA),
     (masks.causal("top_left"), lambda b, h, i, j: j <= i),
     (masks.padding(LENGTHS), lambda b, h, i, j: j < LENGTHS[b]),
     (masks.padding(torch.tensor(LENGTHS), QUERIES), lambda b, h, i, j: j < LENGTHS[b] and i < QUERIES[b]),
@@ -23,22 +42,57 @@ ATOMS = [
     (masks.key_padding(OTHER), lambda b, h, i, j: OTHER[b, j]),
     (masks.dense(PAIRS), lambda b, h, i, j: PAIRS[i, j]),
     (masks.dense(KEEP[:, None, None]), lambda b, h, i, j: KEEP[b, j]),
+    (masks.full(), lambda b, h, i, j: True),
+    (masks.window(1, 2), lambda b, h, i, j: -1 <= j - i - DELTA <= 2),
+    (masks.window(None, 1, "top_left"), lambda b, h, i, j: j - i <= 1),
+    (masks.window(-1, None, "top_left"), lambda b, h, i, j: j - i >= 1),
+    (masks.prefix_lm(LENGTHS), lambda b, h, i, j: j < LENGTHS[b] or j - i <= DELTA),
+    (masks.prefix_lm(torch.tensor([2, 1, 3]), "top_left"), lambda b, h, i, j: j < [2, 1, 3][b] or j <= i),
+    (masks.documents(IDS, KEY_IDS), lambda b, h, i, j: IDS[b, i] == KEY_IDS[b, j] and IDS[b, i] >= 0),
+    (masks.documents(IDS // 2, KEY_IDS), lambda b, h, i, j: IDS[b, i] // 2 == KEY_IDS[b, j] and IDS[b, i] >= 0),
+    (masks.rows(2, 3, 1), grid(lambda r, c, s, d: r == s)),
+    (masks.columns(2, 3, 1), grid(lambda r, c, s, d: c == d)),
+    (masks.conv(2, 3, 3, 1), grid(lambda r, c, s, d: abs(r - s) <= 1 and abs(c - d) <= 1)),
 ]
+TRIPLES = list(itertools.combinations(range(len(ATOMS)), 3))[::7]
 
 
-def defined(*definitions):
+def defined(combine, *definitions):
     result = torch.zeros(B, H, M, N, dtype=torch.bool)
     for b, h, i, j in itertools.product(range(B), range(H), range(M), range(N)):
-        result[b, h, i, j] = all(bool(d(b, h, i, j)) for d in definitions)
+        result[b, h, i, j] = combine(bool(d(b, h, i, j)) for d in definitions)
     return result
 
 
-@pytest.mark.parametrize("parts", [p for n in (1, 2, 3) for p in itertools.combinations(range(len(ATOMS)), n)])
-def test_and_is_the_conjunction(parts):
-    mask, definitions = ATOMS[parts[0]][0], [ATOMS[p][1] for p in parts]
-    for p in parts[1:]:
-        mask = mask & ATOMS[p][0]
-    assert torch.equal(mask.dense(B, H, M, N), defined(*definitions))
+def check(mask, expected):
+    assert torch.equal(mask.dense(B, H, M, N), expected)
+    assert torch.equal(mask.lower(M, N).visible(B, H, M, N), expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_and_is_the_conjunction(size):
+    for parts in itertools.combinations(range(len(ATOMS)), size) if size < 3 else TRIPLES:
+        mask, definitions = ATOMS[parts[0]][0], [ATOMS[p][1] for p in parts]
+        for p in parts[1:]:
+            mask = mask & ATOMS[p][0]
+        check(mask, defined(all, *definitions))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_or_is_the_disjunction(size):
+    for parts in itertools.combinations(range(len(ATOMS)), size) if size < 3 else TRIPLES:
+        mask, definitions = ATOMS[parts[0]][0], [ATOMS[p][1] for p in parts]
+        for p in parts[1:]:
+            mask = mask | ATOMS[p][0]
+        check(mask, defined(any, *definitions))
+
+
+def test_nested_expressions():
+    for a, b, c, d in itertools.islice(itertools.combinations(range(len(ATOMS)), 4), 0, None, 61):
+        left, right = defined(all, ATOMS[a][1], ATOMS[b][1]), defined(any, ATOMS[c][1], ATOMS[d][1])
+        (one, two, three, four) = (ATOMS[p][0] for p in (a, b, c, d))
+        check(one & two & (three | four), left & right)
+        check((one & two) | (three | four), left | right)
 
 
 @pytest.mark.parametrize("parts", [(4,), (5,), (4, 5), (2, 4), (2, 5), (7, 5)])
@@ -53,27 +107,139 @@ def test_key_range_is_tight(parts):
             assert int(mask.key_begin[b]) == int(live[b].nonzero()[0])
 
 
+def test_closed_forms_stay_closed():
+    """No bits: `&` of these is evaluated in the kernels from bounds and ids."""
+    mask = masks.window(3, 1) & masks.causal("top_left") & masks.padding(LENGTHS, QUERIES) & masks.key_padding(KEEP)
+    lowered = (mask & masks.prefix_lm(LENGTHS) & masks.documents(IDS, KEY_IDS)).lower(M, N)
+    assert lowered.bits is None and (lowered.low, lowered.high) == (DELTA - 3, 0)
+
+
+def test_bits_have_the_shape_of_the_mask():
+    assert masks.rows(2, 3, 1).lower(M, N).bits.shape == (1, 1, M, 1)
+    assert (masks.causal() | masks.padding(LENGTHS)).lower(M, 70).bits.shape == (B, 1, M, 3)
+    assert masks.dense(torch.ones(1, H, M, 1) > 0).lower(M, 70).bits.shape == (1, H, M, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5, 1), (2, 3, 5, 31), (2, 1, 1, 33), (1, 3, 3, 64), (1, 1, 0, 7)])
+def test_packed_bits_unpack(shape):
+    pairs = torch.rand(shape) < 0.5
+    expanded = pairs.expand(2, 3, shape[2], max(shape[3], 40) if shape[3] == 1 else shape[3])
+    assert torch.equal(LoweredMask(bits=pack_bits(pairs)).visible(2, 3, *expanded.shape[2:]), expanded)
+
+
+@pytest.mark.parametrize(("M", "N"), [(1, 1), (64, 64), (130, 200), (200, 65), (65, 300)])
+@pytest.mark.parametrize("name", MASKS)
+def test_tiles_are_told_apart_exactly(name, M, N):
+    """A tile is EMPTY, or FULL, exactly where no, or every, pair of it is visible."""
+    mask = MASKS[name](2, 2, M, N, torch.Generator().manual_seed(1), "cpu") or masks.full()
+    lowered, visible = mask.lower(M, N), mask.dense(2, 2, M, N)
+    pairs = LoweredMask(bits=lowered.bits).visible(2, 2, M, N) if lowered.bits is not None else None
+    rows, columns = -(-M // TILE), -(-N // TILE)
+    status = tile_status(lowered, M, N, None, pairs).expand(2, 2, rows, columns)
+    for b, h, m, n in itertools.product(range(2), range(2), range(rows), range(columns)):
+        tile = visible[b, h, m * TILE : (m + 1) * TILE, n * TILE : (n + 1) * TILE]
+        assert status[b, h, m, n] == (EMPTY if not tile.any() else FULL if tile.all() else PARTIAL), (b, h, m, n)
+    if lowered.key_tiles is not None:
+        for lists, expected in ((lowered.key_tiles, status), (lowered.query_tiles, status.mT)):
+            assert torch.equal(lists.expand(2, 2, -1, -1), tile_lists(expected))
+
+
+def test_tile_lists():
+    status = torch.tensor([[0, 1, 2, 1], [2, 0, 0, 2], [0, 0, 0, 0]])
+    lists = tile_lists(status).tolist()
+    assert [row[:2] for row in lists] == [[2, 1], [0, 2], [0, 0]]
+    assert [row[2 : 2 + row[0] + row[1]] for row in lists] == [[1, 3, 2], [0, 3], []]
+
+
+def test_a_tile_of_scattered_documents_is_taken_for_partial():
+    """Least and greatest id are all that is looked at, so a tile between them is visited; nothing visible is lost."""
+    ids = torch.arange(128)[None] % 2 * 3
+    key_ids = torch.full((1, 128), 1)
+    lowered = masks.documents(ids, key_ids).lower(128, 128)
+    assert lowered.key_tiles[0, 0, :, 0].tolist() == [2, 2] and not lowered.visible(1, 1, 128, 128).any()
+
+
 def test_lengths_are_clamped():
     assert torch.equal(masks.padding([-3, 99, 2]).dense(3, 1, 1, 6)[:, 0, 0].sum(-1), torch.tensor([0, 6, 2]))
 
 
+def test_bits_and_tiles_are_made_once_for_a_shape():
+    mask = masks.rows(2, 3, 1) & masks.padding(LENGTHS)
+    first, again, other = mask.lower(M, N), mask.lower(M, N), mask.lower(M - 1, N)
+    assert first.bits is again.bits and first.key_tiles is again.key_tiles
+    assert first.bits is not other.bits
+
+
+def test_few_shapes_are_kept():
+    mask = masks.rows(5, 5)
+    for size in range(1, 24):
+        mask.lower(size, size)
+        assert len(mask._bits) <= masks.CACHED_SHAPES
+
+
+def test_bits_made_in_inference_mode_serve_training():
+    mask = masks.rows(2, 3, 1)
+    with torch.inference_mode():
+        mask.lower(N, N)
+    q = torch.randn(1, 1, N, 4, requires_grad=True)
+    fastattn.attention(q, q, q, mask, backend="eager").sum().backward()
+    assert not mask.lower(N, N).bits.is_inference()
+
+
+def test_nothing_is_kept_of_a_trace():
+    mask = masks.rows(2, 3, 1) & masks.documents(IDS, KEY_IDS)
+    q, k = torch.randn(B, H, M, 8), torch.randn(B, H, N, 8)
+
+    class Module(torch.nn.Module):
+        def forward(self, q, k):
+            return fastattn.attention(q, k, k, mask, backend="eager")
+
+    expected = fastattn.attention(q, k, k, mask, backend="eager")
+    mask._bits.clear()
+    exported = torch.export.export(Module(), (q, k)).module()
+    assert not mask._bits
+    compiled = torch.compile(Module(), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k), expected)
+    torch.testing.assert_close(exported(q, k), expected)
+    assert all(type(x) is torch.Tensor for made in mask._bits.values() for x in made.values())
+
+
 def test_mask_is_a_pytree():
-    leaves, spec = torch.utils._pytree.tree_flatten(masks.causal() & masks.padding(LENGTHS))
+    mask = masks.causal() & masks.padding(LENGTHS) & (masks.rows(2, 3, 1) | masks.dense(PAIRS))
+    leaves, spec = torch.utils._pytree.tree_flatten(mask)
     rebuilt = torch.utils._pytree.tree_unflatten(leaves, spec)
-    assert torch.equal(rebuilt.dense(B, H, M, N), (masks.causal() & masks.padding(LENGTHS)).dense(B, H, M, N))
+    assert torch.equal(rebuilt.dense(B, H, M, N), mask.dense(B, H, M, N))
 
 
 @pytest.mark.parametrize(
     ("error", "words", "call"),
     [
         (ValueError, "align must be", lambda: masks.causal("left")),
+        (ValueError, "align must be", lambda: masks.prefix_lm([1], "left")),
+        (TypeError, "left must be an integer", lambda: masks.window(0.5, 1)),
+        (TypeError, "right must be an integer", lambda: masks.window(None, True)),
         (TypeError, "key_lengths must hold integers", lambda: masks.padding(torch.tensor([1.0]))),
         (ValueError, "key_lengths must have shape", lambda: masks.padding(torch.zeros(2, 2, dtype=int))),
         (ValueError, "query_lengths must have shape", lambda: masks.padding([1], torch.tensor(3))),
+        (ValueError, "lengths must have shape", lambda: masks.prefix_lm(torch.tensor(3))),
         (TypeError, "keep must be a bool tensor", lambda: masks.key_padding(torch.ones(2, 3))),
         (ValueError, "keep must have shape", lambda: masks.key_padding(torch.ones(3) > 0)),
         (ValueError, "must broadcast", lambda: masks.dense(torch.ones(1, 1, 1, 2, 2) > 0)),
+        (TypeError, "mask must be", lambda: masks.dense("causal")),
         (TypeError, "unsupported operand", lambda: masks.causal() & torch.ones(2)),
+        (TypeError, "unsupported operand", lambda: masks.causal() | None),
+        (TypeError, "ids must be a tensor of integers", lambda: masks.documents(torch.ones(2, 3))),
+        (TypeError, "key_ids must be a tensor of integers", lambda: masks.documents(IDS, [[1]])),
+        (ValueError, "ids must have shape", lambda: masks.documents(IDS[None])),
+        (NotImplementedError, "packed sequences", lambda: masks.documents(IDS[0])),
+        (ValueError, "kernel must be odd", lambda: masks.conv(2, 2, 2)),
+        (ValueError, "w must be at least 1", lambda: masks.rows(2, 0)),
+        (ValueError, "prefix must be at least 0", lambda: masks.columns(2, 2, -1)),
+        (ValueError, "6 keys, but a prefix of 0 and an image of 2 x 2", lambda: masks.rows(2, 2).dense(B, H, M, N)),
+        (ValueError, "need key_ids", lambda: masks.documents(IDS).dense(B, H, M, N)),
+        (ValueError, r"ids has shape \(3, 4\)", lambda: masks.documents(IDS, KEY_IDS).dense(B, H, M + 1, N)),
+        (ValueError, "does not broadcast", lambda: (masks.full() | masks.dense(PAIRS)).dense(B, H, M, N + 1)),
+        (ValueError, "mask is on cpu", lambda: (masks.full() | masks.dense(PAIRS)).check(B, H, M, N, torch.device("meta"))),
     ],
 )
 def test_bad_input_raises_a_sentence(error, words, call):

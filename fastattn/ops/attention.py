@@ -285,14 +285,18 @@ def _arguments(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple:
         scale = D**-0.5 if D else 1.0
     elif not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be a finite number, got {scale}")
-    if mask is None:
-        return (q, k, v, *LoweredMask(), scale, backend)
+    lowered = LoweredMask() if mask is None else lower_mask(mask, B, H, M, N, q.device)
+    return (q, k, v, *lowered, scale, backend)
+
+
+def lower_mask(mask: Mask | Tensor, B: int, H: int, M: int, N: int, device: torch.device) -> LoweredMask:
+    """What kernels receive of a mask or a bool tensor. Raises if it does not fit (B, H, M, N) or lies on another device."""
     if not isinstance(mask, Mask):
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a masks.Mask, a bool tensor or None, got {type(mask).__name__}")
         mask = masks.dense(mask)
-    mask.check(B, H, M, N, q.device)
-    return (q, k, v, *mask.lower(M, N, q.device), scale, backend)
+    mask.check(B, H, M, N, device)
+    return mask.lower(M, N, device)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
