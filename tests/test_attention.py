@@ -76,10 +76,32 @@ def test_cuda_at_every_length_to_64(backend, mask):
         check(backend, 1, 1, L, L, (32, 64, 128)[L % 3], DTYPES[1 + L // 3 % 2], mask)
 
 
-@pytest.mark.parametrize("mask", ["none", "causal", "padding", "holes", "causal_left", "dense"])
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("mask", ["none", "causal_padding", "window_prefix", "documents", "columns_padding", "dense"])
+@pytest.mark.parametrize(("H", "Hkv"), [(4, 2), (3, 1)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grouped_heads(backend, H, Hkv, mask):
+    D = head_dim_of(backend)
+    for M, N in ((33, 70), (70, 33)):
+        x = attention_inputs(2, H, M, N, D, dtype_of(backend), device_of(backend), Hkv=Hkv, mask=mask, dlse=M > N)
+        assert_accurate(run_attention(x, backend), attention_yardstick(x), cpu_half_gradients=backend == "cpu")
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("D", "Dv"), [(40, 40), (72, 72), (80, 80), (88, 88), (96, 96), (24, 64), (64, 16), (128, 1)])
+@pytest.mark.parametrize("backend", ["eager", "cpu", TRITON])
+def test_head_dimensions(backend, D, Dv):
+    for dtype, mask in ((torch.float32, "causal_padding"), (torch.bfloat16, "window")):
+        x = attention_inputs(1, 2, 37, 41, D, dtype, device_of(backend), Hkv=1, Dv=Dv, mask=mask)
+        assert_accurate(run_attention(x, backend), attention_yardstick(x), cpu_half_gradients=backend == "cpu")
+
+
+@pytest.mark.parametrize(
+    "mask", ["none", "causal", "padding", "holes", "causal_left", "window_prefix", "documents", "either", "dense"]
+)
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 def test_gradcheck(backend, mask):
-    x = attention_inputs(2, 2, 5, 7, 4, torch.float64, mask=mask)
+    x = attention_inputs(2, 4, 5, 7, 4, torch.float64, mask=mask, Hkv=2, Dv=3)
 
     def function(q, k, v):
         out, lse = fastattn.attention(q, k, v, x.mask, return_lse=True, backend=backend)

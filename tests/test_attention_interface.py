@@ -21,11 +21,24 @@ def causal_padding(device, lengths=(11, 19)):
     return masks.causal() & masks.padding(torch.tensor(lengths, device=device))
 
 
+def everything(device, lengths=(11, 19)):
+    """A mask with every field that a kernel can receive."""
+    lengths = torch.tensor(lengths, device=device)
+    j = torch.arange(19, device=device)
+    keep, ids = (j != 4).expand(2, 19), (j // 8).expand(2, 19)
+    mask = masks.window(9, 5) & masks.prefix_lm(lengths // 2) & masks.padding(lengths, lengths) & masks.key_padding(keep)
+    return mask & masks.documents(ids) & (masks.rows(4, 4, 3) | masks.causal())
+
+
+MASKS = {"causal_padding": causal_padding, "everything": everything}
+
+
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend, requires_grad):
+def test_opcheck(backend, requires_grad, mask):
     q, k, v = inputs(backend, requires_grad)
-    mask = causal_padding(q.device).lower(19, 19)
+    mask = MASKS[mask](q.device).lower(19, 19, q.device)
     args = (q, k, v, *mask, 0.25, backend, True)
     torch.library.opcheck(torch.ops.fastattn.attention_forward.default, args)
     out, lse = (x.detach() for x in torch.ops.fastattn.attention_forward(*args))
@@ -50,6 +63,43 @@ def test_compile_fullgraph_dynamic(backend, compiler):
         assert actual.stride() == expected.stride()
         grads = [torch.autograd.grad(out.square().sum(), [q, k, v]) for out in (expected, actual)]
         torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_is_made_inside_a_compiled_function(backend):
+    """Bits and tiles are then part of the graph, and nothing of them is kept."""
+
+    def function(q, k, v, lengths, ids, left):
+        mask = (masks.window(left, 1) | masks.padding(lengths)) & masks.documents(ids)
+        return fastattn.attention(q, k[:, :1], v[:, :1], mask, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for L, left in ((19, 3), (23, 5)):
+        q, k, v = inputs(backend, L=L)
+        lengths, ids = torch.tensor([L // 2, 3], device=q.device), torch.arange(L, device=q.device).expand(2, L) // 9
+        expected, actual = function(q, k, v, lengths, ids, left), compiled(q, k, v, lengths, ids, left)
+        torch.testing.assert_close(actual, expected)
+        grads = [torch.autograd.grad(out.square().sum(), [q, k, v]) for out in (expected, actual)]
+        torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap_is_right_or_raises(backend):
+    q = torch.stack([inputs(backend, False)[0] for _ in range(2)])
+    lengths = torch.tensor([[11, 19], [3, 7]], device=q.device)
+
+    def function(q, lengths):
+        return fastattn.attention(q, q, q, masks.causal() & masks.padding(lengths), backend=backend)
+
+    expected = torch.stack([function(x, n) for x, n in zip(q, lengths, strict=True)])
+    assert torch.equal(torch.vmap(function)(q, lengths), expected)
+    q.requires_grad_()
+    with pytest.raises(NotImplementedError, match="torch.vmap"):
+        torch.vmap(function)(q, lengths)
+    with torch.no_grad():
+        assert torch.equal(torch.vmap(function)(q, lengths), expected)
 
 
 class Projected(torch.nn.Module):
@@ -89,11 +139,12 @@ def test_second_derivative_and_forward_mode_raise(backend):
         fastattn.attention(torch.autograd.forward_ad.make_dual(q, q), k, v, backend=backend)
 
 
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_checkpoint(backend, use_reentrant):
+def test_checkpoint(backend, use_reentrant, mask):
     q, k, v = inputs(backend)
-    mask = causal_padding(q.device)
+    mask = MASKS[mask](q.device)
 
     def function(q, k, v):
         return fastattn.attention(q, k, v, mask, backend=backend)
@@ -124,6 +175,14 @@ def test_sdpa_signature_equals_torch(dims):
     for kwargs in ({}, {"is_causal": True}, {"scale": 0.5}, {"attn_mask": keep}):
         expected = F.scaled_dot_product_attention(q, k, v, **kwargs)
         torch.testing.assert_close(fastattn.scaled_dot_product_attention(q, k, v, **kwargs), expected)
+
+
+def test_sdpa_grouped_heads_equal_torch():
+    q, k, v = torch.randn(2, 6, 7, 16), torch.randn(2, 3, 9, 16), torch.randn(2, 3, 9, 8)
+    expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(fastattn.scaled_dot_product_attention(q, k, v, enable_gqa=True), expected)
+    with pytest.raises(ValueError, match="enable_gqa=True"):
+        fastattn.scaled_dot_product_attention(q, k, v)
 
 
 def test_sdpa_mask_per_sequence_with_leading_dimensions():

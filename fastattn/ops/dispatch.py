@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 LIBRARY = torch.library.Library("fastattn", "DEF")
 below_autograd = torch._C._AutoDispatchBelowAutograd
 GPU_BACKENDS = ("triton", "cuda")  # on a CPU these are interpreted or emulated
+_functorch = torch._C._functorch
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
@@ -50,12 +51,23 @@ def define(schema: str, implementation: Callable, fake: Callable, autograd: Call
 
 
 def wants_autograd(*tensors: Tensor | None) -> bool:
-    """Whether a call must be recorded, or, in a forward-mode level, must reach the Function that refuses it."""
+    """Whether a call must be recorded, or, in a forward-mode level, must reach the Function that refuses it.
+
+    Raises NotImplementedError inside `torch.vmap` where what is mapped over needs a gradient: it would be lost without a word.
+    """
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
+        if _functorch.maybe_current_level() is not None and any(_mapped_over_requires_grad(tensor) for tensor in tensors):
+            raise NotImplementedError("fastattn has no gradients under torch.vmap: use a batch dimension, or torch.no_grad()")
     return forward_ad._current_level >= 0
+
+
+def _mapped_over_requires_grad(tensor: Tensor | None) -> bool:
+    while tensor is not None and _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor is not None and tensor.requires_grad
 
 
 class FirstDerivative(torch.autograd.Function):

@@ -1,0 +1,83 @@
+"""Attention where integers are large: tensors that span more than 2^31 elements, more heads than a grid's second axis has room for."""
+
+import mmap
+
+import pytest
+import torch
+from backends import BACKENDS, CUDA, TRITON, device_of, dtype_of, head_dim_of
+
+import fastattn
+from fastattn import masks
+from fastattn.lowering import LoweredMask, pack_bits, tile_lists, tile_status
+
+FAR = 2**31 + 16  # elements between two sequences
+MAP_NORESERVE = 0x4000  # Linux's, which the module mmap does not name: memory that is not written is not counted
+mappings = []
+
+
+@pytest.fixture(autouse=True)
+def unmapped():
+    yield
+    mappings.clear()
+
+
+def far_apart(x: torch.Tensor) -> torch.Tensor:
+    """x (2, ...) with its two halves FAR elements apart, in memory of which only what is written takes space."""
+    size = (FAR + x[0].numel()) * x.element_size()
+    if x.device.type == "cuda":
+        buffer = torch.empty(size, dtype=torch.uint8, device=x.device)
+    else:
+        mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        mappings.append(mapping)
+        buffer = torch.frombuffer(mapping, dtype=torch.uint8)
+    view = buffer.view(x.dtype).as_strided(x.shape, (FAR, *x[0].contiguous().stride()))
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_that_span_more_than_2_to_the_31_elements(backend, monkeypatch):
+    device, D, dtype = device_of(backend), head_dim_of(backend), dtype_of(backend)
+    q, k, v, dout = (torch.randn(2, L, 1, D).to(device, dtype) for L in (5, 7, 7, 5))
+    keep = torch.rand(2, 1, 5, 7, device=device) < 0.7
+    bits = pack_bits(keep)
+    lists = [
+        tile_lists(s) for s in (tile_status(LoweredMask(), 5, 7, device, keep), tile_status(LoweredMask(), 5, 7, device, keep).mT)
+    ]
+    ids, key_ids = (torch.zeros(2, L, dtype=torch.int32, device=device) for L in (5, 7))
+    keys = torch.ones(2, 7, dtype=torch.bool, device=device)
+    near = LoweredMask(keys=keys, ids=ids, key_ids=key_ids, bits=bits, key_tiles=lists[0], query_tiles=lists[1])
+    far = LoweredMask(**{name: x if x is None else far_apart(x) for name, x in near._asdict().items()})
+
+    def run(mask, *tensors):
+        q, k, v, dout = (x.transpose(1, 2) for x in tensors)
+        out, lse = torch.ops.fastattn.attention_forward(q, k, v, *mask, 0.2, backend, True)
+        return out, lse, *torch.ops.fastattn.attention_backward(dout, None, q, k, v, out, lse, *mask, 0.2, backend)
+
+    expected = run(near, q, k, v, dout)
+    honest = torch.Tensor.new_empty
+
+    def far_new_empty(x, *size, **options):  # so that results span as much as the arguments
+        made = honest(x, *size, **options)
+        return far_apart(made) if made.dim() == 4 else made
+
+    if backend in ("triton", "cuda"):
+        monkeypatch.setattr(torch.Tensor, "new_empty", far_new_empty)
+    for actual, wanted in zip(run(far, *(far_apart(x) for x in (q, k, v, dout))), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_more_heads_than_65535(backend):
+    q, k, v = (torch.randn(70_000, 1, 1, 2, requires_grad=True) for _ in range(3))
+    out = fastattn.attention(q, k, v, masks.causal(), backend=backend)
+    out.sum().backward()
+    assert torch.equal(out, v) and torch.equal(v.grad, torch.ones_like(v))
+
+
+@pytest.mark.parametrize("backend", [TRITON, CUDA])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="70,000 blocks take minutes without a GPU; their grid has one axis")
+def test_more_heads_than_65535_on_a_gpu(backend):
+    q, k, v = (torch.randn(70_000, 1, 1, 32, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(3))
+    out = fastattn.attention(q, k, v, masks.causal(), backend=backend)
+    out.sum().backward()
+    assert torch.equal(out, v) and torch.equal(v.grad, torch.ones_like(v))
