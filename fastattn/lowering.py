@@ -88,8 +88,8 @@ def tile_status(
 ) -> Tensor:
     """EMPTY, PARTIAL or FULL for each tile of rows x keys: int8 (B or 1, H or 1, ceil(M / rows), ceil(N / keys)).
 
-    `pairs` is what `mask.bits` were packed from, or None. EMPTY where the bounds together, or one other part of the mask, hide every pair;
-    documents are told apart by the least and the greatest id in a tile.
+    `pairs` is what `mask.bits` were packed from, or None. EMPTY where the bounds together, or one other part of the mask, hide
+    every pair; documents are told apart by the least and the greatest id in a tile.
     """
     m0 = torch.arange(0, M, rows, device=device)[:, None]
     n0 = torch.arange(0, N, keys, device=device)

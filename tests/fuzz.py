@@ -1,7 +1,8 @@
 """Random requests to attention against the fp64 specification, each a line that can be run again.
 
-A case is a dict of plain values. `python tests/fuzz.py '<JSON of a case>'` runs one; `python tests/fuzz.py --backend cpu --examples
-5000` searches for longer than the tests do. Mask expressions are nested lists: ["&", ["window", 3, null, "top_left"], ["rows"]].
+A case is a dict of plain values. `python tests/fuzz.py '<JSON of a case>'` runs one; `python tests/fuzz.py --backend cpu
+--examples 5000` searches for longer than the tests do. Mask expressions are nested lists: ["&", ["window", 3, null, "top_left"],
+["rows"]].
 """
 
 import argparse
