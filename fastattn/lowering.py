@@ -42,7 +42,7 @@ class LoweredMask(NamedTuple):
             visible = visible & (distance >= self.low)
         if self.high is not None:
             visible = visible & (distance <= self.high)
-        if self.prefix is not None:
+        if self.prefix is not None and self.prefix_high is not None:
             visible = visible & ((j < _per_sequence(self.prefix)) | (distance <= self.prefix_high))
         if self.key_begin is not None:
             visible = visible & (j >= _per_sequence(self.key_begin))
@@ -107,7 +107,7 @@ def tile_status(
     if mask.high is not None:
         some = some & (first_key - last <= mask.high)
         every = every & (n1 - m0 <= mask.high)
-    if mask.prefix is not None:
+    if mask.prefix is not None and mask.prefix_high is not None:
         prefix = _per_sequence(mask.prefix)
         some = some & ((first_key < prefix) | (first_key - last <= mask.prefix_high))
         every = every & ((n1 < prefix) | (n1 - m0 <= mask.prefix_high))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -324,7 +325,7 @@ def dense(keep: Tensor) -> Mask:
     return Mask(terms=(Dense(keep),))
 
 
-def _bits_and_tiles(bounds: LoweredMask, terms: tuple, M: int, N: int, device: torch.device | None) -> dict[str, Tensor | None]:
+def _bits_and_tiles(bounds: LoweredMask, terms: tuple, M: int, N: int, device: torch.device | None) -> dict[str, Any]:
     """The bits of the terms, and the tiles to visit under the whole mask."""
     pairs = None
     for term in terms:

@@ -196,6 +196,7 @@ def test_sdpa_mask_per_sequence_with_leading_dimensions():
 
 Q = torch.zeros(2, 4, 6, 16)
 ANY = torch.ones(6, 6, dtype=torch.bool)
+SIX_IDS = torch.zeros(2, 6, dtype=torch.int32)
 ELSEWHERE = torch.zeros(2, dtype=torch.int32, device="meta")
 
 
@@ -206,7 +207,7 @@ ELSEWHERE = torch.zeros(2, dtype=torch.int32, device="meta")
         (NotImplementedError, "dropout", lambda: fastattn.attention(Q, Q, Q, dropout=0.1)),
         (NotImplementedError, "seed", lambda: fastattn.attention(Q, Q, Q, seed=1)),
         (ValueError, "q has 4 heads, which is no multiple of k's 3", lambda: fastattn.attention(Q, Q[:, :3], Q[:, :3])),
-        (ValueError, "need key_ids", lambda: fastattn.attention(Q, Q[:, :, :5], Q[:, :, :5], masks.documents(Q[:, 0, :, 0].int()))),
+        (ValueError, "need key_ids", lambda: fastattn.attention(Q, Q[:, :, :5], Q[:, :, :5], masks.documents(SIX_IDS))),
         (ValueError, "6 keys, but a prefix of 1 and an image", lambda: fastattn.attention(Q, Q, Q, masks.rows(2, 2, 1))),
         (NotImplementedError, "attn_mask of dtype", lambda: fastattn.scaled_dot_product_attention(Q, Q, Q, torch.zeros(6, 6))),
         (NotImplementedError, "triton", lambda: fastattn.attention(Q.double(), Q.double(), Q.double(), backend="triton")),

@@ -1,4 +1,4 @@
-"""Attention where integers are large: tensors that span more than 2^31 elements, more heads than a grid's second axis has room for."""
+"""Attention where integers are large: tensors that span more than 2^31 elements, more heads than 65,535."""
 
 import mmap
 

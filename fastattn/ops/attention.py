@@ -50,8 +50,9 @@ class AttentionProblem:
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> AttentionProblem:
+    B, H, M, D = q.shape
     return AttentionProblem(
-        q.device.type, q.dtype, *q.shape[:3], k.shape[2], q.shape[3], k.shape[1], v.shape[3],
+        q.device.type, q.dtype, B, H, M, k.shape[2], D, k.shape[1], v.shape[3],
         band=mask.low is not None or mask.high is not None,
         prefix=mask.prefix is not None,
         ranges=mask.key_begin is not None or mask.key_end is not None or mask.query_end is not None,
@@ -70,8 +71,8 @@ _NO_GRADIENTS = (None,) * (len(LoweredMask._fields) + 3)  # mask, scale, backend
 
 
 def _forward(q, k, v, *rest):
-    *mask, scale, backend, exact_lse = rest
-    mask = LoweredMask(*mask)
+    *fields, scale, backend, exact_lse = rest
+    mask = LoweredMask(*fields)
     module = dispatch.choose("attention", BACKENDS, backend, _problem(q, k, v, mask))
     return module.forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), mask, scale, exact_lse)
 
@@ -113,8 +114,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _backward(dout, dlse, q, k, v, out, lse, *rest):
-    *mask, scale, backend = rest
-    mask = LoweredMask(*mask)
+    *fields, scale, backend = rest
+    mask = LoweredMask(*fields)
     module = dispatch.choose("attention", BACKENDS, backend, _problem(q, k, v, mask))
     return module.backward(
         _unit_stride(dout), dlse, _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(out), lse, mask, scale
