@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -265,7 +266,50 @@ def test_repeat_runs_are_bit_equal(backend):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("value", [1e4, -1e4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_twice_is_bit_equal(backend):
+    x = attention_inputs(2, 1, 33, 70, head_dim_of(backend), dtype_of(backend), device_of(backend), mask="window_prefix")
+    leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v)]
+    out = fastattn.attention(*leaves, x.mask, backend=backend)
+    first, second = (torch.autograd.grad(out, leaves, x.dout, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="races show on a GPU, in many runs of many blocks")
+@pytest.mark.parametrize("mask", ["none", "causal_padding", "documents"])
+@pytest.mark.parametrize("N", [197, 300])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_250_runs_are_bit_equal(backend, N, mask):
+    x = attention_inputs(60, 4, N, N, 64, torch.float16, "cuda", mask=mask)
+    first = run_attention(x, backend)
+    for _ in range(250):
+        assert all(torch.equal(first[name], tensor) for name, tensor in run_attention(x, backend).items())
+
+
+@pytest.mark.parametrize("mask", ["none", "causal_padding", "dense"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_sum_exp_far_below_zero(backend, mask):
+    """Every score near -100: exp(0 - lse) of a key beyond the end would be infinite."""
+    D = head_dim_of(backend)
+    x = attention_inputs(1, 1, 70, 70, D, dtype_of(backend), device_of(backend), mask=mask)
+    q, k = x.q.clone(), x.k.clone()
+    q[..., 0], k[..., 0] = 10 * D**0.5, -10
+    x = replace(x, q=q, k=k)
+    assert_accurate(run_attention(x, backend), attention_yardstick(x), c=HOT, cpu_half_gradients=backend == "cpu")
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_first_calls_from_many_threads(backend):
+    x = attention_inputs(1, 2, 33, 33, 16, torch.float32)
+    mask = masks.rows(4, 8, 1) & masks.causal()
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: run_attention(replace(x, mask=mask), backend), range(32)))
+    for name, tensor in results[0].items():
+        assert all(torch.equal(tensor, result[name]) for result in results)
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4, 6e4])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_scores_stay_finite(backend, value):
     device = device_of(backend)
