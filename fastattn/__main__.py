@@ -34,6 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command = commands.add_parser("explain", help="which backend a request takes, and why not the others")
     _request_options(command)
     command.add_argument("--backend", default="auto")
+    command.add_argument("--verbose", action="store_true", help="of attention also the kernels, their tiles, FLOPs and bytes")
     command.add_argument("--linear", type=_linear_shape, help="ROWS,K,F: a linear layer in place of attention")
     command.add_argument("--activation", choices=ACTIVATIONS, help="of the linear layer")
     command.set_defaults(run=run_explain)
@@ -110,8 +111,8 @@ def run_info(args: argparse.Namespace) -> int:
 def run_explain(args: argparse.Namespace) -> int:
     if args.activation and not args.linear:
         raise SystemExit("explain: --activation is for --linear")
-    if args.linear and (args.shape, args.mask) != (_shape(SHAPE), MASK):
-        raise SystemExit("explain: --shape and --mask are for attention, not for --linear")
+    if args.linear and (args.verbose or (args.shape, args.mask) != (_shape(SHAPE), MASK)):
+        raise SystemExit("explain: --shape, --mask and --verbose are for attention, not for --linear")
     if args.linear:
         rows, inputs, outputs = args.linear
         options: dict[str, Any] = {"dtype": testing.DTYPES[args.dtype], "device": args.device}
@@ -119,7 +120,7 @@ def run_explain(args: argparse.Namespace) -> int:
         print(fastattn.explain_linear(*tensors, activation=args.activation, backend=args.backend))
         return 0
     x = _inputs(args)
-    print(fastattn.explain(x.q, x.k, x.v, x.mask, scale=x.scale, backend=args.backend))
+    print(fastattn.explain(x.q, x.k, x.v, x.mask, scale=x.scale, backend=args.backend, verbose=args.verbose))
     return 0
 
 

@@ -57,14 +57,16 @@ def imported(path):
 @pytest.mark.parametrize(
     ("files", "allowed"),
     [
-        ("masks.py", ()),
+        ("lowering.py", ()),
+        ("masks.py", ("lowering",)),
         ("activations.py", ()),
-        ("reference.py", ("masks", "activations")),
-        ("ops/*.py", ("masks", "activations", "ops")),
-        ("kernels/eager/*.py", ("masks", "activations", "reference")),
-        ("kernels/cpu/*.py", ("masks", "activations", "reference", "kernels.cpu")),
-        ("kernels/triton/*.py", ("masks", "activations", "kernels.triton")),
-        ("kernels/cuda/*.py", ("masks", "reference", "kernels.cuda")),
+        ("plans.py", ("lowering",)),
+        ("reference.py", ("lowering", "activations")),
+        ("ops/*.py", ("masks", "lowering", "plans", "activations", "ops")),
+        ("kernels/eager/*.py", ("lowering", "activations", "reference")),
+        ("kernels/cpu/*.py", ("lowering", "activations", "reference", "kernels.cpu")),
+        ("kernels/triton/*.py", ("lowering", "plans", "activations", "kernels.triton")),
+        ("kernels/cuda/*.py", ("lowering", "plans", "reference", "kernels.cuda")),
     ],
 )
 def test_imports_never_point_upwards(files, allowed):

@@ -6,13 +6,13 @@ Calls go attention -> op (or autograd Function around it) -> `choose` -> kernels
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from fastattn import masks
+from fastattn import masks, plans
 from fastattn.lowering import LoweredMask
 from fastattn.masks import Mask
 from fastattn.ops import dispatch
@@ -252,19 +252,40 @@ def explain(
     seed: int | Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    verbose: bool = False,
 ) -> dispatch.Explanation:
     """Which backend `attention` would take for these arguments, and why not the others. Runs no kernel.
 
-    `return_lse` is taken so that a call can be explained as it stands; the choice does not depend on it.
+    `return_lse` is taken so that a call can be explained as it stands; the choice does not depend on it. `verbose` adds, for
+    backends with kernels of their own, each kernel's config, the tiles that it visits under this mask, FLOPs and bytes beside the
+    least possible, and the time that an H100 needs at least; for that it reads the mask's tensors.
     """
     q, k, v, *lowered, _, _ = _arguments(q, k, v, mask, bias, scale, dropout, seed, backend)
-    problem = _problem(q, k, v, LoweredMask(*lowered))
+    lowered_mask = LoweredMask(*lowered)
+    problem = _problem(q, k, v, lowered_mask)
     notes = [
         f"{name} has a last stride of {x.stride(-1)} and is copied"
         for name, x in (("q", q), ("k", k), ("v", v))
         if _unit_stride(x) is not x
     ]
-    return dispatch.explain("attention", BACKENDS, problem, backend, notes)
+    explanation = dispatch.explain("attention", BACKENDS, problem, backend, notes)
+    if not verbose or explanation.backend == "none":
+        return explanation
+    return replace(explanation, details=_details(explanation.backend, problem, lowered_mask))
+
+
+def _details(backend: str, problem: AttentionProblem, mask: LoweredMask) -> list[str]:
+    """Of forward and backward, what the backend's kernels would do."""
+    module = dispatch.backend_module("attention", backend)
+    if not hasattr(module, "plan"):
+        return ["computed by PyTorch: no tiles to count"]
+    lines = []
+    for name, backward in (("forward", False), ("backward", True)):
+        lines += [
+            f"{name}:",
+            *(f"  {line}" for line in plans.work(module.plan(problem, backward), mask, problem, backward).lines()),
+        ]
+    return lines
 
 
 def _arguments(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple:

@@ -101,7 +101,7 @@ def choose(op: str, backends: tuple[str, ...], backend: str, *problems: Problem)
     for name in candidates(backends, problems[0], backend):
         reasons[name] = [reason for problem in problems for reason in _reasons(op, name, problem)]
         if not reasons[name]:
-            return _module(op, name)
+            return backend_module(op, name)
     lines = [f"  {name}: {'; '.join(dict.fromkeys(sentences))}" for name, sentences in reasons.items()]
     raise NotImplementedError(f"no backend serves {' and '.join(map(str, problems))}\n" + "\n".join(lines))
 
@@ -121,11 +121,13 @@ class Explanation:
     backend: str  # "none" where nothing serves the request
     rejected: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)  # of a verbose explanation
 
     def __str__(self) -> str:
         lines = [f"{self.problem}", f"  served by: {self.backend}"]
         lines += [f"  not by {name}: {'; '.join(reasons)}" for name, reasons in self.rejected.items()]
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines + [f"  {detail}" for detail in self.details])
 
 
 def explain(op: str, backends: tuple[str, ...], problem: Problem, backend: str, notes: list[str]) -> Explanation:
@@ -141,7 +143,7 @@ def explain(op: str, backends: tuple[str, ...], problem: Problem, backend: str, 
         elif chosen == "none":
             chosen = name
     if chosen != "none":
-        notes = notes + getattr(_module(op, chosen), "notes", lambda _: [])(problem)
+        notes = notes + getattr(backend_module(op, chosen), "notes", lambda _: [])(problem)
     return Explanation(problem, chosen, rejected, notes)
 
 
@@ -160,12 +162,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def _reasons(op: str, backend: str, problem: Problem) -> list[str]:
     try:
-        return _module(op, backend).unsupported(problem)
+        return backend_module(op, backend).unsupported(problem)
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("fastattn"):
             raise
         return [f"{error.name} is not installed"]
 
 
-def _module(op: str, backend: str):
+def backend_module(op: str, backend: str):
     return importlib.import_module(f"fastattn.kernels.{backend}.{op}")
