@@ -1,7 +1,8 @@
 """The README's tables, written from result files: `python -m benchmarks.report`, and `--check` for CI.
 
 A table stands between `<!-- table: SUITE-DEVICE -->` and `<!-- /table -->`. DEVICE is a folder of benchmarks/results such as
-h100, or cpu for every folder that begins with "cpu-". SUITE is a result file's name, or `refusals`, which `ops` records.
+h100, or cpu for every folder that begins with "cpu-". SUITE is a result file's name, or `refusals`, which `ops` records, or `plans`,
+which is computed from the kernels' tiles.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import results
+from benchmarks import plans, results
 
 README = results.ROOT.parent / "README.md"
 DOCS = results.ROOT.parent / "docs"
@@ -30,6 +31,8 @@ def render(readme: str, folder: Path) -> str:
 
 def table(suite: str, device: str, folder: Path) -> str:
     """The body of one table, with what it was measured on above it."""
+    if suite == "plans":
+        return "\n".join(markdown(plans.HEAD, plans.rows()))
     found = [(path, results.read(path)) for path in paths(suite, device, folder)]
     parts = [section(suite, content) + picture(suite, path) for path, content in found if not content["quick"]]
     return "\n\n".join(parts) if parts else NOT_MEASURED

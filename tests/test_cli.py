@@ -1,10 +1,13 @@
 """The commands of `python -m fastattn`."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from fastattn import testing, verify
+from fastattn import masks, pictures, testing, verify
 from fastattn.__main__ import main
 from fastattn.models import digits
 
@@ -27,9 +30,30 @@ def test_explain(capsys):
     assert "linear(rows=8 K=16 F=32" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["explain", "--linear", "8,16"])
-    for ignored in (["--activation", "gelu"], ["--linear", "8,16,32", "--mask", "causal"]):
+    for ignored in (["--activation", "gelu"], ["--linear", "8,16,32", "--mask", "causal"], ["--linear", "8,16,32", "--verbose"]):
         with pytest.raises(SystemExit, match="explain: --"):
             main(["explain", *ignored])
+
+
+def test_masks_are_drawn(tmp_path, capsys):
+    assert main(["masks", "--out", str(tmp_path / "pictures")]) == 0
+    paths = capsys.readouterr().out.split()
+    assert sorted(paths) == sorted(map(str, (tmp_path / "pictures").glob("*.png"))) and len(paths) == len(set(paths)) > 12
+    assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_a_picture_shows_the_mask_and_its_tiles():
+    for name, mask in pictures.examples().items():
+        shade = pictures.shades(mask)
+        assert torch.equal(shade >= 2, mask.dense(1, 1, pictures.M, pictures.N)[0, 0]), name
+    assert (pictures.shades(masks.full()) == 3).all()
+    assert (pictures.shades(masks.causal())[:8, 8:] == 1).all() and (pictures.shades(masks.causal())[8:, :8] == 3).all()
+
+
+def test_masks_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="masks: matplotlib is needed"):
+        main(["masks", "--out", str(tmp_path)])
 
 
 def test_verify_passes_and_fails(capsys, monkeypatch):
