@@ -1,8 +1,8 @@
 """The README's tables, written from result files: `python -m benchmarks.report`, and `--check` for CI.
 
 A table stands between `<!-- table: SUITE-DEVICE -->` and `<!-- /table -->`. DEVICE is a folder of benchmarks/results such as
-h100, or cpu for every folder that begins with "cpu-". SUITE is a result file's name, or `refusals`, which `ops` records, or `plans`,
-which is computed from the kernels' tiles.
+h100, or cpu for every folder that begins with "cpu-". SUITE is a result file's name, or `refusals`, which `ops` records, or
+`plans`, which is computed from the kernels' tiles.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def shades(mask: Mask) -> torch.Tensor:
 def _panel(axis, name: str, mask: Mask) -> None:
     from matplotlib.colors import ListedColormap
 
-    axis.imshow(shades(mask), cmap=ListedColormap(SHADES), vmin=0, vmax=3, interpolation="nearest")
+    axis.imshow(shades(mask).numpy(), cmap=ListedColormap(SHADES), vmin=0, vmax=3, interpolation="nearest")
     axis.set_title(name, fontsize=9, family="monospace")
     axis.set_xticks(range(0, N, TILE))
     axis.set_yticks(range(0, M, TILE))
