@@ -20,30 +20,41 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastattn import masks
 from fastattn.kernels.triton import attention, ffn, norm
 from fastattn.kernels.triton.launch import Launch
-from fastattn.masks import LoweredMask
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.bool: "*i1"}
 
 
-def attention_launches(dtype: torch.dtype, D: int, mask: str, L: int = 128, inside: bool = True) -> list[Launch]:
-    """The three launches of a request, on tensors that hold no data worth computing with. `inside`: (B, L, H, D) memory."""
+def attention_launches(
+    dtype: torch.dtype, D: int, mask: str, L: int = 128, inside: bool = True, sm: int = 90, Dv: int | None = None, group: int = 1
+) -> list[Launch]:
+    """The launches of a request, on tensors that hold no data worth computing with. `inside`: (B, L, H, D) memory."""
     B, H = 2, 2
-    shape = (B, L, H, D) if inside else (B, H, L, D)
-    tensors = (torch.zeros(shape, dtype=dtype) for _ in range(8))
-    q, k, v, out, dout, dq, dk, dv = (x.transpose(1, 2) if inside else x for x in tensors)
-    lse, delta = torch.zeros(B, H, L), torch.zeros(B, H, L)
+
+    def empty(heads: int, width: int) -> Tensor:
+        shape = (B, L, heads, width) if inside else (B, heads, L, width)
+        x = torch.zeros(shape, dtype=dtype)
+        return x.transpose(1, 2) if inside else x
+
+    Dv = D if Dv is None else Dv
+    q, dq, out, dout = empty(H * group, D), empty(H * group, D), empty(H * group, Dv), empty(H * group, Dv)
+    k, dk, v, dv = empty(H, D), empty(H, D), empty(H, Dv), empty(H, Dv)
+    lse = torch.zeros(B, H * group, L)
     lengths = torch.zeros(B, dtype=torch.int32)
     lowered = {
-        "none": LoweredMask(),
-        "padding": LoweredMask(key_end=lengths),
-        "causal_padding": LoweredMask(diagonal=0, key_end=lengths),
-        "keys": LoweredMask(key_begin=lengths, key_end=lengths, keys=torch.ones(B, L, dtype=torch.bool)),
-        "dense": LoweredMask(pairs=torch.ones(B, H, L, L, dtype=torch.bool)),
-    }[mask]
-    forward = attention.forward_launch(q, k, v, out, lse, lowered, D**-0.5)
-    return [forward, *attention.backward_launches(dout, None, q, k, v, out, lse, delta, dq, dk, dv, lowered, D**-0.5)]
+        "none": masks.full(),
+        "causal": masks.causal(),
+        "padding": masks.padding(lengths),
+        "causal_padding": masks.causal() & masks.padding(lengths),
+        "prefix": masks.prefix_lm(lengths),
+        "keys": masks.key_padding(torch.ones(B, L, dtype=torch.bool)),
+        "documents": masks.documents(torch.zeros(B, L, dtype=torch.int32)),
+        "bits": masks.dense(torch.ones(B, H * group, L, L, dtype=torch.bool)),
+    }[mask].lower(L, L)
+    forward = attention.forward_launch(q, k, v, out, lse, lowered, D**-0.5, sm)
+    return [forward, *attention.backward_launches(dout, None, q, k, v, out, lse, dq, dk, dv, lowered, D**-0.5, sm)]
 
 
 def linear_launches(dtype: torch.dtype, activation: str, M: int, K: int, N: int) -> list[Launch]:
