@@ -31,8 +31,8 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# (fp32?, dense mask?, BLOCK_D) -> forward, dq, dkdv. All fit the 99 KB of shared memory of sm_86, sm_89 and sm_120, and none
-# spills more than 64 bytes. An IEEE fp32 tl.dot takes small tiles; the tile of a dense mask takes registers of its own.
+# (fp32?, lists of tiles?, BLOCK_D) -> forward, dq, dkdv. All fit the 99 KB of shared memory of sm_86, sm_89 and sm_120, and none
+# spills more than 64 bytes. An IEEE fp32 tl.dot takes small tiles; ids, bits and the places of listed tiles take registers too.
 CONFIGS = {
     (False, False, 16): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
     (False, False, 32): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
@@ -43,8 +43,8 @@ CONFIGS = {
     (False, True, 64): (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
     (False, True, 128): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
     **{
-        (True, dense, block_d): configs
-        for dense in (False, True)
+        (True, listed, block_d): configs
+        for listed in (False, True)
         for block_d, configs in {
             16: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
             32: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
@@ -55,14 +55,39 @@ CONFIGS = {
 }
 
 
-SINGLE: dict = {}
+BEFORE_HOPPER = {  # with mma.sync both accumulators of 64 keys and the products' operands are more than 255 registers
+    (False, False, 64): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
+}
+
+# sm -> BLOCK_D -> the tiles of the one backward kernel, for at most BLOCK_N keys: those that compile with no spill (16 bytes at
+# N = 256) into the shared memory of a block, which is 163 KB on sm_80, 99 KB on sm_89 and 227 KB on sm_90. It moves 8 rows of D a
+# token where two kernels move 12, and multiplies 5 times a tile in place of 7; a warp holds as many registers as in dkdv.
+SINGLE = {
+    80: {
+        32: (Config(32, 64, 4, 1), Config(32, 128, 8, 1)),
+        64: (Config(32, 64, 4, 1), Config(32, 128, 8, 1)),
+        128: (Config(32, 64, 8, 1), Config(32, 128, 8, 1)),
+    },
+    89: {
+        32: (Config(32, 64, 4, 1), Config(32, 128, 8, 1)),
+        64: (Config(32, 64, 4, 1), Config(32, 128, 8, 1)),
+        128: (Config(32, 64, 8, 1),),
+    },
+    90: {
+        32: (Config(64, 64, 4, 1), Config(16, 128, 4, 1)),
+        64: (Config(32, 64, 4, 1), Config(32, 128, 8, 1), Config(32, 256, 8, 1)),
+        128: (Config(32, 64, 8, 1), Config(32, 128, 8, 1)),
+    },
+}
+SINGLE_ROWS = 512  # its programs are few, one for each head of k and v: with more queries two kernels fill a GPU better
 
 
 def single_config(sm: int, dtype: torch.dtype, block_d: int, rows: int, N: int, listed: bool) -> Config | None:
     """The tiles of the one backward kernel where it serves, else None. `rows`: queries of all heads that share one of k and v."""
-    if listed or rows > 512 or dtype == torch.float32:
+    if listed or rows > SINGLE_ROWS or dtype == torch.float32:
         return None
-    return next((config for config in SINGLE.get((sm, block_d), ()) if N <= config.BLOCK_N), None)
+    tables = SINGLE.get(sm, SINGLE[89])  # what fits there fits everywhere
+    return next((config for config in tables.get(block_d, ()) if N <= config.BLOCK_N), None)
 
 
 def unsupported(problem) -> list[str]:
@@ -164,7 +189,8 @@ def _block(x: Tensor) -> int:
 
 
 def _configs(sm: int, q: Tensor, v: Tensor, mask: LoweredMask) -> tuple[Config, Config, Config]:
-    return CONFIGS[q.dtype == torch.float32, mask.key_tiles is not None, max(_block(q), _block(v))]
+    key = q.dtype == torch.float32, mask.key_tiles is not None, max(_block(q), _block(v))
+    return BEFORE_HOPPER.get(key, CONFIGS[key]) if sm < 90 else CONFIGS[key]
 
 
 def _programs(x: Tensor, block: int) -> int:

@@ -154,7 +154,9 @@ def tile_list(tiles, b, h, block, tiles_b, tiles_h, tiles_t, BLOCK: tl.constexpr
 
 
 @triton.jit
-def mask_terms(keys, ids, key_ids, bits, b, h, keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n):
+def mask_terms(
+    keys, ids, key_ids, bits, b, h, keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n
+):
     """What a mask has besides bounds: pointers to sequence b's and head h's part, each with its strides, or None."""
     if keys is not None:
         keys += b * keys_b
