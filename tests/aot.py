@@ -20,30 +20,41 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastattn import masks
 from fastattn.kernels.triton import attention, ffn, norm
 from fastattn.kernels.triton.launch import Launch
-from fastattn.masks import LoweredMask
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.bool: "*i1"}
 
 
-def attention_launches(dtype: torch.dtype, D: int, mask: str, L: int = 128, inside: bool = True) -> list[Launch]:
-    """The three launches of a request, on tensors that hold no data worth computing with. `inside`: (B, L, H, D) memory."""
+def attention_launches(
+    dtype: torch.dtype, D: int, mask: str, L: int = 640, inside: bool = True, sm: int = 90, Dv: int | None = None, group: int = 1
+) -> list[Launch]:
+    """The launches of a request, on tensors that hold no data worth computing with. `inside`: (B, L, H, D) memory."""
     B, H = 2, 2
-    shape = (B, L, H, D) if inside else (B, H, L, D)
-    tensors = (torch.zeros(shape, dtype=dtype) for _ in range(8))
-    q, k, v, out, dout, dq, dk, dv = (x.transpose(1, 2) if inside else x for x in tensors)
-    lse, delta = torch.zeros(B, H, L), torch.zeros(B, H, L)
+
+    def empty(heads: int, width: int) -> Tensor:
+        shape = (B, L, heads, width) if inside else (B, heads, L, width)
+        x = torch.zeros(shape, dtype=dtype)
+        return x.transpose(1, 2) if inside else x
+
+    Dv = D if Dv is None else Dv
+    q, dq, out, dout = empty(H * group, D), empty(H * group, D), empty(H * group, Dv), empty(H * group, Dv)
+    k, dk, v, dv = empty(H, D), empty(H, D), empty(H, Dv), empty(H, Dv)
+    lse = torch.zeros(B, H * group, L)
     lengths = torch.zeros(B, dtype=torch.int32)
     lowered = {
-        "none": LoweredMask(),
-        "padding": LoweredMask(key_end=lengths),
-        "causal_padding": LoweredMask(diagonal=0, key_end=lengths),
-        "keys": LoweredMask(key_begin=lengths, key_end=lengths, keys=torch.ones(B, L, dtype=torch.bool)),
-        "dense": LoweredMask(pairs=torch.ones(B, H, L, L, dtype=torch.bool)),
-    }[mask]
-    forward = attention.forward_launch(q, k, v, out, lse, lowered, D**-0.5)
-    return [forward, *attention.backward_launches(dout, None, q, k, v, out, lse, delta, dq, dk, dv, lowered, D**-0.5)]
+        "none": masks.full(),
+        "causal": masks.causal(),
+        "padding": masks.padding(lengths),
+        "causal_padding": masks.causal() & masks.padding(lengths),
+        "prefix": masks.prefix_lm(lengths),
+        "keys": masks.key_padding(torch.ones(B, L, dtype=torch.bool)),
+        "documents": masks.documents(torch.zeros(B, L, dtype=torch.int32)),
+        "bits": masks.dense(torch.ones(B, H * group, L, L, dtype=torch.bool)),
+    }[mask].lower(L, L)
+    forward = attention.forward_launch(q, k, v, out, lse, lowered, D**-0.5, sm)
+    return [forward, *attention.backward_launches(dout, None, q, k, v, out, lse, dq, dk, dv, lowered, D**-0.5, sm)]
 
 
 def linear_launches(dtype: torch.dtype, activation: str, M: int, K: int, N: int) -> list[Launch]:
@@ -101,20 +112,31 @@ def held(kernel) -> dict[str, int]:
     return found
 
 
-# dtype, head dimension, mask: three kernels each
+# dtype, head dimension, mask, and options: length (longer than the one backward kernel takes by default), Dv, heads of a group
 ATTENTION = [
-    (torch.float16, 64, "none"),
-    (torch.bfloat16, 64, "causal_padding"),
-    (torch.float16, 128, "keys"),
-    (torch.bfloat16, 32, "padding"),
-    (torch.float16, 80, "causal_padding"),
-    (torch.float32, 64, "causal_padding"),
+    (torch.float16, 64, "none", {}),
+    (torch.bfloat16, 64, "causal_padding", {}),
+    (torch.float16, 128, "keys", {}),
+    (torch.bfloat16, 32, "padding", {"L": 128}),
+    (torch.float16, 80, "causal_padding", {}),
+    (torch.float16, 64, "documents", {}),
+    (torch.float32, 64, "causal_padding", {}),
 ]
-MORE_ATTENTION = [  # with the above, every row of the config table
-    (torch.float16, 16, "causal_padding"),
-    *itertools.product([torch.float16], [16, 32, 64, 80, 128], ["dense"]),
-    *itertools.product([torch.float32], [16, 32, 80, 128], ["causal_padding"]),
-    *itertools.product([torch.float32], [16, 32, 64, 128], ["dense"]),
+MORE_ATTENTION = [  # with the above, every row of the config tables
+    (torch.float16, 16, "causal_padding", {}),
+    (torch.float16, 32, "causal_padding", {}),
+    (torch.float16, 64, "padding", {}),
+    (torch.float16, 64, "keys", {}),
+    (torch.float16, 64, "prefix", {}),
+    (torch.float16, 64, "causal", {"group": 4}),
+    (torch.float16, 128, "none", {"group": 4}),
+    (torch.float16, 64, "causal_padding", {"Dv": 128}),
+    *itertools.product([torch.float16], [32, 64, 128], ["none", "causal_padding", "keys"], [{"L": 64}, {"L": 128}]),
+    *itertools.product([torch.float16], [64], ["none", "causal_padding", "keys"], [{"L": 197}]),
+    *itertools.product([torch.float16], [16, 32, 64, 80, 128], ["bits"], [{}]),
+    *itertools.product([torch.float16], [32, 128], ["documents"], [{}]),
+    *itertools.product([torch.float32], [16, 32, 80, 128], ["causal_padding"], [{}]),
+    *itertools.product([torch.float32], [16, 32, 64, 128], ["bits"], [{}]),
 ]
 # dtype, activation, (rows, inputs, outputs): three kernels each. The sizes lead to large tiles, to small ones, to those of rows
 # that are no multiple of 16 bytes
@@ -150,10 +172,11 @@ class Variant(NamedTuple):
         return "PRECISION" in self.launch.arguments
 
 
-def launches(more: bool) -> Iterator[tuple[torch.dtype, str, Launch]]:
+def launches(more: bool, sm: int) -> Iterator[tuple[torch.dtype, str, Launch]]:
     """(dtype, case, launch) of attention, linear and norms: what CI compiles, or with `more` everything that is shipped."""
-    for dtype, D, mask in ATTENTION + MORE_ATTENTION * more:
-        yield from ((dtype, f"D={D} {mask}", launch) for launch in attention_launches(dtype, D, mask))
+    for dtype, D, mask, options in ATTENTION + MORE_ATTENTION * more:
+        case = " ".join([f"D={D}", mask, *(f"{name}={value}" for name, value in options.items())])
+        yield from ((dtype, case, launch) for launch in attention_launches(dtype, D, mask, sm=sm, **options))
     for dtype, activation, size in LINEAR + MORE_LINEAR * more:
         yield from ((dtype, f"{activation} {size}", launch) for launch in linear_launches(dtype, activation, *SIZES[size]))
     for dtype, width, rms in NORM + MORE_NORM * more:
@@ -163,15 +186,16 @@ def launches(more: bool) -> Iterator[tuple[torch.dtype, str, Launch]]:
 
 def shipped() -> Iterator[Variant]:
     """Every variant of the config tables, for every architecture."""
-    for dtype, case, launch in launches(more=True):
-        for sm in CAPABILITIES:
-            yield _variant(dtype, case, sm, launch)
+    for sm in CAPABILITIES:
+        yield from (_variant(dtype, case, sm, launch) for dtype, case, launch in launches(True, sm))
 
 
 def sampled() -> Iterator[Variant]:
     """Some of them, for CI: each case for one architecture in turn."""
-    for index, (dtype, case, launch) in enumerate(launches(more=False)):
-        yield _variant(dtype, case, CAPABILITIES[index % 3], launch)
+    for place, sm in enumerate(CAPABILITIES):
+        for index, (dtype, case, launch) in enumerate(launches(False, sm)):
+            if index % len(CAPABILITIES) == place:
+                yield _variant(dtype, case, sm, launch)
 
 
 def _variant(dtype: torch.dtype, case: str, sm: int, launch: Launch) -> Variant:

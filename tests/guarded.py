@@ -36,13 +36,15 @@ def guarded(x: torch.Tensor) -> torch.Tensor:
 
 
 def attention() -> None:
-    for M, N, D in ((17, 33, 16), (65, 5, 40)):
-        q, k, v = (guarded(torch.randn(1, 1, L, D)) for L in (M, N, N))
-        dout = guarded(torch.randn(1, 1, M, D))
+    for M, N, D, Dv, group, dtype in ((17, 33, 16, 16, 1, torch.float32), (65, 5, 40, 24, 2, torch.float16)):
+        q, dout = (guarded(torch.randn(1, group, M, width).to(dtype)) for width in (D, Dv))
+        k, v = (guarded(torch.randn(1, 1, N, width).to(dtype)) for width in (D, Dv))
         keep = guarded(torch.rand(1, N) < 0.7)
-        pairs = guarded(torch.rand(1, 1, M, N) < 0.7)
+        pairs = guarded(torch.rand(1, group, M, N) < 0.7)
         lengths = guarded(torch.tensor([N - 2], dtype=torch.int32))
-        for mask in (None, masks.causal() & masks.padding(lengths), masks.key_padding(keep), masks.dense(pairs)):
+        ids, key_ids = (guarded(torch.arange(L, dtype=torch.int32)[None] // 9) for L in (M, N))
+        listed = masks.documents(ids, key_ids), masks.dense(pairs)
+        for mask in (None, masks.causal() & masks.padding(lengths), masks.prefix_lm(lengths), masks.key_padding(keep), *listed):
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             fastattn.attention(q, k, v, mask, backend="triton").backward(dout)
 

@@ -263,5 +263,5 @@ def test_fp32_follows_pytorch_s_tf32_switch(backend, setting, expected, matmul_p
 
     matmul_precision.fp32_precision = setting
     single, half = torch.zeros(1, 1, 4, 16), torch.zeros(1, 1, 4, 16, dtype=torch.float16)
-    assert attention.forward_launch(*[single] * 5, LoweredMask(), 1.0).arguments["PRECISION"] == expected
-    assert attention.forward_launch(*[half] * 4, single, LoweredMask(), 1.0).arguments["PRECISION"] == "ieee"
+    assert attention.forward_launch(*[single] * 5, LoweredMask(), 1.0, 90).arguments["PRECISION"] == expected
+    assert attention.forward_launch(*[half] * 4, single, LoweredMask(), 1.0, 90).arguments["PRECISION"] == "ieee"

@@ -1,8 +1,9 @@
 """The triton backend of attention: what it takes, tile sizes, launches.
 
-Three kernels: `_attention_forward_kernel` in attention_forward.py; `_attention_dq_kernel` and `_attention_dkdv_kernel` in
-attention_backward.py. No atomics, so results are deterministic. Lengths, strides and the mask's tensors are run-time
-arguments; what is compiled in is the dtype, D, which mask fields there are, and whether rows start at multiples of 16 bytes.
+`_attention_forward_kernel` is in attention_forward.py; `_attention_dq_kernel`, `_attention_dkdv_kernel` and, for short sequences,
+`_attention_backward_kernel` in attention_backward.py. No atomics, so results are deterministic. Lengths, strides, heads and the
+mask's values are run-time arguments; what is compiled in is the dtype, D and Dv, which mask fields there are, and whether rows
+start at multiples of 16 bytes.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import torch
 import triton
 from torch import Tensor
 
-from fastattn.kernels.triton.attention_backward import _attention_dkdv_kernel, _attention_dq_kernel
+from fastattn.kernels.triton.attention_backward import _attention_backward_kernel, _attention_dkdv_kernel, _attention_dq_kernel
 from fastattn.kernels.triton.attention_forward import _attention_forward_kernel
-from fastattn.kernels.triton.launch import Launch, precision, refusals, run, vector
+from fastattn.kernels.triton.launch import Launch, capability, precision, refusals, run, vector
 from fastattn.lowering import LoweredMask
+
+LONGEST = 2**29  # queries or keys: sums of a place, a bound and a tile stay below 2^31
 
 
 class Config(NamedTuple):
@@ -28,8 +31,8 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# (fp32?, dense mask?, BLOCK_D) -> forward, dq, dkdv. All fit the 99 KB of shared memory of sm_86, sm_89 and sm_120, and none
-# spills more than 64 bytes. An IEEE fp32 tl.dot takes small tiles; the tile of a dense mask takes registers of its own.
+# (fp32?, lists of tiles?, BLOCK_D) -> forward, dq, dkdv. All fit the 99 KB of shared memory of sm_86, sm_89 and sm_120, and none
+# spills more than 64 bytes. An IEEE fp32 tl.dot takes small tiles; ids, bits and the places of listed tiles take registers too.
 CONFIGS = {
     (False, False, 16): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
     (False, False, 32): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
@@ -40,8 +43,8 @@ CONFIGS = {
     (False, True, 64): (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
     (False, True, 128): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
     **{
-        (True, dense, block_d): configs
-        for dense in (False, True)
+        (True, listed, block_d): configs
+        for listed in (False, True)
         for block_d, configs in {
             16: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
             32: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
@@ -52,77 +55,142 @@ CONFIGS = {
 }
 
 
+BEFORE_HOPPER = {  # with mma.sync both accumulators of 64 keys and the products' operands are more than 255 registers
+    (False, False, 64): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
+}
+
+# sm -> BLOCK_D -> the tiles of the one backward kernel, for at most BLOCK_N keys: those that compile with no spill (16 bytes at
+# N = 256) into the shared memory of a block, which is 163 KB on sm_80, 99 KB on sm_89 and 227 KB on sm_90. It moves 8 rows of D a
+# token where two kernels move 12, and multiplies 5 times a tile in place of 7; a warp holds as many registers as in dkdv.
+SINGLE = {
+    80: {
+        32: (Config(32, 64, 4, 1), Config(32, 128, 8, 1)),
+        64: (Config(32, 64, 4, 1), Config(32, 128, 8, 1)),
+        128: (Config(32, 64, 8, 1), Config(32, 128, 8, 1)),
+    },
+    89: {
+        32: (Config(32, 64, 4, 1), Config(32, 128, 8, 1)),
+        64: (Config(32, 64, 4, 1), Config(32, 128, 8, 1)),
+        128: (Config(32, 64, 8, 1),),
+    },
+    90: {
+        32: (Config(64, 64, 4, 1), Config(16, 128, 4, 1)),
+        64: (Config(32, 64, 4, 1), Config(32, 128, 8, 1), Config(32, 256, 8, 1)),
+        128: (Config(32, 64, 8, 1), Config(32, 128, 8, 1)),
+    },
+}
+SINGLE_ROWS = 512  # its programs are few, one for each head of k and v: with more queries two kernels fill a GPU better
+
+
+def single_config(sm: int, dtype: torch.dtype, block_d: int, rows: int, N: int, listed: bool) -> Config | None:
+    """The tiles of the one backward kernel where it serves, else None. `rows`: queries of all heads that share one of k and v."""
+    if listed or rows > SINGLE_ROWS or dtype == torch.float32:
+        return None
+    tables = SINGLE.get(sm, SINGLE[89])  # what fits there fits everywhere
+    return next((config for config in tables.get(block_d, ()) if N <= config.BLOCK_N), None)
+
+
 def unsupported(problem) -> list[str]:
     reasons = refusals(problem)
-    if not 1 <= problem.D <= 128:
-        reasons.append(f"head dimension {problem.D} is not in 1..128")
+    for name, size in (("head dimension", problem.D), ("head dimension of v", problem.Dv)):
+        if not 1 <= size <= 128:
+            reasons.append(f"{name} {size} is not in 1..128")
+    for name, length in (("queries", problem.M), ("keys", problem.N)):
+        if length > LONGEST:
+            reasons.append(f"{length} {name} are more than {LONGEST}")
     return reasons
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool) -> tuple[Tensor, Tensor]:
-    B, H, M, D = q.shape
-    out = q.new_empty(B, M, H, D).transpose(1, 2)
+    B, H, M, _ = q.shape
+    out = q.new_empty(B, M, H, v.shape[3]).transpose(1, 2)
     lse = q.new_empty(B, H, M, dtype=torch.float32)
-    run(forward_launch(q, k, v, out, lse, mask, scale))
+    run(forward_launch(q, k, v, out, lse, mask, scale, capability(q.device)))
     return out, lse
 
 
 def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    B, H, M, D = q.shape
-    dq = q.new_empty(B, M, H, D).transpose(1, 2)
-    dk, dv = (x.new_empty(B, x.shape[2], H, D).transpose(1, 2) for x in (k, v))
-    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    dq, dk, dv = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
     dlse = None if dlse is None else dlse.contiguous()
-    for launch in backward_launches(dout, dlse, q, k, v, out, lse.contiguous(), delta, dq, dk, dv, mask, scale):
+    sm = capability(q.device)
+    for launch in backward_launches(dout, dlse, q, k, v, out, lse.contiguous(), dq, dk, dv, mask, scale, sm):
         run(launch)
     return dq, dk, dv
 
 
-def forward_launch(q, k, v, out, lse, mask: LoweredMask, scale: float) -> Launch:
-    config = _configs(q, mask)[0]
-    tensors = {"q": q, "k": k, "v": v, "out": out}
-    arguments = {**_shared(tensors, mask, scale, q, k), "lse": lse}
+def forward_launch(q, k, v, out, lse, mask: LoweredMask, scale: float, sm: int) -> Launch:
+    config = _configs(sm, q, v, mask)[0]
+    arguments = {**_shared({"q": q, "k": k, "v": v, "out": out}, mask, mask.key_tiles, scale), "lse": lse}
     return Launch(_attention_forward_kernel, _programs(q, config.BLOCK_M), arguments, config)
 
 
-def backward_launches(dout, dlse, q, k, v, out, lse, delta, dq, dk, dv, mask: LoweredMask, scale: float) -> list[Launch]:
-    """dq first: it also makes delta = rowsum(dO * O) - dlse, which dkdv reads."""
-    _, dq_config, dkdv_config = _configs(q, mask)
+def backward_launches(dout, dlse, q, k, v, out, lse, dq, dk, dv, mask: LoweredMask, scale: float, sm: int) -> list[Launch]:
+    """One kernel for short sequences; else dq first: it also makes delta = rowsum(dO * O) - dlse, which dkdv reads."""
+    rows = q.shape[1] // max(k.shape[1], 1) * q.shape[2]
+    config = single_config(sm, q.dtype, max(_block(q), _block(v)), rows, k.shape[2], mask.key_tiles is not None)
+    if config is not None:
+        tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
+        arguments = {**_shared(tensors, mask, None, scale), "lse": lse, "dlse": dlse}
+        return [Launch(_attention_backward_kernel, k.shape[0] * k.shape[1], arguments, config)]
+    _, dq_config, dkdv_config = _configs(sm, q, v, mask)
+    delta = torch.empty_like(lse)
     tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq}
-    arguments = {**_shared(tensors, mask, scale, q, k), "lse": lse, "dlse": dlse, "delta": delta}
+    arguments = {**_shared(tensors, mask, mask.key_tiles, scale), "lse": lse, "dlse": dlse, "delta": delta}
     first = Launch(_attention_dq_kernel, _programs(q, dq_config.BLOCK_M), arguments, dq_config)
     tensors = {"q": q, "k": k, "v": v, "dout": dout, "dk": dk, "dv": dv}
-    arguments = {**_shared(tensors, mask, scale, q, k), "lse": lse, "delta": delta}
+    arguments = {**_shared(tensors, mask, mask.query_tiles, scale), "lse": lse, "delta": delta}
     return [first, Launch(_attention_dkdv_kernel, _programs(k, dkdv_config.BLOCK_N), arguments, dkdv_config)]
 
 
-def _shared(tensors: dict[str, Tensor], mask: LoweredMask, scale: float, q: Tensor, k: Tensor) -> dict[str, Any]:
+def _shared(tensors: dict[str, Tensor], mask: LoweredMask, tiles: Tensor | None, scale: float) -> dict[str, Any]:
     """Arguments that all kernels take: the (B, H, L, D) tensors with their strides, the mask, sizes, what is compiled in."""
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
     unit = vector(q.element_size(), list(tensors.values()), [stride for x in tensors.values() for stride in x.stride()[:3]])
     arguments: dict[str, Any] = dict(tensors)
     for name, x in tensors.items():
         b, h, length = (stride // unit for stride in x.stride()[:3])
         arguments.update({f"{name}_b": b, f"{name}_h": h, f"{name}_l": length})
-    keys_b, keys_n = (0, 0) if mask.keys is None else mask.keys.stride()
-    pairs_strides = (0, 0, 0, 0) if mask.pairs is None else _broadcast_strides(mask.pairs)
-    arguments.update(zip(("pairs_b", "pairs_h", "pairs_m", "pairs_n"), pairs_strides, strict=True))
-    arguments.update(mask._asdict(), keys_b=keys_b, keys_n=keys_n, scale=scale)
-    arguments.update(H=q.shape[1], M=q.shape[2], N=k.shape[2])
-    arguments.update(D=q.shape[3], BLOCK_D=_block_d(q), VECTOR=unit)
-    arguments.update(PRECISION=precision(q.dtype))
+    arguments.update(_mask_arguments(mask, tiles), scale=scale)
+    H, Hkv = q.shape[1], k.shape[1]
+    arguments.update(H=H, group=H // max(Hkv, 1), M=q.shape[2], N=k.shape[2])
+    arguments.update(D=q.shape[3], BLOCK_D=_block(q), DV=v.shape[3], BLOCK_DV=_block(v))
+    arguments.update(VECTOR=unit, PRECISION=precision(q.dtype))
     return arguments
 
 
-def _broadcast_strides(pairs: Tensor) -> tuple[int, ...]:
-    return tuple(0 if size == 1 else stride for size, stride in zip(pairs.shape, pairs.stride(), strict=True))
+def _mask_arguments(mask: LoweredMask, tiles: Tensor | None) -> dict[str, Any]:
+    """The mask's fields and strides, 0 for a size of 1. low and high are both None or both numbers: one means no bound."""
+    arguments: dict[str, Any] = {name: x for name, x in mask._asdict().items() if not name.endswith("_tiles")}
+    if mask.low is not None or mask.high is not None or mask.prefix is not None:
+        low, high = -LONGEST if mask.low is None else mask.low, LONGEST if mask.high is None else mask.high
+        arguments.update(low=_clamp(low), high=_clamp(high))
+    if mask.prefix is not None:
+        arguments.update(prefix_high=_clamp(mask.prefix_high))
+    for name, x, dims in (
+        ("keys", mask.keys, "bn"),
+        ("ids", mask.ids, "bm"),
+        ("key_ids", mask.key_ids, "bn"),
+        ("bits", mask.bits, "bhmn"),
+        ("tiles", tiles, "bht"),
+    ):
+        for axis, dim in enumerate(dims):
+            arguments[f"{name}_{dim}"] = 0 if x is None or x.shape[axis] == 1 else x.stride(axis)
+    return {**arguments, "tiles": tiles}
 
 
-def _block_d(q: Tensor) -> int:
-    return max(16, triton.next_power_of_2(q.shape[3]))
+def _clamp(bound: int) -> int:
+    """No j - i is as far from 0 as LONGEST."""
+    return max(-LONGEST, min(bound, LONGEST))
 
 
-def _configs(q: Tensor, mask: LoweredMask) -> tuple[Config, Config, Config]:
-    return CONFIGS[q.dtype == torch.float32, mask.pairs is not None, _block_d(q)]
+def _block(x: Tensor) -> int:
+    """Columns of a tile: a power of two, at least the 16 of tl.dot."""
+    return max(16, triton.next_power_of_2(x.shape[3]))
+
+
+def _configs(sm: int, q: Tensor, v: Tensor, mask: LoweredMask) -> tuple[Config, Config, Config]:
+    key = q.dtype == torch.float32, mask.key_tiles is not None, max(_block(q), _block(v))
+    return BEFORE_HOPPER.get(key, CONFIGS[key]) if sm < 90 else CONFIGS[key]
 
 
 def _programs(x: Tensor, block: int) -> int:

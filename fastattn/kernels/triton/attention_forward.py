@@ -1,7 +1,7 @@
 """The forward kernel: online softmax over tiles of keys (Dao et al., 2022), one program per head and block of queries.
 
 Scores are kept in units of log 2, so that exp is exp2 with the scale folded in. Sums are fp32; P is rounded to the dtype for the
-second product, the output once at the end.
+second product, the output once at the end. q and k have D columns, v and out DV; `group` query heads share a head of k and v.
 """
 
 from __future__ import annotations
@@ -10,63 +10,85 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.triton.primitives import LN_2, LOG2_E, dot, round_to, rows_of, store_rows
-from fastattn.kernels.triton.tiles import key_tiles, live_keys, mask_ranges, visible_pairs
+from fastattn.kernels.triton.tiles import (
+    key_run,
+    listed_run,
+    live_keys,
+    live_queries,
+    mask_bounds,
+    mask_terms,
+    partial_place,
+    tile_list,
+    tile_start,
+    visible_pairs,
+)
 
+# integers that must not be compiled in: a new length or stride is not a new kernel
+MASK_RUNTIME = [
+    *("low", "high", "prefix_high", "keys_b", "keys_n", "ids_b", "ids_m", "key_ids_b", "key_ids_n"),
+    *("bits_b", "bits_h", "bits_m", "bits_n", "tiles_b", "tiles_h", "tiles_t", "H", "group", "M", "N"),
+]
 RUNTIME = [
     *("q_b", "q_h", "q_l", "k_b", "k_h", "k_l", "v_b", "v_h", "v_l", "out_b", "out_h", "out_l"),
-    *("keys_b", "keys_n", "pairs_b", "pairs_h", "pairs_m", "pairs_n", "diagonal", "H", "M", "N"),
-]  # integers that must not be compiled in: a new length or stride is not a new kernel
+    *MASK_RUNTIME,
+]
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_forward_kernel(
     q, k, v, out, lse,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l,
-    diagonal, key_begin, key_end, query_end, keys, pairs, keys_b, keys_n, pairs_b, pairs_h, pairs_m, pairs_n,
-    scale, H, M, N,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    low, high, prefix_high, prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, tiles,
+    keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n, tiles_b, tiles_h, tiles_t,
+    scale, H, group, M, N,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    VECTOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(M, BLOCK_M)
     head = tl.program_id(0) // blocks
-    m0 = tl.program_id(0) % blocks * BLOCK_M
+    block = tl.program_id(0) % blocks
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)
     q += b * q_b * VECTOR + h * q_h * VECTOR
-    k += b * k_b * VECTOR + h * k_h * VECTOR
-    v += b * v_b * VECTOR + h * v_h * VECTOR
+    k += b * k_b * VECTOR + h // group * k_h * VECTOR
+    v += b * v_b * VECTOR + h // group * v_h * VECTOR
     out += b * out_b * VECTOR + h * out_h * VECTOR
     q_l, k_l = q_l * VECTOR, k_l * VECTOR
     v_l, out_l = v_l * VECTOR, out_l * VECTOR
 
-    begin, end, rows = mask_ranges(key_begin, key_end, query_end, b, M, N)
-    m = m0 + tl.arange(0, BLOCK_M)
-    row_live = m < rows
+    bounds = mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, b, M, N)
+    terms = mask_terms(
+        keys, ids, key_ids, bits, b, h, keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n
+    )
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_live, row_id = live_queries(m, bounds, terms)
     q_tile = rows_of(q, m, q_l, row_live, D, BLOCK_D)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
 
-    first, partial, full_first, full = key_tiles(begin, end, rows, m0, diagonal, keys, pairs, BLOCK_M, BLOCK_N)
+    tiles = tile_list(tiles, b, h, block, tiles_b, tiles_h, tiles_t, BLOCK_M)
+    if tiles is None:
+        start, before, full, partial = key_run(block * BLOCK_M, bounds, keys, BLOCK_M, BLOCK_N)
+    else:
+        start, before, full, partial = listed_run(tiles, N, BLOCK_N)
     scale *= LOG2_E
     for t in range(full):
-        n = full_first + t * BLOCK_N + tl.arange(0, BLOCK_N)
+        n = tile_start(before + t, start, tiles, BLOCK_N) + tl.arange(0, BLOCK_N)
         s = dot(q_tile, tl.trans(rows_of(k, n, k_l, None, D, BLOCK_D)), PRECISION) * scale
-        acc, total, top = _accumulate(acc, total, top, s, rows_of(v, n, v_l, None, D, BLOCK_D), PRECISION)
+        acc, total, top = _accumulate(acc, total, top, s, rows_of(v, n, v_l, None, DV, BLOCK_DV), PRECISION)
     for t in range(partial):
-        n0 = first + t * BLOCK_N
-        n0 += tl.where(n0 >= full_first, full * BLOCK_N, 0)
+        n0 = tile_start(partial_place(t, before, full), start, tiles, BLOCK_N)
         n = n0 + tl.arange(0, BLOCK_N)
-        key_live = live_keys(n, begin, end, keys, b * keys_b, keys_n)
+        key_live, key_id = live_keys(n, bounds, terms)
         s = dot(q_tile, tl.trans(rows_of(k, n, k_l, key_live, D, BLOCK_D)), PRECISION) * scale
-        visible = visible_pairs(m, n, row_live, key_live, diagonal, pairs, b * pairs_b + h * pairs_h, pairs_m, pairs_n)
-        s = tl.where(visible, s, float("-inf"))
-        acc, total, top = _accumulate(acc, total, top, s, rows_of(v, n, v_l, key_live, D, BLOCK_D), PRECISION)
+        s = tl.where(visible_pairs(m, n0, row_live, row_id, key_live, key_id, bounds, terms, BLOCK_N), s, float("-inf"))
+        acc, total, top = _accumulate(acc, total, top, s, rows_of(v, n, v_l, key_live, DV, BLOCK_DV), PRECISION)
 
     total = tl.where(row_live, total, 0.0)
     dead = total == 0.0
     acc = tl.where(dead[:, None], 0.0, acc / tl.where(dead, 1.0, total)[:, None])
-    store_rows(out, m, out_l, m < M, acc, D, BLOCK_D)
+    store_rows(out, m, out_l, m < M, acc, DV, BLOCK_DV)
     lse_tile = tl.where(dead, float("-inf"), (top + tl.log2(tl.where(dead, 1.0, total))) * LN_2)
     tl.store(lse + head.to(tl.int64) * M + m, lse_tile, mask=m < M)
 

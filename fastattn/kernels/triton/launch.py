@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,13 +31,22 @@ def refusals(problem) -> list[str]:
     reasons = []
     if problem.device != "cuda" and not INTERPRET.value:
         reasons.append(f"tensors are on {problem.device}")
-    if problem.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+    if problem.device == "cuda" and capability(torch.device("cuda", torch.cuda.current_device())) < 80:
         reasons.append("the GPU's compute capability is below 8.0")
     if INTERPRET.value and _version(triton) < (3, 7) and _version(numpy) >= (2, 4):
         reasons.append(f"Triton {triton.__version__} cannot interpret with NumPy {numpy.__version__} (2.4 or later)")
     if problem.dtype == torch.float64:
         reasons.append("fp64 is served by eager and cpu")
     return reasons
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """A GPU's compute capability, 90 for 9.0; the interpreter, which has none, runs what an sm_90 would."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _version(module: ModuleType) -> tuple[int, int]:
