@@ -25,6 +25,10 @@ namespace {
 constexpr int BLOCK = 64, THREADS = 128, WARPS = THREADS / 32;
 static_assert(BLOCK == MASK_TILE);
 
+// Blocks that share a multiprocessor: as many as registers allow without spills.
+template <int D>
+constexpr int RESIDENT = D == 128 ? 2 : 3;
+
 template <int D>
 constexpr int DQ_BYTES = 6 * BLOCK * D * 2 + 2 * BLOCK * 4;
 
@@ -48,7 +52,7 @@ DEVICE void add_keys(float (&acc)[D / 8][4], const float (&ds)[BLOCK / 8][4], co
 }
 
 template <class T, int D>
-KERNEL(THREADS, 2)
+KERNEL(THREADS, RESIDENT<D>)
 attention_dq_kernel(KERNEL_ARGUMENT AttentionBackward p) {
   SHARED_MEMORY(shared);
   constexpr int TILE = BLOCK * D * 2, ROWS = 16 * D * 2;
@@ -130,7 +134,7 @@ struct Cursor {
 };
 
 template <class T, int D>
-KERNEL(THREADS, 2)
+KERNEL(THREADS, RESIDENT<D>)
 attention_dkdv_kernel(KERNEL_ARGUMENT AttentionBackward p) {
   SHARED_MEMORY(shared);
   constexpr int TILE = BLOCK * D * 2, STAGE = 2 * BLOCK_Q * D * 2, TURNED = 16 * KEYS * 2;
