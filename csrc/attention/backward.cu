@@ -8,7 +8,7 @@
 // memory for D = 32, 64, 128: dQ 24.5, 48.5 and 96.5 KB, dK and dV 20.5, 36.5 and 68.5 KB.
 //
 // Bytes, with M = N = S, per head: dQ reads q, out and dout and writes dq once, and reads k and v once per 64 queries; dK and dV
-// read k and v and write dk and dv once, and read q and dout once per 64 keys; repeated reads are from L2. That is 22 D S at
+// read k and v and write dk and dv once, and read q and dout once per 64 keys; repeated reads are from L2. That is 24 D S at
 // least, where one kernel needs 16 D S (backward_single.cu), and 16 S for lse and delta. MMA: 14 D FLOPs per pair of a visited
 // tile, 6 D in dQ and 8 D in dK and dV, where 10 D would do if S and dO V^T were not made twice. Tiles with no visible pair are
 // skipped, blocks of 16 beyond the ends too, tiles with no hidden pair run without a mask.

@@ -6,7 +6,8 @@
 // 128, and holds dK and dV of it in registers, 128 of them a thread (64 for D = 32). Of a tile of queries each warp makes P and
 // dS of its slab, turns them round through shared memory and adds to dV and dK; after a barrier the warps share out dQ = dS K
 // among them by 16 x 16 outputs, each the full sum over the keys, while rowsum(dO * O) of the next tile is made. Q and dO have
-// two stages of asynchronous copies, O one. Shared memory for N = 50, 77, 128, 197, 256: 43, 53, 64, 97 and 108 KB for D = 64.
+// two stages of asynchronous copies, O one. Shared memory for N = 50, 77, 128, 197, 256 and D = 64: 42.5, 53.5, 64.5, 97.5 and
+// 108.5 KB.
 //
 // Bytes: each of q, k, v, out and dout is read once and each of dq, dk and dv written once, 16 D S per head with M = N = S, and
 // 4 S for lse: the least there is. MMA: 10 D FLOPs per pair, the least too, with queries and keys rounded up to 16 and pairs
@@ -57,11 +58,13 @@ DEVICE void load_rows(unsigned char* tile, const T* global, int64_t stride, int 
   }
 }
 
-// 16 x 16 elements of dS K from column chunk `chunk` on. `ds` is the first slab's tile of 16 x KEYS.
+// 16 x 16 elements of dS K from column chunk `chunk` on. `ds` is the first slab's tile of 16 x KEYS. Each 16 keys of a slab have
+// sums of their own, so that one product need not wait for the other.
 template <class T, int D>
 DEVICE void query_gradient(float (&acc)[2][4], const unsigned char* ds, const unsigned char* k_tile, uint32_t slabs, int chunk,
                            int N) {
   constexpr int KEYS = SLAB_KEYS<D>;
+  float sums[KEYS / 16][2][4] = {};
   for (int slab = 0; slabs >> slab != 0; slab++)
     if (slabs >> slab & 1) {
 #pragma unroll
@@ -70,10 +73,14 @@ DEVICE void query_gradient(float (&acc)[2][4], const unsigned char* ds, const un
           uint32_t a[4], b[4];
           load_a<KEYS / 8>(a, ds + slab * BLOCK_Q * KEYS * 2, 0, j * 2);
           load_b_trans<D / 8>(b, k_tile, slab * KEYS + j * 16, chunk);
-          mma_m16n8k16<T>(acc[0], a, {b[0], b[1]});
-          mma_m16n8k16<T>(acc[1], a, {b[2], b[3]});
+          mma_m16n8k16<T>(sums[j][0], a, {b[0], b[1]});
+          mma_m16n8k16<T>(sums[j][1], a, {b[2], b[3]});
         }
     }
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) acc[i][e] = KEYS == 32 ? sums[0][i][e] + sums[KEYS / 16 - 1][i][e] : sums[0][i][e];
 }
 
 // Zeros in the rows [first, last) of a head.
@@ -167,7 +174,7 @@ attention_backward_single_kernel(KERNEL_ARGUMENT AttentionBackward p) {
     if (step + 1 < steps) load_statistics(step + 1);
     for (int task = warp; task < 2 * (D / 16); task += warps) {
       int block = task / (D / 16), column = task % (D / 16) * 16;
-      float acc[2][4] = {};
+      float acc[2][4];
       query_gradient<T, D>(acc, ds_tiles + block * 16 * KEYS * 2, k_tile, block == 0 ? visited[0] : visited[1], column / 8, p.N);
       int m = m0 + block * 16;
       store_rows<T, 16>(rows(p.dq, h, m) + column, p.dq.row, acc, p.scale, p.M - m);

@@ -83,11 +83,11 @@ def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> 
 
 def one_kernel(D: int, M: int, N: int, shared: int) -> bool:
     """Whether the backward is one kernel, where a block may have `shared` bytes of shared memory."""
-    return N <= MOST_KEYS[D] and M <= MOST_QUERIES and single_bytes(D, N) <= shared
+    return MOST_KEYS[D] >= N and M <= MOST_QUERIES and single_bytes(D, N) <= shared
 
 
 def single_bytes(D: int, N: int) -> int:
-    """Of shared memory, as csrc/attention/backward_single.cu lays it out: what each key needs, and what a tile of queries does."""
+    """Of shared memory, laid out in csrc/attention/backward_single.cu: what each key needs, and what a tile of queries does."""
     slab = 16 if D == 128 else 32
     keys = -(-N // slab) * slab
     return keys * (4 * D + 96) + 320 * D + 512
