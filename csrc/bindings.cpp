@@ -7,6 +7,7 @@
 #include <optional>
 #include <tuple>
 
+#include "attention/backward.h"
 #include "attention/forward.h"
 #include "ffn/linear.h"
 
@@ -27,10 +28,9 @@ using MatrixArgument = std::array<int64_t, 2>;  // address; stride of a row
 Heads heads(const HeadsArgument& x) { return {pointer<void>(x[0]), x[1], x[2], x[3]}; }
 
 // Every field of LoweredMask, in its order: integers or None; (address, strides...) of tensors, with address 0 for None.
-using MaskArgument =
-    std::tuple<std::optional<int>, std::optional<int>, std::optional<int>, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-               std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<int64_t, 5>,
-               std::array<int64_t, 4>, std::array<int64_t, 4>>;
+using MaskArgument = std::tuple<std::optional<int>, std::optional<int>, std::optional<int>, uintptr_t, uintptr_t, uintptr_t,
+                                uintptr_t, std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<int64_t, 3>,
+                                std::array<int64_t, 5>, std::array<int64_t, 4>, std::array<int64_t, 4>>;
 
 Mask mask(const MaskArgument& x) {
   auto [low, high, prefix_high, prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, key_tiles, query_tiles] = x;
@@ -63,6 +63,24 @@ void py_attention_forward(const HeadsArgument& q, const HeadsArgument& k, const 
   attention_forward(p, stream);
 }
 
+using Backward = void(const AttentionBackward&, uintptr_t);
+
+template <Backward backward>
+void py_attention_backward(const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& out,
+                           const HeadsArgument& dout, const HeadsArgument& dq, const HeadsArgument& dk, const HeadsArgument& dv,
+                           uintptr_t lse, uintptr_t dlse, uintptr_t delta, const MaskArgument& mask_argument, float scale,
+                           const std::array<int, 6>& sizes, bool bfloat16, bool aligned, uintptr_t stream) {
+  AttentionBackward p{};
+  p.q = heads(q), p.k = heads(k), p.v = heads(v), p.out = heads(out), p.dout = heads(dout);
+  p.dq = heads(dq), p.dk = heads(dk), p.dv = heads(dv);
+  p.lse = pointer<float>(lse), p.dlse = pointer<float>(dlse), p.delta = pointer<float>(delta);
+  p.mask = mask(mask_argument);
+  p.scale = scale;
+  p.B = sizes[0], p.H = sizes[1], p.Hkv = sizes[2], p.M = sizes[3], p.N = sizes[4], p.D = sizes[5];
+  p.bfloat16 = bfloat16, p.aligned = aligned;
+  backward(p, stream);
+}
+
 void py_linear(const MatrixArgument& x, const MatrixArgument& weight, uintptr_t bias, uintptr_t residual, uintptr_t z,
                uintptr_t y, int64_t rows, int K, int F, int activation, bool bfloat16, bool wide_bias, bool wide, bool aligned,
                bool vectors, uintptr_t stream) {
@@ -91,14 +109,21 @@ void py_activation_backward(const MatrixArgument& dy, uintptr_t z, uintptr_t dz,
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Launches of fastattn's CUDA kernels. Each raises RuntimeError with the kernel's name if the launch fails.";
-  m.def("attention_forward", &py_attention_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "mask"_a, "scale"_a,
-        "sizes"_a, "bfloat16"_a, "aligned"_a, "stream"_a);
+  m.def("attention_forward", &py_attention_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "mask"_a, "scale"_a, "sizes"_a,
+        "bfloat16"_a, "aligned"_a, "stream"_a);
+  auto backward = [&](const char* name, auto function) {
+    m.def(name, function, "q"_a, "k"_a, "v"_a, "out"_a, "dout"_a, "dq"_a, "dk"_a, "dv"_a, "lse"_a, "dlse"_a, "delta"_a, "mask"_a,
+          "scale"_a, "sizes"_a, "bfloat16"_a, "aligned"_a, "stream"_a);
+  };
+  backward("attention_backward_single", &py_attention_backward<attention_backward_single>);
+  backward("attention_backward", &py_attention_backward<attention_backward>);
   m.def("linear", &py_linear, "x"_a, "weight"_a, "bias"_a, "residual"_a, "z"_a, "y"_a, "rows"_a, "K"_a, "F"_a, "activation"_a,
         "bfloat16"_a, "wide_bias"_a, "wide"_a, "aligned"_a, "vectors"_a, "stream"_a);
   m.def("activation_backward", &py_activation_backward, "dy"_a, "z"_a, "dz"_a, "sums"_a, "rows"_a, "F"_a, "splits"_a,
         "activation"_a, "bfloat16"_a, "vectors"_a, "stream"_a);
   py::dict kernels;  // name: (threads, bytes of shared memory) of a block
-  for (const auto& group : {attention_forward_kernels(), linear_kernels(), activation_backward_kernels()})
+  for (const auto& group : {attention_forward_kernels(), attention_backward_single_kernels(), attention_backward_kernels(),
+                            linear_kernels(), activation_backward_kernels()})
     for (const Kernel& kernel : group) kernels[kernel.name.c_str()] = py::make_tuple(kernel.threads, kernel.shared_bytes);
   m.attr("kernels") = kernels;
 }

@@ -65,7 +65,7 @@ def cuda_rows(sms: Iterable[int]) -> Iterator[Row]:
             for signature, held in sorted(found.items()):
                 name = next(name for name in kernels if name in signature.replace("fastattn::", ""))
                 row = _row("cuda", name, "", sm, *kernels[name], held)
-                yield {**row, "multiplies": "backward" not in name}
+                yield {**row, "multiplies": "activation" not in name}
 
 
 def triton_rows(variants: Iterable[aot.Variant]) -> Iterator[Row]:

@@ -242,8 +242,6 @@ def test_explain_names_the_backend_and_the_reasons():
     assert "q has a last stride of 2 and is copied" in str(explanation)
     assert fastattn.explain(Q, Q, Q, backend="eager").backend == "eager"
     assert fastattn.explain(Q, Q, Q, backend="eager").rejected["cpu"] == ["backend='eager' was asked for"]
-    half = Q.half()[..., :1].expand(2, 4, 6, 64)
-    assert "plain PyTorch" in str(fastattn.explain(half, half, half, backend="cuda"))  # its backward
     double = Q.double()
     assert fastattn.explain(double, double, double, backend="triton").backend == "none"
 

@@ -21,16 +21,18 @@ inline void check(cudaError_t error, const char* kernel) {
   }
 }
 
-inline void prepare(const char* name, const void* kernel, const Launch& where) {
+inline void prepare(const char* name, const void* kernel, const Launch& where, int device) {
   cudaStreamCaptureStatus status;
   check(cudaStreamIsCapturing(reinterpret_cast<cudaStream_t>(where.stream), &status), name);
   if (status != cudaStreamCaptureStatusNone)
     throw std::runtime_error(std::string(name) +
                              ": the first launch on a device cannot be captured; call it once before the capture");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, where.shared_bytes), name);
+  int most;  // launches of a kernel may differ in what they ask for: it may have all there is
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
 }
 
-// `kernel` takes its arguments as one struct; all its launches ask for the same amount of shared memory.
+// `kernel` takes its arguments as one struct.
 template <auto kernel, class Arguments>
 void launch(const char* name, const Launch& where, Arguments arguments) {
   static std::atomic<uint64_t> prepared{0};  // a bit per device
@@ -40,7 +42,7 @@ void launch(const char* name, const Launch& where, Arguments arguments) {
   check(cudaGetDevice(&device), name);
   uint64_t bit = uint64_t{1} << (device % 64);
   if (!(prepared.load() & bit)) {
-    prepare(name, reinterpret_cast<const void*>(kernel), where);
+    prepare(name, reinterpret_cast<const void*>(kernel), where, device);
     prepared.fetch_or(bit);
   }
   void* packed[] = {&arguments};

@@ -12,13 +12,25 @@ namespace fastattn {
 // Byte offset of a chunk in a tile whose rows have CHUNKS of them.
 template <int CHUNKS>
 DEVICE int chunk_offset(int row, int chunk) {
-  static_assert(CHUNKS == 4 || CHUNKS % 8 == 0, "two rows of 4 chunks, or one of 8, fill all banks once");
-  int swizzle = CHUNKS == 4 ? (row >> 1) & 3 : row & 7;
+  static_assert(CHUNKS == 2 || CHUNKS == 4 || CHUNKS % 8 == 0, "four rows of 2 chunks, or one of 8, fill all banks once");
+  constexpr unsigned PLACES = CHUNKS < 8 ? CHUNKS : 8;
+  int swizzle = static_cast<int>(static_cast<unsigned>(row) / (8 / PLACES) % PLACES);
   return (row * CHUNKS + (chunk ^ swizzle)) * 16;
 }
 
-// Starts the copy of a tile. `count(row, column)`: how many of the 8 elements from there on exist (0 to 8); the others become 0.
-// With `aligned`, rows start at multiples of 16 bytes and the copy is asynchronous; otherwise elements are moved one by one.
+// Starts the copy of 8 elements, of which the first `elements` exist (0 to 8); the others become 0. With `aligned`, they lie at a
+// multiple of 16 bytes and the copy is asynchronous; otherwise elements are moved one by one.
+template <class T>
+DEVICE void load_chunk(unsigned char* chunk, const T* global, bool aligned, int elements) {
+  if (aligned) return cp_async_16(chunk, global, elements * 2);
+  uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int e = 0; e < 8; e++)
+    if (e < elements) words[e / 2] |= static_cast<uint32_t>(global[e].bits) << (16 * (e % 2));
+  *reinterpret_cast<uint4*>(chunk) = uint4{words[0], words[1], words[2], words[3]};
+}
+
+// Starts the copy of a tile. `count(row, column)`: how many of the 8 elements from there on exist; `aligned` as above.
 template <class T, int ROWS, int COLUMNS, int THREADS, class Count>
 DEVICE void load_tile(unsigned char* tile, const T* global, int64_t stride, bool aligned, Count count) {
   constexpr int CHUNKS = COLUMNS / 8, PER_THREAD = ROWS * CHUNKS / THREADS;
@@ -27,19 +39,14 @@ DEVICE void load_tile(unsigned char* tile, const T* global, int64_t stride, bool
   if (aligned) {
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
-      int row = (first + i * THREADS) / CHUNKS, chunk = (first + i * THREADS) % CHUNKS, elements = count(row, chunk * 8);
-      cp_async_16(tile + chunk_offset<CHUNKS>(row, chunk), global + row * stride + chunk * 8, elements * 2);
+      int row = (first + i * THREADS) / CHUNKS, chunk = (first + i * THREADS) % CHUNKS;
+      load_chunk(tile + chunk_offset<CHUNKS>(row, chunk), global + row * stride + chunk * 8, true, count(row, chunk * 8));
     }
   } else {
 #pragma unroll 1
     for (int i = 0; i < PER_THREAD; i++) {
-      int row = (first + i * THREADS) / CHUNKS, chunk = (first + i * THREADS) % CHUNKS, elements = count(row, chunk * 8);
-      const T* from = global + row * stride + chunk * 8;
-      uint32_t words[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int e = 0; e < 8; e++)
-        if (e < elements) words[e / 2] |= static_cast<uint32_t>(from[e].bits) << (16 * (e % 2));
-      *reinterpret_cast<uint4*>(tile + chunk_offset<CHUNKS>(row, chunk)) = uint4{words[0], words[1], words[2], words[3]};
+      int row = (first + i * THREADS) / CHUNKS, chunk = (first + i * THREADS) % CHUNKS;
+      load_chunk(tile + chunk_offset<CHUNKS>(row, chunk), global + row * stride + chunk * 8, false, count(row, chunk * 8));
     }
   }
 }
@@ -49,6 +56,13 @@ template <int CHUNKS>
 DEVICE void load_a(uint32_t (&a)[4], const unsigned char* tile, int row, int chunk) {
   int lane = threadIdx.x % 32;
   ldmatrix_x4(a, tile + chunk_offset<CHUNKS>(row + lane % 16, chunk + lane / 16));
+}
+
+// The A operand from a tile that holds its transpose: 16 (k) x 16 (m) elements from (row, chunk) on.
+template <int CHUNKS>
+DEVICE void load_a_trans(uint32_t (&a)[4], const unsigned char* tile, int row, int chunk) {
+  int lane = threadIdx.x % 32;
+  ldmatrix_x4_trans(a, tile + chunk_offset<CHUNKS>(row + lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2));
 }
 
 // Two B operands, 16 (n) x 16 (k) elements of a tile whose rows are n: b[0..1] for its first 8 rows, b[2..3] for the others.

@@ -1,16 +1,23 @@
-"""The cuda backend of attention: the CUDA C++ kernel of csrc/attention forward, the specification's formulas backward for now."""
+"""The cuda backend of attention: the CUDA C++ kernels of csrc/attention.
+
+Backward, short sequences take one kernel that holds all keys of a head, others one for dq and one for dk and dv.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
-from fastattn import reference
 from fastattn.kernels.cuda import library
 from fastattn.lowering import LoweredMask
 
 HEAD_DIMS = (32, 64, 128)
 INT32_MAX = 2**31 - 1
+MOST_KEYS = {32: 256, 64: 256, 128: 128}  # of the one-kernel backward, by head dimension: eight warps' registers
+MOST_QUERIES = 1024  # of the same: a block walks over all queries of a head, and with more of them two kernels have more blocks
+EMULATED_SHARED = 227 * 1024  # bytes of shared memory that a block may have in the emulator, as on an H100
 
 
 def unsupported(problem) -> list[str]:
@@ -24,10 +31,6 @@ def unsupported(problem) -> list[str]:
     if max(problem.B, problem.H, problem.M, problem.N) > INT32_MAX:
         reasons.append("a size is beyond 2^31 - 1")
     return reasons
-
-
-def notes(problem) -> list[str]:
-    return ["the backward pass is plain PyTorch with M x N scores in memory; its CUDA kernel is not there yet"]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool) -> tuple[Tensor, Tensor]:
@@ -52,9 +55,52 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, ex
 
 
 def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    grads = reference.attention_backward(dout, dlse, q, k, v, out, lse, mask, scale)
-    dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2).copy_(x) for x in grads)  # in (B, L, H, D) memory
+    B, H, M, D = q.shape
+    N = k.shape[2]
+    dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))  # in (B, L, H, D) memory
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    single = one_kernel(D, M, N, shared_memory(q.device))
+    delta = None if single else lse.new_empty(lse.shape)
+    mask_argument, mask_tensors = _mask(mask)
+    reads = {"q": q, "k": k, "v": v, "out": out, "dout": dout}
+    gradients = {"dq": dq, "dk": dk, "dv": dv}
+    arguments = {
+        **{name: _heads(x) for name, x in {**reads, **gradients}.items()},
+        **{name: library.address(x) for name, x in (("lse", lse), ("dlse", dlse), ("delta", delta))},
+        "mask": mask_argument,
+        "scale": scale,
+        "sizes": (B, H, k.shape[1], M, N, D),
+        "bfloat16": q.dtype == torch.bfloat16,
+        "aligned": library.rows_aligned(*reads.values()),
+    }
+    kernel = "attention_backward_single" if single else "attention_backward"
+    reads |= {"lse": lse, "dlse": dlse, **mask_tensors}
+    library.launch(kernel, arguments, reads, {**gradients, "delta": delta})
     return dq, dk, dv
+
+
+def one_kernel(D: int, M: int, N: int, shared: int) -> bool:
+    """Whether the backward is one kernel, where a block may have `shared` bytes of shared memory."""
+    return MOST_KEYS[D] >= N and M <= MOST_QUERIES and single_bytes(D, N) <= shared
+
+
+def single_bytes(D: int, N: int) -> int:
+    """Of shared memory, laid out in csrc/attention/backward_single.cu: what each key needs, and what a tile of queries does."""
+    slab = 16 if D == 128 else 32
+    keys = -(-N // slab) * slab
+    return keys * (4 * D + 96) + 320 * D + 512
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have."""
+    return EMULATED_SHARED if device.type == "cpu" else _gpu_shared_memory(device.index)
+
+
+@functools.cache
+def _gpu_shared_memory(index: int) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
 
 
 def _heads(x: Tensor) -> tuple[int, int, int, int]:
