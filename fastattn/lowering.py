@@ -69,7 +69,7 @@ class LoweredMask(NamedTuple):
 
 def pack_bits(pairs: Tensor) -> Tensor:
     """Bool (..., N) as int32 (..., ceil(N / 32)); for N = 1, which stands for every key, all bits of the word are equal."""
-    if pairs.shape[-1] == 1:
+    if pairs.shape[-1] <= 1:
         return -pairs.to(torch.int32)
     words = -(-pairs.shape[-1] // 32)
     bits = F.pad(pairs, (0, words * 32 - pairs.shape[-1])).unflatten(-1, (words * 4, 8)).view(torch.uint8)

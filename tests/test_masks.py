@@ -120,7 +120,7 @@ def test_bits_have_the_shape_of_the_mask():
     assert masks.dense(torch.ones(1, H, M, 1) > 0).lower(M, 70).bits.shape == (1, H, M, 1)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 5, 1), (2, 3, 5, 31), (2, 1, 1, 33), (1, 3, 3, 64), (1, 1, 0, 7)])
+@pytest.mark.parametrize("shape", [(1, 1, 5, 1), (2, 3, 5, 31), (2, 1, 1, 33), (1, 3, 3, 64), (1, 1, 0, 7), (2, 1, 3, 0)])
 def test_packed_bits_unpack(shape):
     pairs = torch.rand(shape) < 0.5
     expanded = pairs.expand(2, 3, shape[2], max(shape[3], 40) if shape[3] == 1 else shape[3])
