@@ -22,7 +22,7 @@ struct Run {
   int first, last, full_first, full_last;
 };
 
-DEVICE Bounds bounds(const Mask& mask, int b, int M, int N) {
+HOST_DEVICE Bounds bounds(const Mask& mask, int b, int M, int N) {
   Bounds r{0, N, M, 0};
   if (mask.key_begin != nullptr) r.begin = max(mask.key_begin[b], 0);
   if (mask.key_end != nullptr) r.end = min(mask.key_end[b], N);
@@ -32,13 +32,13 @@ DEVICE Bounds bounds(const Mask& mask, int b, int M, int N) {
 }
 
 // The first key that query m may see, and one past the last; meaningful for a live query.
-DEVICE int first_key(const Mask& mask, const Bounds& r, int m) {
+HOST_DEVICE int first_key(const Mask& mask, const Bounds& r, int m) {
   int64_t first = r.begin;
   if (mask.has_low) first = max(first, static_cast<int64_t>(m) + mask.low);
   return static_cast<int>(min(first, static_cast<int64_t>(r.end)));
 }
 
-DEVICE int last_key(const Mask& mask, const Bounds& r, int m) {
+HOST_DEVICE int last_key(const Mask& mask, const Bounds& r, int m) {
   int64_t last = r.end;
   if (mask.has_high) last = min(last, static_cast<int64_t>(m) + mask.high + 1);
   if (mask.prefix != nullptr) last = min(last, max(static_cast<int64_t>(r.prefix), static_cast<int64_t>(m) + mask.prefix_high + 1));
@@ -46,8 +46,14 @@ DEVICE int last_key(const Mask& mask, const Bounds& r, int m) {
 }
 
 // Keys for the queries m0 to m1, both of them live. Hidden keys between (`keys`), ids and bits are not looked at.
-DEVICE Run key_run(const Mask& mask, const Bounds& r, int m0, int m1) {
+HOST_DEVICE Run key_run(const Mask& mask, const Bounds& r, int m0, int m1) {
   return {first_key(mask, r, m0), last_key(mask, r, m1), first_key(mask, r, m1), last_key(mask, r, m0)};
+}
+
+// Keys for the `count` queries from m0 on; empty where none of them is live.
+HOST_DEVICE Run block_run(const Mask& mask, const Bounds& r, int m0, int count) {
+  if (m0 >= r.rows) return {0, 0, 0, 0};
+  return key_run(mask, r, m0, min(m0 + count, r.rows) - 1);
 }
 
 // The first query that may see key n by the bounds, and one past the last.

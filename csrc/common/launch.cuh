@@ -21,16 +21,24 @@ inline void check(cudaError_t error, const char* kernel) {
   }
 }
 
+// The shared memory that a block may ask for on the current device, in bytes.
+inline int shared_memory_limit(const char* kernel) {
+  int device, bytes;
+  check(cudaGetDevice(&device), kernel);
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kernel);
+  return bytes;
+}
+
 inline void prepare(const char* name, const void* kernel, const Launch& where) {
   cudaStreamCaptureStatus status;
   check(cudaStreamIsCapturing(reinterpret_cast<cudaStream_t>(where.stream), &status), name);
   if (status != cudaStreamCaptureStatusNone)
     throw std::runtime_error(std::string(name) +
                              ": the first launch on a device cannot be captured; call it once before the capture");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, where.shared_bytes), name);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory_limit(name)), name);
 }
 
-// `kernel` takes its arguments as one struct; all its launches ask for the same amount of shared memory.
+// `kernel` takes its arguments as one struct.
 template <auto kernel, class Arguments>
 void launch(const char* name, const Launch& where, Arguments arguments) {
   static std::atomic<uint64_t> prepared{0};  // a bit per device
