@@ -27,10 +27,9 @@ using MatrixArgument = std::array<int64_t, 2>;  // address; stride of a row
 Heads heads(const HeadsArgument& x) { return {pointer<void>(x[0]), x[1], x[2], x[3]}; }
 
 // Every field of LoweredMask, in its order: integers or None; (address, strides...) of tensors, with address 0 for None.
-using MaskArgument =
-    std::tuple<std::optional<int>, std::optional<int>, std::optional<int>, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-               std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<int64_t, 5>,
-               std::array<int64_t, 4>, std::array<int64_t, 4>>;
+using MaskArgument = std::tuple<std::optional<int>, std::optional<int>, std::optional<int>, uintptr_t, uintptr_t, uintptr_t,
+                                uintptr_t, std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<int64_t, 3>,
+                                std::array<int64_t, 5>, std::array<int64_t, 4>, std::array<int64_t, 4>>;
 
 Mask mask(const MaskArgument& x) {
   auto [low, high, prefix_high, prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, key_tiles, query_tiles] = x;
@@ -109,8 +108,8 @@ void py_activation_backward(const MatrixArgument& dy, uintptr_t z, uintptr_t dz,
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Launches of fastattn's CUDA kernels. Each raises RuntimeError with the kernel's name if the launch fails.";
-  m.def("attention_forward", &py_attention_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "mask"_a, "scale"_a,
-        "sizes"_a, "bfloat16"_a, "aligned"_a, "stream"_a);
+  m.def("attention_forward", &py_attention_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "mask"_a, "scale"_a, "sizes"_a,
+        "bfloat16"_a, "aligned"_a, "stream"_a);
   m.def("attention_forward_config", &py_attention_forward_config, "D"_a, "M"_a, "N"_a, "shared_limit"_a);
   m.def("attention_forward_blocks", &py_attention_forward_blocks, "mask"_a, "sizes"_a, "shared_limit"_a);
   m.def("linear", &py_linear, "x"_a, "weight"_a, "bias"_a, "residual"_a, "z"_a, "y"_a, "rows"_a, "K"_a, "F"_a, "activation"_a,

@@ -198,7 +198,7 @@ class Grid:
 
     def check(self, B: int, H: int, M: int, N: int, device: torch.device | None) -> None:
         size = self.prefix + self.h * self.w
-        if N > size:
+        if size < N:
             raise ValueError(f"mask: {N} keys, but a prefix of {self.prefix} and an image of {self.h} x {self.w} are {size}")
 
 

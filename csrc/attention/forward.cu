@@ -9,9 +9,9 @@
 namespace fastattn {
 namespace {
 
-constexpr int MOST_ROWS = 320;   // of a resident block: beyond, reading K and V again costs little beside q and out
-constexpr int LEAST_ROWS = 64;   // where shared memory is short: below, K and V are read too often
-constexpr int RESERVED = 1024;   // bytes of shared memory that a multiprocessor keeps for each block
+constexpr int MOST_ROWS = 320;  // of a resident block: beyond, reading K and V again costs little beside q and out
+constexpr int LEAST_ROWS = 64;  // where shared memory is short: below, K and V are read too often
+constexpr int RESERVED = 1024;  // bytes of shared memory that a multiprocessor keeps for each block
 constexpr int LEAST_WARPS = 4, MOST_WARPS = 8;
 
 int rounded_up(int x, int to) { return (x + to - 1) / to * to; }
@@ -33,16 +33,16 @@ int best_warps(int tiles, int all, int shared_bytes, int shared_limit) {
 
 AttentionForwardConfig attention_forward_config(int D, int M, int N, int shared_limit) {
   AttentionForwardConfig streaming{0, MASK_TILE / BLOCK, MASK_TILE, 5 * MASK_TILE * D * 2};
-  if (N > CAPACITY) return streaming;
-  int capacity = N > CAPACITY_SMALL ? CAPACITY : CAPACITY_SMALL;
+  if (N > capacity(D)) return streaming;
+  bool small = N <= CAPACITY_SMALL;
   int room = shared_limit / (D * 2) - 2 * rounded_up(N, BLOCK);  // for rows of q
   int most = min(room / BLOCK * BLOCK, MOST_ROWS);
-  if (most < min(LEAST_ROWS, rounded_up(M, BLOCK))) return streaming;
+  if (most < min(LEAST_ROWS, M)) return streaming;
   int parts = (M - 1) / most + 1;
-  int tiles = ((M - 1) / parts + BLOCK) / BLOCK;
+  int tiles = max(((M - 1) / parts + BLOCK) / BLOCK, 1);
   int shared_bytes = (2 * rounded_up(N, BLOCK) + tiles * BLOCK) * D * 2;
-  int all = capacity == CAPACITY_SMALL && D < 128 ? 16 : 8;  // see SHARING in forward_resident.cu
-  return {capacity, best_warps(tiles, all, shared_bytes, shared_limit), tiles * BLOCK, shared_bytes};
+  int all = small && D < 128 ? 16 : 8;  // see SHARING in forward_resident.cu
+  return {small ? CAPACITY_SMALL : capacity(D), best_warps(tiles, all, shared_bytes, shared_limit), tiles * BLOCK, shared_bytes};
 }
 
 std::vector<AttentionForwardBlock> attention_forward_blocks(const AttentionForward& p, int shared_limit) {
@@ -55,8 +55,7 @@ std::vector<AttentionForwardBlock> attention_forward_blocks(const AttentionForwa
         Run run = block_run(p.mask, r, m, BLOCK);
         auto add = [&](const Blocks& blocks, int first) {
           for (int i = 0; i < 32; i++)
-            if ((blocks.visited >> i & 1) != 0)
-              found.push_back({b, h, m, first + i * BLOCK, BLOCK, (blocks.full >> i & 1) == 0});
+            if ((blocks.visited >> i & 1) != 0) found.push_back({b, h, m, first + i * BLOCK, BLOCK, (blocks.full >> i & 1) == 0});
         };
         if (resident) {
           RowBlocks blocks = row_blocks(p.mask, run, b, h, m);

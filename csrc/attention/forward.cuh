@@ -2,9 +2,9 @@
 // groups of BLOCKS x 16 keys; bit i of `visited` says whether block i takes part.
 //
 // Scores and probabilities never leave registers: the accumulator of Q K^T has the layout that P V wants of its left operand.
-// Scores stay unscaled, softmax(c s) is taken as exp2(c s - c max s) with c = |scale| log2 e, one instruction beside ex2; q carries
-// the sign of the scale. A hidden pair is selected to -inf, never added; a hidden key is read as 0, so what it holds (NaN too)
-// reaches nothing. A query that sees no key: out 0, lse -inf.
+// Scores stay unscaled, softmax(c s) is taken as exp2(c s - c max s) with c = |scale| log2 e, one instruction beside ex2; q
+// carries the sign of the scale. A hidden pair is selected to -inf, never added; a hidden key is read as 0, so what it holds (NaN
+// too) reaches nothing. A query that sees no key: out 0, lse -inf.
 #pragma once
 
 #include "../common/tile.cuh"
@@ -51,7 +51,8 @@ DEVICE void clear(Softmax<D>& state) {
   state.total[0] = state.total[1] = 0;
 }
 
-// s += Q K^T for the keys of rows `row` on of k_tile. WHOLE: all blocks are visited, with 2 BLOCKS independent chains of products.
+// s += Q K^T for the keys of rows `row` on of k_tile. WHOLE: all blocks are visited, with 2 BLOCKS independent chains of
+// products.
 template <bool WHOLE, class T, int D, int BLOCKS>
 DEVICE void multiply(float (*s)[4], const uint32_t (&q)[D / 16][4], const unsigned char* k_tile, int row, uint32_t visited) {
 #pragma unroll
@@ -137,17 +138,24 @@ DEVICE uint32_t visible_pairs(const Mask& mask, const MaskRows& rows, int n0) {
   return pairs;
 }
 
-// -inf where the mask hides a pair, and in blocks that are not visited.
-template <int BLOCKS>
-DEVICE void hide(float (*s)[4], const Mask& mask, const MaskRows& rows, int n0, uint32_t visited, uint32_t full) {
-  if (full == (1u << BLOCKS) - 1) return;
+// The same for a tile of keys from n0 on, in byte j for block j; 0 for a block that is not visited. To be had before there are
+// scores, which leave no registers for it.
+DEVICE uint32_t tile_pairs(const Mask& mask, const MaskRows& rows, int n0, const Blocks& blocks) {
   uint32_t pairs = 0;
 #pragma unroll 1
-  for (int j = 0; j < BLOCKS; j++)
-    if ((full >> j & 1) != 0)
+  for (int j = 0; j < TILE_BLOCKS; j++)
+    if ((blocks.full >> j & 1) != 0)
       pairs |= 0xffu << (j * 8);
-    else if ((visited >> j & 1) != 0)
+    else if ((blocks.visited >> j & 1) != 0)
       pairs |= visible_pairs(mask, rows, n0 + j * BLOCK) << (j * 8);
+  return pairs;
+}
+
+// -inf where the bit of a pair is 0.
+template <int BLOCKS>
+DEVICE void hide(float (*s)[4], uint32_t pairs) {
+  constexpr uint32_t ALL = 0xffffffffu >> (32 - 8 * BLOCKS);
+  if ((pairs & ALL) == ALL) return;
 #pragma unroll
   for (int i = 0; i < 2 * BLOCKS; i++)
 #pragma unroll
@@ -187,10 +195,10 @@ DEVICE void weigh(uint32_t (&weight)[2], Softmax<D>& state, const float (&s)[4],
   }
 }
 
-// out += P V for the keys of rows `row` on of v_tile.
+// out += P V. Each block's weights are made beside its product, so that few registers hold both scores and weights.
 template <class T, int D, int BLOCKS>
 DEVICE void accumulate(Softmax<D>& state, const float (*s)[4], const float (&shift)[2], float factor, const unsigned char* v_tile,
-                       int row, uint32_t visited) {
+                       uint32_t visited) {
 #pragma unroll
   for (int j = 0; j < BLOCKS; j++)
     if ((visited >> j & 1) != 0) {
@@ -200,7 +208,7 @@ DEVICE void accumulate(Softmax<D>& state, const float (*s)[4], const float (&shi
 #pragma unroll
       for (int i = 0; i < D / 16; i++) {
         uint32_t b[4];
-        load_b_trans<D / 8>(b, v_tile, row + j * BLOCK, i * 2);
+        load_b_trans<D / 8>(b, v_tile, j * BLOCK, i * 2);
         mma_m16n8k16<T>(state.out[2 * i], {low[0], low[1], high[0], high[1]}, {b[0], b[1]});
         mma_m16n8k16<T>(state.out[2 * i + 1], {low[0], low[1], high[0], high[1]}, {b[2], b[3]});
       }

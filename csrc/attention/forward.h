@@ -18,8 +18,8 @@ struct AttentionForward {
   bool aligned;  // rows of q, k and v start at multiples of 16 bytes
 };
 
-// The two kernels: K and V of a head resident in shared memory with scores of `capacity` keys in registers, or, with a capacity of
-// 0, K and V streaming through it by tiles.
+// The two kernels: K and V of a head resident in shared memory with scores of `capacity` keys in registers, or, with a capacity
+// of 0, K and V streaming through it by tiles.
 struct AttentionForwardConfig {
   int capacity;
   int warps;

@@ -1,14 +1,17 @@
-// Which keys a warp visits with its 16 queries, and which of them without a mask. Kernels and attention_forward_blocks, with which
-// tests count the work on the host, run this same code.
+// Which keys a warp visits with its 16 queries, and which of them without a mask. Kernels and attention_forward_blocks, with
+// which tests count the work on the host, run this same code.
 #pragma once
 
 #include "mask.cuh"
 
 namespace fastattn {
 
-constexpr int BLOCK = 16;                          // queries of a warp, and keys of a step
-constexpr int TILE_BLOCKS = MASK_TILE / BLOCK;     // blocks of keys in a tile
-constexpr int CAPACITY_SMALL = 128, CAPACITY = 288;  // keys of a resident head
+constexpr int BLOCK = 16;                       // queries of a warp, and keys of a step
+constexpr int TILE_BLOCKS = MASK_TILE / BLOCK;  // blocks of keys in a tile
+constexpr int CAPACITY_SMALL = 128;             // keys of a resident head, or `capacity`
+
+// At D = 128 the accumulator leaves registers for fewer scores.
+HOST_DEVICE constexpr int capacity(int D) { return D == 128 ? 208 : 288; }
 
 // The tiles of 64 keys for some queries: a run of them, or the mask's list.
 struct KeyTiles {
@@ -56,7 +59,7 @@ HOST_DEVICE Blocks tile_blocks(const Mask& mask, const KeyTiles& tiles, int i, c
   return blocks;
 }
 
-// Of all tiles, for a head of at most CAPACITY keys and the 16 queries from m0 on.
+// Of all tiles, for a head of at most `capacity` keys and the 16 queries from m0 on.
 HOST_DEVICE RowBlocks row_blocks(const Mask& mask, const Run& run, int b, int h, int m0) {
   RowBlocks all{0, 0, -1};
   KeyTiles tiles = key_tiles(mask, run, b, h, m0);

@@ -1,15 +1,16 @@
 // Attention forward for heads of at most 288 keys: all scores of a query are in registers at once, so its softmax is one pass.
 //
-// Tile plan: a block takes `rows` queries of one head, all of them where they are few, and copies K, V and its part of Q to shared
-// memory once: K and Q first, V while the first scores are computed. Each of its 4 to 8 warps then takes 16 queries at a time: Q K^T
-// for the blocks of 16 keys in their run, the softmax, P V; there is nothing to rescale and no barrier after the first 16. Out goes
-// through the rows of Q that it replaces. Shared memory: (2 round16(N) + rows) x D elements; with M = N = 77, 197 and 257 and D = 64
-// that is 30, 78 and 102 KB. Two capacities, 128 and 288 keys: 64 and 144 registers of scores.
+// Tile plan: a block takes `rows` queries of one head, all of them where they are few, and copies K, V and its part of Q to
+// shared memory once: K and Q first, V while the first scores are computed. Each of its 4 to 8 warps then takes 16 queries at a
+// time: Q K^T for the blocks of 16 keys in their run, the softmax, P V; there is nothing to rescale and no barrier after the
+// first 16. Out goes through the rows of Q that it replaces. Shared memory: (2 round16(N) + rows) x D elements; with M = N = 77,
+// 197 and 257 and D = 64 that is 30, 78 and 102 KB. Two capacities, 128 and 288 keys: 64 and 144 registers of scores.
 //
-// Bytes: q, k, v and out once, lse 4 per query, the minimum; k and v once per block where M needs several. MMA: 4 D FLOPs per pair
-// on m16n8: queries are rounded up to 16; keys to 8, the last eight being the tail. So 77, 197 and 257 multiply 80 x 80, 208 x 200
-// and 272 x 264, 8%, 7% and 9% more than they need; 50 multiplies 64 x 56, 43% more, the grid of the hardware. Per pair beside the
-// MMA: one maximum, one fused multiply-add, one ex2, one addition, half a conversion, in whole blocks of 16 keys and the tail.
+// Bytes: q, k, v and out once, lse 4 per query, the minimum; k and v once per block where M needs several. MMA: 4 D FLOPs per
+// pair on m16n8: queries are rounded up to 16; keys to 8, the last eight being the tail. So 77, 197 and 257 multiply 80 x 80, 208
+// x 200 and 272 x 264, 8%, 7% and 9% more than they need; 50 multiplies 64 x 56, 43% more, the grid of the hardware. Per pair
+// beside the MMA: one maximum, one fused multiply-add, one ex2, one addition, half a conversion, in whole blocks of 16 keys and
+// the tail.
 #include "forward.cuh"
 
 namespace fastattn {
@@ -27,7 +28,7 @@ struct Arguments {
 template <class T, int D, class Live>
 DEVICE void load_rows(unsigned char* tile, const T* global, int64_t stride, bool aligned, int first, int last, Live live) {
   constexpr int CHUNKS = D / 8;
-#pragma unroll 4
+#pragma unroll 1  // more copies at a time would cost the registers of the loop below
   for (int i = first * CHUNKS + threadIdx.x; i < last * CHUNKS; i += blockDim.x) {
     int row = i / CHUNKS, chunk = i % CHUNKS;
     load_chunk<T, CHUNKS>(tile, global, stride, aligned, row, chunk, live(row) ? 8 : 0);
@@ -58,25 +59,48 @@ DEVICE void tail_accumulate(Softmax<D>& state, const uint32_t (&weight)[2], cons
   }
 }
 
+// Which pairs of 16 queries are visible: in word i those of tile i, as `tile_pairs`; in `tail` those of the eight keys.
+template <int KEYS>
+struct Pairs {
+  uint32_t words[(KEYS + MASK_TILE - 1) / MASK_TILE];
+  uint32_t tail;
+};
+
+template <int KEYS>
+DEVICE Pairs<KEYS> row_pairs(const Mask& mask, const MaskRows& rows, const RowBlocks& keys) {
+  Pairs<KEYS> pairs;
+#pragma unroll
+  for (int i = 0; i * MASK_TILE < KEYS; i++) {
+    Blocks blocks{keys.visited >> i * TILE_BLOCKS & 0xf, keys.full >> i * TILE_BLOCKS & 0xf};
+    pairs.words[i] = tile_pairs(mask, rows, i * MASK_TILE, blocks);
+  }
+  pairs.tail = keys.tail < 0 ? 0 : visible_pairs(mask, rows, keys.tail) & 0xf;
+  return pairs;
+}
+
+// Scores of BLOCKS x 16 keys from block i on, and their maxima.
+template <class T, int D, int KEYS, int BLOCKS>
+DEVICE void group_scores(float (*s)[4], Softmax<D>& state, const RowBlocks& keys, const Pairs<KEYS>& pairs,
+                         const uint32_t (&q)[D / 16][4], const unsigned char* k_tile, int i) {
+  uint32_t visited = keys.visited >> i & ((1u << BLOCKS) - 1);
+  if (visited == 0) return;
+  scores<T, D, BLOCKS>(s + 2 * i, q, k_tile, i * BLOCK, visited);
+  hide<BLOCKS>(s + 2 * i, pairs.words[i / TILE_BLOCKS] >> i % TILE_BLOCKS * 8);
+  raise_top<2 * BLOCKS>(state, s + 2 * i);
+}
+
 // Scores of 16 queries: s for whole blocks, `tail` for the eight keys behind them; and their maxima.
 template <class T, int D, int KEYS>
-DEVICE void all_scores(float (&s)[KEYS / 8][4], float (&tail)[4], Softmax<D>& state, const Mask& mask, const MaskRows& rows,
-                       const RowBlocks& keys, const uint32_t (&q)[D / 16][4], const unsigned char* k_tile) {
-  constexpr uint32_t WHOLE = (1u << GROUP) - 1;
+DEVICE void all_scores(float (&s)[KEYS / 8][4], float (&tail)[4], Softmax<D>& state, const RowBlocks& keys,
+                       const Pairs<KEYS>& pairs, const uint32_t (&q)[D / 16][4], const unsigned char* k_tile) {
 #pragma unroll
-  for (int i = 0; i < KEYS / BLOCK; i += GROUP) {
-    uint32_t visited = keys.visited >> i & WHOLE, full = keys.full >> i & WHOLE;
-    if (visited == 0) continue;
-    scores<T, D, GROUP>(s + 2 * i, q, k_tile, i * BLOCK, visited);
-    hide<GROUP>(s + 2 * i, mask, rows, i * BLOCK, visited, full);
-    raise_top<2 * GROUP>(state, s + 2 * i);
-  }
+  for (int i = 0; i + GROUP <= KEYS / BLOCK; i += GROUP) group_scores<T, D, KEYS, GROUP>(s, state, keys, pairs, q, k_tile, i);
+  if constexpr (KEYS / BLOCK % GROUP != 0) group_scores<T, D, KEYS, 1>(s, state, keys, pairs, q, k_tile, KEYS / BLOCK - 1);
   if (keys.tail < 0) return;
   tail_scores<T, D>(tail, q, k_tile, keys.tail);
-  uint32_t pairs = visible_pairs(mask, rows, keys.tail);
 #pragma unroll
   for (int e = 0; e < 4; e++)
-    if ((pairs >> e & 1) == 0) tail[e] = -INF;
+    if ((pairs.tail >> e & 1) == 0) tail[e] = -INF;
   raise_top<1>(state, &tail);
 }
 
@@ -89,9 +113,8 @@ KERNEL(MOST_THREADS, (SHARING<D, KEYS>))
 attention_forward_resident_kernel(KERNEL_ARGUMENT Arguments arguments) {
   SHARED_MEMORY(shared);
   const AttentionForward& p = arguments.request;
-  int parts = (p.M + arguments.rows - 1) / arguments.rows;
-  int64_t head = blockIdx.x / parts;
-  int b = static_cast<int>(head / p.H), h = static_cast<int>(head % p.H), kv = h / (p.H / p.Hkv);
+  int parts = (p.M - 1) / arguments.rows + 1;
+  int head = static_cast<int>(blockIdx.x / parts), b = head / p.H, h = head % p.H, kv = h / (p.H / p.Hkv);
   int m_block = static_cast<int>(blockIdx.x % parts) * arguments.rows;
   int tiles = (min(arguments.rows, p.M - m_block) + BLOCK - 1) / BLOCK;
   const T* q = static_cast<const T*>(p.q.data) + b * p.q.batch + h * p.q.head + m_block * p.q.row;
@@ -113,10 +136,9 @@ attention_forward_resident_kernel(KERNEL_ARGUMENT Arguments arguments) {
   cp_async_wait<1>();
   block_barrier();
 
-  int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   float factor = exponent_factor(p.scale);
-  for (int begin = 0; begin < tiles; begin += warps) {
-    int tile = begin + warp, m0 = m_block + tile * BLOCK;
+  for (int begin = 0; begin < tiles; begin += blockDim.x / 32) {
+    int tile = begin + threadIdx.x / 32, m0 = m_block + tile * BLOCK;
     unsigned char* q_rows = q_tile + tile * BLOCK * D * 2;
     float s[KEYS / 8][4], tail[4], shift[2];
     Softmax<D> state;
@@ -124,17 +146,17 @@ attention_forward_resident_kernel(KERNEL_ARGUMENT Arguments arguments) {
     RowBlocks blocks{0, 0, -1};
     if (tile < tiles) blocks = row_blocks(p.mask, block_run(p.mask, r, m0, BLOCK), b, h, m0);
     if (blocks.visited != 0 || blocks.tail >= 0) {
+      Pairs<KEYS> pairs = row_pairs<KEYS>(p.mask, mask_rows(p.mask, r, b, h, m0 + threadIdx.x % 32 / 4), blocks);
       uint32_t q_fragments[D / 16][4];
       load_queries<D>(q_fragments, q_rows, p.scale);
-      MaskRows rows = mask_rows(p.mask, r, b, h, m0 + threadIdx.x % 32 / 4);
-      all_scores<T, D, KEYS>(s, tail, state, p.mask, rows, blocks, q_fragments, k_tile);
+      all_scores<T, D, KEYS>(s, tail, state, blocks, pairs, q_fragments, k_tile);
     }
     share_top(shift, state, factor);
     if (begin == 0) {
       cp_async_wait<0>();
       block_barrier();
     }
-    accumulate<T, D, KEYS / BLOCK>(state, s, shift, factor, v_tile, 0, blocks.visited);
+    accumulate<T, D, KEYS / BLOCK>(state, s, shift, factor, v_tile, blocks.visited);
     if (blocks.tail >= 0) {
       uint32_t weight[2];
       weigh<T>(weight, state, tail, shift, factor);
@@ -146,19 +168,20 @@ attention_forward_resident_kernel(KERNEL_ARGUMENT Arguments arguments) {
 
 // Shared memory varies with the sizes; told is the most that a launch asks for on every device.
 template <class T, int D, int KEYS>
-const Kernel KERNEL_INFO{"attention_forward_resident_kernel<" + std::string(T::NAME) + ", " + std::to_string(D) + ", " +
-                             std::to_string(KEYS) + ">",
-                         MOST_THREADS, min(3 * KEYS * D * 2, 99 * 1024)};
+const Kernel KERNEL_INFO{
+    "attention_forward_resident_kernel<" + std::string(T::NAME) + ", " + std::to_string(D) + ", " + std::to_string(KEYS) + ">",
+    MOST_THREADS, min(3 * KEYS * D * 2, 99 * 1024)};
 
 template <class T, int D, int KEYS>
 void start(const AttentionForward& p, const AttentionForwardConfig& config, uintptr_t stream) {
-  int64_t blocks = static_cast<int64_t>(p.B) * p.H * ((p.M + config.rows - 1) / config.rows);
+  int64_t blocks = static_cast<int64_t>(p.B) * p.H * ((p.M - 1) / config.rows + 1);
   Launch where{blocks, config.warps * 32, config.shared_bytes, stream};
   launch<attention_forward_resident_kernel<T, D, KEYS>>(KERNEL_INFO<T, D, KEYS>.name.c_str(), where, Arguments{p, config.rows});
 }
 
 template <class T, int D>
 void start(const AttentionForward& p, const AttentionForwardConfig& config, uintptr_t stream) {
+  constexpr int CAPACITY = capacity(D);
   config.capacity == CAPACITY ? start<T, D, CAPACITY>(p, config, stream) : start<T, D, CAPACITY_SMALL>(p, config, stream);
 }
 
@@ -169,9 +192,9 @@ void start(const AttentionForward& p, const AttentionForwardConfig& config, uint
   return start<T, 128>(p, config, stream);
 }
 
-template <class T, int KEYS>
+template <class T, int D>
 std::vector<Kernel> kernels() {
-  return {KERNEL_INFO<T, 32, KEYS>, KERNEL_INFO<T, 64, KEYS>, KERNEL_INFO<T, 128, KEYS>};
+  return {KERNEL_INFO<T, D, CAPACITY_SMALL>, KERNEL_INFO<T, D, capacity(D)>};
 }
 
 }  // namespace
@@ -182,8 +205,8 @@ void attention_forward_resident(const AttentionForward& p, const AttentionForwar
 
 std::vector<Kernel> attention_forward_resident_kernels() {
   std::vector<Kernel> all;
-  for (const auto& some : {kernels<Half, CAPACITY_SMALL>(), kernels<Half, CAPACITY>(), kernels<Bfloat16, CAPACITY_SMALL>(),
-                           kernels<Bfloat16, CAPACITY>()})
+  for (const auto& some : {kernels<Half, 32>(), kernels<Half, 64>(), kernels<Half, 128>(), kernels<Bfloat16, 32>(),
+                           kernels<Bfloat16, 64>(), kernels<Bfloat16, 128>()})
     all.insert(all.end(), some.begin(), some.end());
   return all;
 }

@@ -2,13 +2,14 @@
 // sm_80 and up.
 //
 // Tile plan: a block of 4 warps takes 64 queries of one head, 16 a warp, and walks over the tiles of 64 keys that its run or the
-// mask's list holds. Q stays in registers; K and V come through two stages of asynchronous copies. Shared memory: (1 + 2 * 2) tiles
-// of 64 x D, 20, 40 and 80 KB for D = 32, 64, 128.
+// mask's list holds. Q stays in registers; K and V come through two stages of asynchronous copies. Shared memory: (1 + 2 * 2)
+// tiles of 64 x D, 20, 40 and 80 KB for D = 32, 64, 128.
 //
 // Bytes: q and out once, k and v once per 64 queries of a head (from L2 after the first), lse 4 per query: with M = N = S that is
-// 8 D S + 4 S per head at least, 4 D S (1 + ceil(S / 64)) + 4 S as seen by L2. MMA: 4 D FLOPs per pair; a warp multiplies the blocks
-// of 16 queries x 16 keys in its run, so S^2 is rounded up to 16 in both directions (5% more at 577), and blocks that hide nothing
-// run without a mask. Per pair beside the MMA: one maximum, one fused multiply-add, one ex2, one addition, half a conversion.
+// 8 D S + 4 S per head at least, 4 D S (1 + ceil(S / 64)) + 4 S as seen by L2. MMA: 4 D FLOPs per pair; a warp multiplies the
+// blocks of 16 queries x 16 keys in its run, so S^2 is rounded up to 16 in both directions (5% more at 577), and blocks that hide
+// nothing run without a mask. Per pair beside the MMA: one maximum, one fused multiply-add, one ex2, one addition, half a
+// conversion.
 #include "forward.cuh"
 
 namespace fastattn {
@@ -45,7 +46,7 @@ attention_forward_streaming_kernel(KERNEL_ARGUMENT AttentionForward p) {
   constexpr int TILE = BLOCK_N * D * 2;
   unsigned char *q_tile = shared, *k_tiles = shared + TILE, *v_tiles = shared + 3 * TILE;
 
-  int blocks = (p.M + BLOCK_M - 1) / BLOCK_M;
+  int blocks = (p.M - 1) / BLOCK_M + 1;
   int64_t head = blockIdx.x / blocks;
   int m0 = static_cast<int>(blockIdx.x % blocks) * BLOCK_M;
   int b = static_cast<int>(head / p.H), h = static_cast<int>(head % p.H), kv = h / (p.H / p.Hkv);
@@ -85,11 +86,12 @@ attention_forward_streaming_kernel(KERNEL_ARGUMENT AttentionForward p) {
     int stage = i % 2 * TILE;
     Blocks keys = tile_blocks(p.mask, tiles, i, warp_run);
     if (keys.visited != 0) {
+      uint32_t pairs = tile_pairs(p.mask, rows, tile_at(tiles, i) * BLOCK_N, keys);
       float s[BLOCK_N / 8][4], shift[2];
       scores<T, D, TILE_BLOCKS>(s, q_fragments, k_tiles + stage, 0, keys.visited);
-      hide<TILE_BLOCKS>(s, p.mask, rows, tile_at(tiles, i) * BLOCK_N, keys.visited, keys.full);
+      hide<TILE_BLOCKS>(s, pairs);
       advance(shift, state, s, factor);
-      accumulate<T, D, TILE_BLOCKS>(state, s, shift, factor, v_tiles + stage, 0, keys.visited);
+      accumulate<T, D, TILE_BLOCKS>(state, s, shift, factor, v_tiles + stage, keys.visited);
     }
     block_barrier();  // before the copy of the tile after next overwrites this stage
   }
@@ -104,7 +106,7 @@ const Kernel KERNEL_INFO{"attention_forward_streaming_kernel<" + std::string(T::
 
 template <class T, int D>
 void start(const AttentionForward& p, const AttentionForwardConfig& config, uintptr_t stream) {
-  int64_t blocks = static_cast<int64_t>(p.B) * p.H * ((p.M + BLOCK_M - 1) / BLOCK_M);
+  int64_t blocks = static_cast<int64_t>(p.B) * p.H * ((p.M - 1) / BLOCK_M + 1);
   Launch where{blocks, config.warps * 32, config.shared_bytes, stream};
   launch<attention_forward_streaming_kernel<T, D>>(KERNEL_INFO<T, D>.name.c_str(), where, p);
 }

@@ -70,7 +70,9 @@ DEVICE void load_b(uint32_t (&b)[4], const unsigned char* tile, int row, int chu
 template <int CHUNKS>
 DEVICE void load_b_trans(uint32_t (&b)[4], const unsigned char* tile, int row, int chunk) {
   int lane = threadIdx.x % 32;
-  ldmatrix_x4_trans(b, tile + chunk_offset<CHUNKS>(row + lane % 16, chunk + lane / 16));
+  uint32_t r[4];  // the lanes' places are those of load_b, so that one set of offsets serves both
+  ldmatrix_x4_trans(r, tile + chunk_offset<CHUNKS>(row + lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2));
+  b[0] = r[0], b[1] = r[2], b[2] = r[1], b[3] = r[3];
 }
 
 }  // namespace fastattn
