@@ -81,6 +81,24 @@ void py_attention_backward(const HeadsArgument& q, const HeadsArgument& k, const
   backward(p, stream);
 }
 
+// (capacity, warps, rows, shared_bytes)
+std::array<int, 4> py_attention_forward_config(int D, int M, int N, int shared_limit) {
+  AttentionForwardConfig c = attention_forward_config(D, M, N, shared_limit);
+  return {c.capacity, c.warps, c.rows, c.shared_bytes};
+}
+
+// (b, h, m, n, keys, masked) of each block of pairs; the mask's tensors are on the CPU.
+std::vector<std::array<int, 6>> py_attention_forward_blocks(const MaskArgument& mask_argument, const std::array<int, 6>& sizes,
+                                                            int shared_limit) {
+  AttentionForward p{};
+  p.mask = mask(mask_argument);
+  p.B = sizes[0], p.H = sizes[1], p.Hkv = sizes[2], p.M = sizes[3], p.N = sizes[4], p.D = sizes[5];
+  std::vector<std::array<int, 6>> blocks;
+  for (const AttentionForwardBlock& x : attention_forward_blocks(p, shared_limit))
+    blocks.push_back({x.b, x.h, x.m, x.n, x.keys, x.masked});
+  return blocks;
+}
+
 void py_linear(const MatrixArgument& x, const MatrixArgument& weight, uintptr_t bias, uintptr_t residual, uintptr_t z,
                uintptr_t y, int64_t rows, int K, int F, int activation, bool bfloat16, bool wide_bias, bool wide, bool aligned,
                bool vectors, uintptr_t stream) {
@@ -117,6 +135,8 @@ PYBIND11_MODULE(_cuda, m) {
   };
   backward("attention_backward_single", &py_attention_backward<attention_backward_single>);
   backward("attention_backward", &py_attention_backward<attention_backward>);
+  m.def("attention_forward_config", &py_attention_forward_config, "D"_a, "M"_a, "N"_a, "shared_limit"_a);
+  m.def("attention_forward_blocks", &py_attention_forward_blocks, "mask"_a, "sizes"_a, "shared_limit"_a);
   m.def("linear", &py_linear, "x"_a, "weight"_a, "bias"_a, "residual"_a, "z"_a, "y"_a, "rows"_a, "K"_a, "F"_a, "activation"_a,
         "bfloat16"_a, "wide_bias"_a, "wide"_a, "aligned"_a, "vectors"_a, "stream"_a);
   m.def("activation_backward", &py_activation_backward, "dy"_a, "z"_a, "dz"_a, "sums"_a, "rows"_a, "F"_a, "splits"_a,

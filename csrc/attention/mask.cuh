@@ -22,7 +22,7 @@ struct Run {
   int first, last, full_first, full_last;
 };
 
-DEVICE Bounds bounds(const Mask& mask, int b, int M, int N) {
+HOST_DEVICE Bounds bounds(const Mask& mask, int b, int M, int N) {
   Bounds r{0, N, M, 0};
   if (mask.key_begin != nullptr) r.begin = max(mask.key_begin[b], 0);
   if (mask.key_end != nullptr) r.end = min(mask.key_end[b], N);
@@ -32,22 +32,29 @@ DEVICE Bounds bounds(const Mask& mask, int b, int M, int N) {
 }
 
 // The first key that query m may see, and one past the last; meaningful for a live query.
-DEVICE int first_key(const Mask& mask, const Bounds& r, int m) {
+HOST_DEVICE int first_key(const Mask& mask, const Bounds& r, int m) {
   int64_t first = r.begin;
   if (mask.has_low) first = max(first, static_cast<int64_t>(m) + mask.low);
   return static_cast<int>(min(first, static_cast<int64_t>(r.end)));
 }
 
-DEVICE int last_key(const Mask& mask, const Bounds& r, int m) {
+HOST_DEVICE int last_key(const Mask& mask, const Bounds& r, int m) {
   int64_t last = r.end;
   if (mask.has_high) last = min(last, static_cast<int64_t>(m) + mask.high + 1);
-  if (mask.prefix != nullptr) last = min(last, max(static_cast<int64_t>(r.prefix), static_cast<int64_t>(m) + mask.prefix_high + 1));
+  if (mask.prefix != nullptr)
+    last = min(last, max(static_cast<int64_t>(r.prefix), static_cast<int64_t>(m) + mask.prefix_high + 1));
   return static_cast<int>(max(last, static_cast<int64_t>(0)));
 }
 
 // Keys for the queries m0 to m1, both of them live. Hidden keys between (`keys`), ids and bits are not looked at.
-DEVICE Run key_run(const Mask& mask, const Bounds& r, int m0, int m1) {
+HOST_DEVICE Run key_run(const Mask& mask, const Bounds& r, int m0, int m1) {
   return {first_key(mask, r, m0), last_key(mask, r, m1), first_key(mask, r, m1), last_key(mask, r, m0)};
+}
+
+// Keys for the `count` queries from m0 on; empty where none of them is live.
+HOST_DEVICE Run block_run(const Mask& mask, const Bounds& r, int m0, int count) {
+  if (m0 >= r.rows) return {0, 0, 0, 0};
+  return key_run(mask, r, m0, m0 + min(count, r.rows - m0) - 1);
 }
 
 // The first query that may see key n by the bounds, and one past the last.
@@ -69,7 +76,8 @@ DEVICE Run query_run(const Mask& mask, const Bounds& r, int n0, int n1) {
   return {first_query(mask, r, n0), last_query(mask, r, n1), first_query(mask, r, n1), last_query(mask, r, n0)};
 }
 
-// Whether some query may see key n, and some key query m, as far as the sequence's own padding goes: what is not live may hold NaN.
+// Whether some query may see key n, and some key query m, as far as the sequence's own padding goes: what is not live may hold
+// NaN.
 DEVICE bool live_key(const Mask& mask, const Bounds& r, int b, int n) {
   if (n < r.begin || n >= r.end) return false;
   if (mask.keys != nullptr && mask.keys[b * mask.keys_batch + n * mask.keys_key] == 0) return false;

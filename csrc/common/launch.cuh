@@ -21,15 +21,21 @@ inline void check(cudaError_t error, const char* kernel) {
   }
 }
 
-inline void prepare(const char* name, const void* kernel, const Launch& where, int device) {
+// The shared memory that a block may ask for on the current device, in bytes.
+inline int shared_memory_limit(const char* kernel) {
+  int device, bytes;
+  check(cudaGetDevice(&device), kernel);
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kernel);
+  return bytes;
+}
+
+inline void prepare(const char* name, const void* kernel, const Launch& where) {
   cudaStreamCaptureStatus status;
   check(cudaStreamIsCapturing(reinterpret_cast<cudaStream_t>(where.stream), &status), name);
   if (status != cudaStreamCaptureStatusNone)
     throw std::runtime_error(std::string(name) +
                              ": the first launch on a device cannot be captured; call it once before the capture");
-  int most;  // launches of a kernel may differ in what they ask for: it may have all there is
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory_limit(name)), name);
 }
 
 // `kernel` takes its arguments as one struct.
@@ -42,7 +48,7 @@ void launch(const char* name, const Launch& where, Arguments arguments) {
   check(cudaGetDevice(&device), name);
   uint64_t bit = uint64_t{1} << (device % 64);
   if (!(prepared.load() & bit)) {
-    prepare(name, reinterpret_cast<const void*>(kernel), where, device);
+    prepare(name, reinterpret_cast<const void*>(kernel), where);
     prepared.fetch_or(bit);
   }
   void* packed[] = {&arguments};

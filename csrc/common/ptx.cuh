@@ -42,6 +42,7 @@ struct Launch {
 #include <cuda_fp16.h>
 
 #define DEVICE __device__ __forceinline__
+#define HOST_DEVICE __host__ __device__ __forceinline__
 #define KERNEL(threads, blocks_per_multiprocessor) __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
 #define KERNEL_ARGUMENT const __grid_constant__
 #define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
@@ -50,7 +51,7 @@ namespace fastattn {
 
 DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
-// Matrix products: d += a b. a is 16 x 16 (16 x 8 for tf32), b 16 x 8 (8 x 8), d 16 x 8 in fp32.
+// Matrix products: d += a b. a is 16 x 16 (16 x 8 with k8), b 16 x 8 (8 x 8), d 16 x 8 in fp32.
 
 template <class T>
 DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -68,6 +69,23 @@ DEVICE void mma_m16n8k16<Bfloat16>(float (&d)[4], const uint32_t (&a)[4], const 
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <class T>
+DEVICE void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b);
+
+template <>
+DEVICE void mma_m16n8k8<Half>(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+template <>
+DEVICE void mma_m16n8k8<Bfloat16>(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
 DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -35,19 +35,16 @@ template <class T, int ROWS, int COLUMNS, int THREADS, class Count>
 DEVICE void load_tile(unsigned char* tile, const T* global, int64_t stride, bool aligned, Count count) {
   constexpr int CHUNKS = COLUMNS / 8, PER_THREAD = ROWS * CHUNKS / THREADS;
   static_assert(ROWS * CHUNKS % THREADS == 0, "each thread copies the same number of chunks");
-  int first = threadIdx.x;
+  auto load = [&](int i) {
+    int index = threadIdx.x + i * THREADS, row = index / CHUNKS, chunk = index % CHUNKS;
+    load_chunk(tile + chunk_offset<CHUNKS>(row, chunk), global + row * stride + chunk * 8, aligned, count(row, chunk * 8));
+  };
   if (aligned) {
 #pragma unroll
-    for (int i = 0; i < PER_THREAD; i++) {
-      int row = (first + i * THREADS) / CHUNKS, chunk = (first + i * THREADS) % CHUNKS;
-      load_chunk(tile + chunk_offset<CHUNKS>(row, chunk), global + row * stride + chunk * 8, true, count(row, chunk * 8));
-    }
+    for (int i = 0; i < PER_THREAD; i++) load(i);
   } else {
 #pragma unroll 1
-    for (int i = 0; i < PER_THREAD; i++) {
-      int row = (first + i * THREADS) / CHUNKS, chunk = (first + i * THREADS) % CHUNKS;
-      load_chunk(tile + chunk_offset<CHUNKS>(row, chunk), global + row * stride + chunk * 8, false, count(row, chunk * 8));
-    }
+    for (int i = 0; i < PER_THREAD; i++) load(i);
   }
 }
 
@@ -76,7 +73,9 @@ DEVICE void load_b(uint32_t (&b)[4], const unsigned char* tile, int row, int chu
 template <int CHUNKS>
 DEVICE void load_b_trans(uint32_t (&b)[4], const unsigned char* tile, int row, int chunk) {
   int lane = threadIdx.x % 32;
-  ldmatrix_x4_trans(b, tile + chunk_offset<CHUNKS>(row + lane % 16, chunk + lane / 16));
+  uint32_t r[4];  // the lanes' places are those of load_b, so that one set of offsets serves both
+  ldmatrix_x4_trans(r, tile + chunk_offset<CHUNKS>(row + lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2));
+  b[0] = r[0], b[1] = r[2], b[2] = r[1], b[3] = r[3];
 }
 
 }  // namespace fastattn

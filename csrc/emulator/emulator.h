@@ -32,11 +32,14 @@ extern "C" void* memset(void*, int, size_t) noexcept __asm__("fastattn_emulator_
 #include "numbers.h"
 
 #define DEVICE inline __attribute__((always_inline))
+#define HOST_DEVICE DEVICE
 #define KERNEL(threads, blocks_per_multiprocessor) void
 #define KERNEL_ARGUMENT const
 #define SHARED_MEMORY(name) unsigned char* name = fastattn::emulator::shared_memory()
 
 namespace fastattn::emulator {
+
+constexpr int MAX_SHARED_BYTES = 227 * 1024;  // of a block, on an H100
 
 // Where in a kernel something happens: file and line of a primitive's call, or the address that a load's or store's hook returns
 // to.
@@ -150,6 +153,11 @@ DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   else
     emulator::mma_bfloat16(d, a, b, site);
 }
+// The first eight columns of a, and rows of b, of the 16 that mma_m16n8k16 takes; the others are 0.
+template <class T>
+DEVICE void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, emulator::Site site = emulator::Site::here()) {
+  mma_m16n8k16<T>(d, {a[0], a[1], 0, 0}, {b, 0}, site);
+}
 DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                              emulator::Site site = emulator::Site::here()) {
   emulator::mma_tf32(d, a, b, site);
@@ -233,6 +241,8 @@ DEVICE uint32_t pack(float low, float high) {
 DEVICE uint32_t to_tf32(float x) { return emulator::float_to_tf32(x); }
 
 DEVICE float exp2_approximate(float x) { return emulator::flush_subnormal(exp2f(emulator::flush_subnormal(x))); }
+
+inline int shared_memory_limit(const char*) { return emulator::MAX_SHARED_BYTES; }
 
 template <auto kernel, class Arguments>
 void launch(const char* name, const Launch& where, Arguments arguments) {

@@ -31,7 +31,6 @@ namespace fastattn::emulator {
 
 constexpr int LANES = 32, MAX_THREADS = 1024, MAX_WARPS = MAX_THREADS / LANES;
 constexpr uint32_t ALL_LANES = 0xffffffff;
-constexpr int MAX_SHARED_BYTES = 227 * 1024;  // of a block, on an H100
 constexpr size_t STACK_BYTES = 128 * 1024;
 
 struct Copy {  // by cp.async

@@ -58,6 +58,16 @@ struct Mma : Shape<32, 10, 4> {
   }
 };
 
+// In: as above, of a and b the first half.
+template <class T>
+struct MmaK8 : Shape<32, 10, 4> {
+  static DEVICE void run(const uint32_t* in, uint32_t* out, unsigned char*) {
+    Fragments f = load_fragments(in);
+    mma_m16n8k8<T>(f.d, {f.a[0], f.a[1]}, f.b[0]);
+    store_floats(out, f.d);
+  }
+};
+
 struct MmaTf32 : Shape<32, 10, 4> {
   static DEVICE void run(const uint32_t* in, uint32_t* out, unsigned char*) {
     Fragments f = load_fragments(in);
@@ -238,6 +248,8 @@ constexpr Entry entry(const char* name) {
 constexpr Entry ENTRIES[] = {
     entry<Mma<Half>>("mma_m16n8k16<Half>"),
     entry<Mma<Bfloat16>>("mma_m16n8k16<Bfloat16>"),
+    entry<MmaK8<Half>>("mma_m16n8k8<Half>"),
+    entry<MmaK8<Bfloat16>>("mma_m16n8k8<Bfloat16>"),
     entry<MmaTf32>("mma_m16n8k8_tf32"),
     entry<Ldmatrix<2, false>>("ldmatrix_x2"),
     entry<Ldmatrix<4, false>>("ldmatrix_x4"),

@@ -54,6 +54,12 @@ def sixteen_bit_matrices(a, b, value):
     return A, B
 
 
+def first_halves(matrices):
+    """What m16n8k8 multiplies: the first eight columns of A and rows of B."""
+    A, B = matrices
+    return A[:, :8], B[:8]
+
+
 def tf32_matrices(a, b):
     """A (16, 8) and B (8, 8) from the registers of m16n8k8; the low 13 bits do not count."""
     A, B = np.empty((16, 8)), np.empty((8, 8))
@@ -71,9 +77,19 @@ def accumulator(matrix):
     return np.stack(columns, 1)
 
 
+def half_value(x):
+    return x.view(np.float16)
+
+
+def bfloat16_value(x):
+    return floats(x.astype(np.uint32) << 16)
+
+
 MMA = {
-    "mma_m16n8k16<Half>": lambda a, b: sixteen_bit_matrices(a, b, lambda x: x.view(np.float16)),
-    "mma_m16n8k16<Bfloat16>": lambda a, b: sixteen_bit_matrices(a, b, lambda x: floats(x.astype(np.uint32) << 16)),
+    "mma_m16n8k16<Half>": lambda a, b: sixteen_bit_matrices(a, b, half_value),
+    "mma_m16n8k16<Bfloat16>": lambda a, b: sixteen_bit_matrices(a, b, bfloat16_value),
+    "mma_m16n8k8<Half>": lambda a, b: first_halves(sixteen_bit_matrices(a, b, half_value)),
+    "mma_m16n8k8<Bfloat16>": lambda a, b: first_halves(sixteen_bit_matrices(a, b, bfloat16_value)),
     "mma_m16n8k8_tf32": tf32_matrices,
 }
 
@@ -83,7 +99,7 @@ def operand_words(rng, name, draw):
     if name == "mma_m16n8k8_tf32":
         return bits(draw((BLOCKS, 32, 6))) & ~np.uint32(0x1FFF) | rng.integers(0, 0x2000, (BLOCKS, 32, 6), dtype=np.uint32)
     elements = draw((BLOCKS, 32, 12))
-    halves = elements.astype(np.float16).view(np.uint16) if name == "mma_m16n8k16<Half>" else bfloat16_bits(elements)
+    halves = elements.astype(np.float16).view(np.uint16) if "Half" in name else bfloat16_bits(elements)
     return halves.view(np.uint32)
 
 
