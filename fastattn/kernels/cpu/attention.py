@@ -9,11 +9,13 @@ Padding is not computed where that pays, and a mask is served by a call for each
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.kernels.cpu.attention_parts import HIDDEN_WORK, Block, Part, parts, unpacked
+from fastattn.kernels.cpu.attention_parts import HIDDEN_WORK, Block, Part, dead_rows, parts, unpacked
 from fastattn.lowering import LoweredMask
 
 INF = float("inf")
@@ -65,7 +67,9 @@ def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> 
         return _backward_with_lse(dout, dlse, q, k, v, out, lse, mask, scale)
     if q.shape[1] != k.shape[1]:
         dq = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
-        dk, dv = (x.new_zeros(x.shape[0], x.shape[2], x.shape[1], x.shape[3], dtype=_lse_dtype(q)).transpose(1, 2) for x in (k, v))
+        dk, dv = (
+            x.new_zeros(x.shape[0], x.shape[2], x.shape[1], x.shape[3], dtype=_lse_dtype(q)).transpose(1, 2) for x in (k, v)
+        )
         for heads in _groups(q, k):
             args = dout[:, heads], None, q[:, heads], k, v, out[:, heads], lse[:, heads], _of_heads(mask, heads), scale
             dq[:, heads], group_dk, group_dv = backward(*args)
@@ -98,17 +102,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float) -
     k, v, calls = _calls(q, k, v, mask)
     if len(calls) == 1 and calls[0].whole(B, M, N):
         (part,) = calls
-        out, lse = _forward_block(q, k, v, _additive(part, part.blocks[0], q, {}), part.causal, scale)
+        out, lse = _forward_block(q, k, v, *_additive(part, part.blocks[0], q, {}), part.causal, scale)
         return _heads_inside(out), lse.contiguous()
     out = q.new_zeros(B, M, H, D).transpose(1, 2)
     lse = q.new_full((B, H, M), -INF, dtype=_lse_dtype(q))
     for part in calls:
         queries, keys, values = (_take(x[part.batch], where) for x, where in zip((q, k, v), part.places, strict=True))
         made: dict = {}
-        for block in part.blocks:
-            additive = _additive(part, block, q, made)
-            block_keys, block_values = _columns(keys, block), _columns(values, block)
-            block_out, block_lse = _forward_block(queries[:, :, block.rows], block_keys, block_values, additive, part.causal, scale)
+        for block, block_keys, block_values in zip(part.blocks, _columns(keys, part), _columns(values, part), strict=True):
+            args = queries[:, :, block.rows], block_keys, block_values, *_additive(part, block, q, made)
+            block_out, block_lse = _forward_block(*args, part.causal, scale)
             _put(out[part.batch], part.queries, block.rows, block_out)
             _put(lse[part.batch][..., None], part.queries, block.rows, block_lse[..., None])
     return out, lse
@@ -120,17 +123,17 @@ def _backward(dout, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple
     k, v, calls = _calls(q, k, v, mask)
     if len(calls) == 1 and calls[0].whole(B, M, N):
         (part,) = calls
-        return _backward_block(dout, q, k, v, out, lse, _additive(part, part.blocks[0], q, {}), part.causal, scale)
+        return _backward_block(dout, q, k, v, out, lse, *_additive(part, part.blocks[0], q, {}), part.causal, scale)
     dq, dk, dv = (x.new_zeros(B, x.shape[2], H, D).transpose(1, 2) for x in (q, k, v))
     for part in calls:
         rows = [_take(x[part.batch], part.queries) for x in (dout, q, out, lse[..., None])]
         keys, values = (_take(x[part.batch], part.keys) for x in (k, v))
         sums = [torch.zeros_like(x, dtype=_lse_dtype(q)) for x in (keys, values)]
         made: dict = {}
-        for block in part.blocks:
+        for block, block_keys, block_values in zip(part.blocks, _columns(keys, part), _columns(values, part), strict=True):
             block_dout, block_q, block_out, block_lse = (x[:, :, block.rows] for x in rows)
-            args = block_dout, block_q, _columns(keys, block), _columns(values, block), block_out, block_lse[..., 0]
-            block_dq, *grads = _backward_block(*args, _additive(part, block, q, made), part.causal, scale)
+            args = block_dout, block_q, block_keys, block_values, block_out, block_lse[..., 0]
+            block_dq, *grads = _backward_block(*args, *_additive(part, block, q, made), part.causal, scale)
             _put(dq[part.batch], part.queries, block.rows, block_dq)
             for total, grad in zip(sums, grads, strict=True):
                 start = 0
@@ -169,41 +172,38 @@ def _pads(q: Tensor, k: Tensor, mask: LoweredMask) -> bool:
     return 0 < H * M * D * hidden < B * HIDDEN_WORK[q.dtype]
 
 
-def _forward_block(q, k, v, additive: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_block(q, k, v, additive: Tensor | None, dead: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     if additive is None:
         return _flash(q, k, v, 0.0, causal, scale=scale)
     out, lse = _flash(q, k, v, 0.0, False, attn_mask=_rectangle(additive, q, k), scale=scale)
-    dead = (additive == -INF).all(-1)
-    if dead.any():  # there the kernel gives lse 0.0, and out from exp(-inf - -inf) in some versions
+    if dead is not None:  # there the kernel gives lse 0.0, and out from exp(-inf - -inf) in some versions
         lse = lse.masked_fill(dead, -INF)
         out = out.masked_fill(dead[..., None], 0)
     return out, lse
 
 
-def _backward_block(dout, q, k, v, out, lse, additive: Tensor | None, causal: bool, scale: float):
-    if additive is not None:
-        dead = lse == -INF
-        if dead.any():
-            lse = lse.masked_fill(dead, 0)
-            q, dout = q.masked_fill(dead[..., None], 0), dout.masked_fill(dead[..., None], 0)
-        additive = _rectangle(additive, q, k)
+def _backward_block(dout, q, k, v, out, lse, additive: Tensor | None, dead: Tensor | None, causal: bool, scale: float):
+    if dead is not None:
+        lse = lse.masked_fill(dead, 0)
+        q, dout = q.masked_fill(dead[..., None], 0), dout.masked_fill(dead[..., None], 0)
+    additive = None if additive is None else _rectangle(additive, q, k)
     return _flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=additive, scale=scale)
 
 
-def _additive(part: Part, block: Block, q: Tensor, made: dict) -> Tensor | None:
-    """What is added to a block's scores: 0, and -inf where a pair is hidden; None for a full block.
+def _additive(part: Part, block: Block, q: Tensor, made: dict) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to a block's scores, 0 and -inf where a pair is hidden, and which rows see nothing; None for nothing.
 
-    `made`: those of the part's earlier blocks, since bounds on j - i alone hide the same pairs in many blocks.
+    `made`: those of the part's last block, since bounds on j - i alone hide the same pairs in many blocks.
     """
     if block.full:
-        return None
+        return None, None
     if block.words is not None:
-        return unpacked(block.words, sum(run.stop - run.start for run in block.runs), q.dtype)
+        return unpacked(block.words, sum(run.stop - run.start for run in block.runs), q.dtype), block.dead
     shape = part.shape(block)
     if shape not in made:
         visible = part.visible(block)
         made.clear()
-        made[shape] = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -INF)
+        made[shape] = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -INF), dead_rows(visible)
     return made[shape]
 
 
@@ -236,8 +236,8 @@ def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
 
 
 def _take(x: Tensor, where: slice | Tensor) -> Tensor:
-    """(B, H, L, D) at some of L; an index copies whole rows of heads."""
-    return x[:, :, where] if isinstance(where, slice) else x.transpose(1, 2).index_select(1, where).transpose(1, 2)
+    """(B, H, L, D) at some of L; advanced indexing, since index_select is three times slower here."""
+    return x[:, :, where] if isinstance(where, slice) else x.transpose(1, 2)[:, where].transpose(1, 2)
 
 
 def _put(x: Tensor, where: slice | Tensor, rows: slice, value: Tensor) -> None:
@@ -248,12 +248,26 @@ def _put(x: Tensor, where: slice | Tensor, rows: slice, value: Tensor) -> None:
         x.transpose(1, 2).index_copy_(1, where[rows], value.transpose(1, 2).to(x.dtype))
 
 
-def _columns(x: Tensor, block: Block) -> Tensor:
-    """The keys of a block; several runs are laid end to end."""
-    if len(block.runs) == 1:
-        return x[:, :, block.runs[0]]
-    rows = x.transpose(1, 2)
-    return torch.cat([rows[:, run] for run in block.runs], 1).transpose(1, 2)
+def _columns(x: Tensor, part: Part) -> Iterator[Tensor]:
+    """The keys of each block. Several runs are laid end to end in one buffer, where those that the next block begins with stay."""
+    B, H, _, D = x.shape
+    sizes = [sum(run.stop - run.start for run in block.runs) for block in part.blocks]
+    laid = [block.runs for block in part.blocks if len(block.runs) > 1]
+    buffer = x.new_empty(B, max(sizes), H, D) if laid else x
+    last: tuple[slice, ...] = ()
+    for block, size in zip(part.blocks, sizes, strict=True):
+        if len(block.runs) == 1:
+            yield x[:, :, block.runs[0]]
+            continue
+        start, same = 0, True
+        for n, run in enumerate(block.runs):
+            length = run.stop - run.start
+            same = same and last[n : n + 1] == (run,)
+            if not same:
+                buffer[:, start : start + length].copy_(x[:, :, run].transpose(1, 2))
+            start += length
+        last = block.runs
+        yield buffer[:, :size].transpose(1, 2)
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:

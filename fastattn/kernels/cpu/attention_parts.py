@@ -13,15 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastattn.lowering import LoweredMask, pack_bits
 
-ATOM = 32  # queries, the rows that the kernel takes at a time
+ATOM = 32  # queries, the queries that the kernel takes at a time
 MOST_ROWS = 256  # of a block with a tensor for its mask: what bounds memory
 # Hidden multiply-adds of q k^T from which a call of its own for a sequence, about 0.1 ms with its copies, is the cheaper way;
-# half precision computes faster. Measured on two cores with AVX-512. A call for a block of rows costs a quarter of it.
+# half precision computes faster. Measured on two cores with AVX-512. A call for a block of rows costs half of it.
 HIDDEN_WORK = {torch.float64: 2**22, torch.float32: 2**23, torch.bfloat16: 2**24, torch.float16: 2**24}
 _kept = WeakTensorKeyDictionary()  # a mask's lists of tiles, which its Mask keeps alive -> request -> parts
 
@@ -33,6 +34,7 @@ class Block(NamedTuple):
     runs: tuple[slice, ...]
     full: bool  # no pair is hidden
     words: Tensor | None = None  # what `pack_bits` makes of the visible pairs, if it is kept
+    dead: Tensor | None = None  # with words, see `dead_rows`
 
 
 class Part(NamedTuple):
@@ -63,11 +65,16 @@ class Part(NamedTuple):
         distance_alone = self.mask.prefix is self.mask.keys is self.mask.ids is self.mask.bits is None
         if not distance_alone or isinstance(self.keys, Tensor) or len(block.runs) > 1:
             return (block.rows.start,)
-        return block.runs[0].start - block.rows.start, block.rows.stop - block.rows.start, block.runs[0].stop - block.runs[0].start
+        return (
+            block.runs[0].start - block.rows.start,
+            block.rows.stop - block.rows.start,
+            block.runs[0].stop - block.runs[0].start,
+        )
 
     def visible(self, block: Block) -> Tensor:
-        """bool (sequences or 1, heads or 1, rows, keys)."""
+        """bool (sequences or 1, heads or 1, rows, keys); one row where dead keys alone are hidden, in every row alike."""
         i = _positions(self.queries, block.rows)
+        i = i[:1] if _keys_alone(self.mask) else i
         j = torch.cat([_positions(self.keys, run) for run in block.runs])
         return self.mask.pairs(i, j)
 
@@ -147,8 +154,19 @@ def _eight(dtype: torch.dtype) -> Tensor:
 
 def _packed(part: Part) -> Part:
     """With the visible pairs of every partial block kept, one bit each."""
-    blocks = [block if block.full else block._replace(words=pack_bits(part.visible(block))) for block in part.blocks]
-    return part._replace(blocks=blocks)
+    blocks = []
+    for block in part.blocks:
+        if not block.full:
+            visible = part.visible(block)
+            block = block._replace(words=pack_bits(F.pad(visible, (0, -visible.shape[3] % 32))), dead=dead_rows(visible))
+        blocks.append(block)
+    return part._replace(blocks=blocks, mask=LoweredMask())  # which holds the key of `_kept`
+
+
+def dead_rows(visible: Tensor) -> Tensor | None:
+    """bool (sequences or 1, heads or 1, rows): the rows of a block that see nothing; None if all see something."""
+    dead = ~visible.any(-1)
+    return dead if dead.any() else None
 
 
 def _parts(mask: LoweredMask, q: Tensor, N: int, live: Tensor | None) -> list[Part]:
@@ -182,7 +200,7 @@ def _cheapest(groupings: list, mask: LoweredMask, width: int, dtype: torch.dtype
 
 def _part(mask: LoweredMask, batch: slice, queries: int, keys: slice | Tensor, width: int, dtype: torch.dtype, N: int):
     """The part of some sequences, None where nothing is visible, and what it costs in multiply-adds of q k^T."""
-    work, call = (batch.stop - batch.start) * width, HIDDEN_WORK[dtype] // 4
+    work, call = (batch.stop - batch.start) * width, HIDDEN_WORK[dtype] // 2
     if mask.low is mask.prefix is mask.keys is mask.ids is mask.bits is None and isinstance(keys, slice):
         causal = mask.high is not None and mask.high == keys.start
         if causal or mask.high is None or mask.high >= keys.stop - 1:
@@ -226,6 +244,10 @@ def _ordered(mask: LoweredMask, queries: int, keys: slice | Tensor, work: int, c
         if cost < least:
             best, chosen, least = atoms, order, cost
     return best, chosen, least
+
+
+def _keys_alone(mask: LoweredMask) -> bool:
+    return mask.keys is not None and mask.low is mask.high is mask.prefix is mask.ids is mask.bits is None
 
 
 def _each_sequence(mask: LoweredMask, B: int, M: int, N: int) -> list[tuple[slice, int, slice | Tensor]]:
@@ -282,6 +304,8 @@ def _atoms(mask: LoweredMask, limits: Limits, order: np.ndarray | None, queries:
         if mask.bits is not None:
             some &= _set_of_words(np.bitwise_or.reduce(some_bits[start:stop]))
             every &= _set_of_words(np.bitwise_and.reduce(every_bits[start:stop]))
+        if mask.keys is not None and not _keys_alone(mask):
+            every = 0  # a tensor for the dead keys of each sequence is needed everywhere
         if some:
             found.append(Atom(start, stop, some, every))
     return found
