@@ -249,7 +249,7 @@ def _put(x: Tensor, where: slice | Tensor, rows: slice, value: Tensor) -> None:
 
 
 def _columns(x: Tensor, part: Part) -> Iterator[Tensor]:
-    """The keys of each block. Several runs are laid end to end in one buffer, where those that the next block begins with stay."""
+    """The keys of each block. Several runs are laid end to end in one buffer, where what the next block begins with stays."""
     B, H, _, D = x.shape
     sizes = [sum(run.stop - run.start for run in block.runs) for block in part.blocks]
     laid = [block.runs for block in part.blocks if len(block.runs) > 1]
