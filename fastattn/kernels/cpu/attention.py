@@ -2,24 +2,24 @@
 
 What that kernel gets wrong or refuses is handled here: an empty M or N kills the process, a row with no visible key has
 lse 0.0, bool masks are refused, NaN in a padded key leaks, lse is inexact in half precision, a causal mask with scale <= 0
-gives NaN or Inf, and no gradient of the log-sum-exp is taken. Where it pays, padding is not computed: each sequence
-is one call on its real keys.
+gives NaN or Inf, q, k and v must have one width and one number of heads, and no gradient of the log-sum-exp is taken.
+Padding is not computed where that pays, and a mask is served by a call for each block of queries, on the keys that it sees:
+`attention_parts` says which. No tensor has an element for each query and key.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.kernels.cpu.attention_parts import HIDDEN_WORK, Block, Part, dead_rows, parts, unpacked
 from fastattn.lowering import LoweredMask
 
 INF = float("inf")
-ROWS = 64  # rows of scores held at a time where the fused backward cannot serve
-# Hidden multiply-adds of q k^T per sequence from which a call of its own, about 0.1 ms with its copies, is the cheaper way;
-# half precision computes faster. Measured on two cores with AVX-512.
-HIDDEN_WORK = {torch.float64: 2**22, torch.float32: 2**23, torch.bfloat16: 2**24, torch.float16: 2**24}
+HALF = (torch.float16, torch.bfloat16)
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -29,32 +29,33 @@ def unsupported(problem) -> list[str]:
 
 
 def notes(problem) -> list[str]:
-    return ["computed by PyTorch's flash-attention kernel for CPUs, on real tokens alone where that pays"]
+    found = ["computed by PyTorch's flash-attention kernel for CPUs, on real tokens alone where that pays"]
+    if problem.Dv != problem.D:
+        wide, narrow = ("v", "q and k") if problem.Dv > problem.D else ("q and k", "v")
+        found.append(f"{narrow} are copied to the width of {wide}".replace("v are", "v is"))
+    if problem.Hkv != problem.H:
+        found.append(f"{problem.H // problem.Hkv} calls, one for each query head that shares a head of k and v")
+    return found
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool) -> tuple[Tensor, Tensor]:
-    if exact_lse and q.dtype in (torch.float16, torch.bfloat16):
+    if exact_lse and q.dtype in HALF:
         # in half precision the kernel's exp is a polynomial that leaves lse 5e-5 off
         out, lse = forward(q.float(), k.float(), v.float(), mask, scale, exact_lse)
         return _heads_inside(out.to(q.dtype)), lse
+    if q.shape[1] != k.shape[1]:
+        B, H, M, _ = q.shape
+        out, lse = q.new_empty(B, M, H, v.shape[3]).transpose(1, 2), q.new_empty(B, H, M, dtype=_lse_dtype(q))
+        for heads in _groups(q, k):
+            out[:, heads], lse[:, heads] = forward(q[:, heads], k, v, _of_heads(mask, heads), scale, exact_lse)
+        return out, lse
+    if q.shape[3] != v.shape[3]:
+        width = max(q.shape[3], v.shape[3])
+        out, lse = forward(_widened(q, width), _widened(k, width), _widened(v, width), mask, scale, exact_lse)
+        return _heads_inside(out[..., : v.shape[3]]), lse
     if scale <= 0:
         q, scale, _ = _positive_scale(q, scale)
-    if _pads(q, k, mask):
-        k, v, mask = _padded(k, v, mask)
-    B, H, M, D = q.shape
-    N = k.shape[2]
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    parts = _parts(mask, B, M, N) if q.numel() and k.numel() else []
-    if len(parts) == 1 and parts[0].whole(B, M, N):
-        out, lse = _forward_part(q, k, v, parts[0], mask, scale)
-        return _heads_inside(out), lse.contiguous()
-    out = q.new_zeros(B, M, H, D).transpose(1, 2)
-    lse = q.new_full((B, H, M), -INF, dtype=lse_dtype)
-    for part in parts:
-        part_out, part_lse = _forward_part(part.rows(q), part.columns(k), part.columns(v), part, mask, scale)
-        part.rows(out).copy_(part_out)
-        lse[part.batch, :, : part.queries] = part_lse
-    return out, lse
+    return _forward(q, k, v, mask, scale)
 
 
 def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,34 +63,106 @@ def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> 
         q, scale, sign = _positive_scale(q, scale)
         dq, dk, dv = backward(dout, dlse, q, k, v, out, lse, mask, scale)
         return dq.mul_(sign), dk, dv
-    if _pads(q, k, mask):
-        k, v, mask = _padded(k, v, mask)
-    B, H, M, D = q.shape
-    N = k.shape[2]
-    parts = _parts(mask, B, M, N) if q.numel() and k.numel() else []
-    if len(parts) == 1 and parts[0].whole(B, M, N):
-        return _backward_part(dout, dlse, q, k, v, out, lse, parts[0], mask, scale)
-    dq, dk, dv = (x.new_zeros(B, x.shape[2], H, D).transpose(1, 2) for x in (q, k, v))
-    for part in parts:
-        part_dlse = None if dlse is None else part.rows(dlse)
-        query_side = part.rows(dout), part_dlse, part.rows(q)
-        key_side = part.columns(k), part.columns(v)
-        grads = _backward_part(*query_side, *key_side, part.rows(out), part.rows(lse), part, mask, scale)
-        part.rows(dq).copy_(grads[0])
-        part.write_columns(dk, grads[1])
-        part.write_columns(dv, grads[2])
+    if dlse is not None:
+        return _backward_with_lse(dout, dlse, q, k, v, out, lse, mask, scale)
+    if q.shape[1] != k.shape[1]:
+        dq = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+        dk, dv = (
+            x.new_zeros(x.shape[0], x.shape[2], x.shape[1], x.shape[3], dtype=_lse_dtype(q)).transpose(1, 2) for x in (k, v)
+        )
+        for heads in _groups(q, k):
+            args = dout[:, heads], None, q[:, heads], k, v, out[:, heads], lse[:, heads], _of_heads(mask, heads), scale
+            dq[:, heads], group_dk, group_dv = backward(*args)
+            dk += group_dk
+            dv += group_dv
+        return dq, dk.to(q.dtype), dv.to(q.dtype)
+    if q.shape[3] != v.shape[3]:
+        width = max(q.shape[3], v.shape[3])
+        dout, wide_q, wide_k, wide_v, out = (_widened(x, width) for x in (dout, q, k, v, out))
+        grads = backward(dout, None, wide_q, wide_k, wide_v, out, lse, mask, scale)
+        dq, dk, dv = (_heads_inside(grad[..., : x.shape[3]]) for grad, x in zip(grads, (q, k, v), strict=True))
+        return dq, dk, dv
+    return _backward(dout, q, k, v, out, lse, mask, scale)
+
+
+def _backward_with_lse(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float):
+    """delta = rowsum(dO * O) - dlse: one more column, 1 in dO, -dlse in O and 0 in V, has the kernel subtract it."""
+    wide = lse.dtype
+    dout, out, v = (F.pad(x.to(wide), (0, 1)) for x in (dout, out, v))
+    dout[..., -1], out[..., -1] = 1, -dlse
+    dq, dk, dv = backward(dout, None, q.to(wide), k.to(wide), v, out, lse, mask, scale)
+    dq, dk, dv = (_heads_inside(x.to(q.dtype)) for x in (dq, dk, dv[..., :-1]))
     return dq, dk, dv
 
 
-def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
-    """q, scale and sign with the same scores and scale > 0: the kernel multiplies its -inf by the scale."""
-    sign = -1.0 if scale < 0 else 0.0
-    return q * sign, -scale or 1.0, sign
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor]:
+    """Of q, k and v that have one number of heads and one width, with scale > 0."""
+    B, H, M, D = q.shape
+    N = k.shape[2]
+    k, v, calls = _calls(q, k, v, mask)
+    if len(calls) == 1 and calls[0].whole(B, M, N):
+        (part,) = calls
+        out, lse = _forward_block(q, k, v, *_additive(part, part.blocks[0], q, {}), part.causal, scale)
+        return _heads_inside(out), lse.contiguous()
+    out = q.new_zeros(B, M, H, D).transpose(1, 2)
+    lse = q.new_full((B, H, M), -INF, dtype=_lse_dtype(q))
+    for part in calls:
+        queries, keys, values = (_take(x[part.batch], where) for x, where in zip((q, k, v), part.places, strict=True))
+        made: dict = {}
+        for block, block_keys, block_values in zip(part.blocks, _columns(keys, part), _columns(values, part), strict=True):
+            args = queries[:, :, block.rows], block_keys, block_values, *_additive(part, block, q, made)
+            block_out, block_lse = _forward_block(*args, part.causal, scale)
+            _put(out[part.batch], part.queries, block.rows, block_out)
+            _put(lse[part.batch][..., None], part.queries, block.rows, block_lse[..., None])
+    return out, lse
+
+
+def _backward(dout, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, M, D = q.shape
+    N = k.shape[2]
+    k, v, calls = _calls(q, k, v, mask)
+    if len(calls) == 1 and calls[0].whole(B, M, N):
+        (part,) = calls
+        return _backward_block(dout, q, k, v, out, lse, *_additive(part, part.blocks[0], q, {}), part.causal, scale)
+    dq, dk, dv = (x.new_zeros(B, x.shape[2], H, D).transpose(1, 2) for x in (q, k, v))
+    for part in calls:
+        rows = [_take(x[part.batch], part.queries) for x in (dout, q, out, lse[..., None])]
+        keys, values = (_take(x[part.batch], part.keys) for x in (k, v))
+        sums = [torch.zeros_like(x, dtype=_lse_dtype(q)) for x in (keys, values)]
+        made: dict = {}
+        for block, block_keys, block_values in zip(part.blocks, _columns(keys, part), _columns(values, part), strict=True):
+            block_dout, block_q, block_out, block_lse = (x[:, :, block.rows] for x in rows)
+            args = block_dout, block_q, block_keys, block_values, block_out, block_lse[..., 0]
+            block_dq, *grads = _backward_block(*args, *_additive(part, block, q, made), part.causal, scale)
+            _put(dq[part.batch], part.queries, block.rows, block_dq)
+            for total, grad in zip(sums, grads, strict=True):
+                start = 0
+                for run in block.runs:
+                    length = run.stop - run.start
+                    total[:, :, run] += grad[:, :, start : start + length]
+                    start += length
+        for x, total in zip((dk, dv), sums, strict=True):
+            _put(x[part.batch], part.keys, slice(0, total.shape[2]), total)
+    return dq, dk, dv
+
+
+def _calls(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> tuple[Tensor, Tensor, list[Part]]:
+    """k and v, with 0 for dead keys where all sequences share calls, and the calls."""
+    if not (q.numel() and k.numel()):
+        return k, v, []
+    if not _pads(q, k, mask):
+        return k, v, parts(mask, q, k.shape[2])
+    only_ranges = LoweredMask(key_begin=mask.key_begin, key_end=mask.key_end, keys=mask.keys)
+    live = only_ranges.visible(q.shape[0], 1, 1, k.shape[2])
+    if not (k.sum().isfinite() and v.sum().isfinite()):
+        hidden = ~live.mT
+        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+    return k, v, parts(mask, q, k.shape[2], live)
 
 
 def _pads(q: Tensor, k: Tensor, mask: LoweredMask) -> bool:
-    """Whether one call that computes the padding too is cheaper than a call for each sequence."""
-    if mask.query_end is not None or (mask.key_begin is None and mask.key_end is None):
+    """Whether calls that compute the padding too are cheaper than a call for each sequence."""
+    if mask.query_end is not None or mask.ids is not None or (mask.key_begin is None and mask.key_end is None):
         return False
     B, H, M, D = q.shape
     N = k.shape[2]
@@ -99,141 +172,106 @@ def _pads(q: Tensor, k: Tensor, mask: LoweredMask) -> bool:
     return 0 < H * M * D * hidden < B * HIDDEN_WORK[q.dtype]
 
 
-def _padded(k: Tensor, v: Tensor, mask: LoweredMask) -> tuple[Tensor, Tensor, LoweredMask]:
-    """k, v and a mask without ranges or key bits: they become a bool per key; a hidden NaN or Inf becomes 0."""
-    B, _, N, _ = k.shape
-    live = mask._replace(diagonal=None, pairs=None).visible(B, 1, 1, N)
-    if not (k.sum().isfinite() and v.sum().isfinite()):
-        hidden = ~live.mT
-        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
-    return k, v, LoweredMask(diagonal=mask.diagonal, pairs=live if mask.pairs is None else mask.pairs & live)
-
-
-class _Part(NamedTuple):
-    """Sequences that one call of the fused kernel serves: a slice of the batch, its real queries and its real keys."""
-
-    batch: slice
-    queries: int  # rows 0 .. queries - 1
-    begin: int  # keys begin .. end - 1, unless `index` lists them
-    end: int
-    index: Tensor | None = None
-
-    def whole(self, B: int, M: int, N: int) -> bool:
-        return self.batch == slice(0, B) and self.index is None and (self.queries, self.begin, self.end) == (M, 0, N)
-
-    def rows(self, x: Tensor) -> Tensor:
-        return x[self.batch, :, : self.queries]
-
-    def columns(self, x: Tensor) -> Tensor:
-        x = x[self.batch]
-        return x[:, :, self.begin : self.end] if self.index is None else x.index_select(2, self.index)
-
-    def write_columns(self, x: Tensor, value: Tensor) -> None:
-        if self.index is None:
-            x[self.batch, :, self.begin : self.end].copy_(value)
-        else:
-            x[self.batch].index_copy_(2, self.index, value)
-
-
-def _parts(mask: LoweredMask, B: int, M: int, N: int) -> list[_Part]:
-    """The calls to make. Sequences with no visible pair are left out, equal neighbours share a call."""
-    if mask.key_begin is None and mask.key_end is None and mask.query_end is None:
-        return [_Part(slice(0, B), M, 0, N)]
-    begins = [0] * B if mask.key_begin is None else mask.key_begin.tolist()
-    ends = [N] * B if mask.key_end is None else mask.key_end.clamp(max=N).tolist()
-    queries = [M] * B if mask.query_end is None else mask.query_end.clamp(max=M).tolist()
-    parts: list[_Part] = []
-    for b in range(B):
-        begin, end, index = begins[b], ends[b], None
-        if mask.keys is not None and begin < end:
-            live = mask.keys[b, begin:end].nonzero()[:, 0]
-            if live.numel() < end - begin:
-                index = live + begin
-        if begin >= end or not queries[b] or (index is not None and not index.numel()):
-            continue
-        last = parts[-1] if parts else None
-        if last is not None and index is None and last[1:] == (queries[b], begin, end, None) and last.batch.stop == b:
-            parts[-1] = last._replace(batch=slice(last.batch.start, b + 1))
-        else:
-            parts.append(_Part(slice(b, b + 1), queries[b], begin, end, index))
-    return parts
-
-
-def _forward_part(q, k, v, part: _Part, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor]:
-    causal, additive = _kernel_mask(part, mask, q)
+def _forward_block(q, k, v, additive: Tensor | None, dead: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     if additive is None:
         return _flash(q, k, v, 0.0, causal, scale=scale)
     out, lse = _flash(q, k, v, 0.0, False, attn_mask=_rectangle(additive, q, k), scale=scale)
-    dead = (additive == -INF).all(-1)
-    if dead.any():  # there the kernel gives lse 0.0, and out from exp(-inf - -inf) in some versions
+    if dead is not None:  # there the kernel gives lse 0.0, and out from exp(-inf - -inf) in some versions
         lse = lse.masked_fill(dead, -INF)
         out = out.masked_fill(dead[..., None], 0)
     return out, lse
 
 
-def _backward_part(dout, dlse, q, k, v, out, lse, part: _Part, mask: LoweredMask, scale: float):
-    causal, additive = _kernel_mask(part, mask, q)
-    if dlse is not None:
-        return _backward_rows(dout, dlse, q, k, v, out, lse, causal, additive, scale)
-    if additive is not None:
-        dead = lse == -INF
-        if dead.any():
-            lse = lse.masked_fill(dead, 0)
-            q, dout = q.masked_fill(dead[..., None], 0), dout.masked_fill(dead[..., None], 0)
-        additive = _rectangle(additive, q, k)
+def _backward_block(dout, q, k, v, out, lse, additive: Tensor | None, dead: Tensor | None, causal: bool, scale: float):
+    if dead is not None:
+        lse = lse.masked_fill(dead, 0)
+        q, dout = q.masked_fill(dead[..., None], 0), dout.masked_fill(dead[..., None], 0)
+    additive = None if additive is None else _rectangle(additive, q, k)
     return _flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=additive, scale=scale)
 
 
-def _backward_rows(dout, dlse, q, k, v, out, lse, causal: bool, additive: Tensor | None, scale: float):
-    """The backward in blocks of rows, with delta = rowsum(dO * O) - dlse, which the fused kernel has no argument for."""
-    wide = lse.dtype
-    M, N = q.shape[2], k.shape[2]
-    k_wide, v_wide = k.to(wide), v.to(wide)
-    dq = torch.empty_like(q, dtype=wide)
-    dk, dv = torch.zeros_like(k_wide), torch.zeros_like(v_wide)
-    for start in range(0, M, ROWS):
-        rows = slice(start, min(start + ROWS, M))
-        s = q[:, :, rows].to(wide) @ k_wide.mT * scale
-        if causal:
-            i = torch.arange(rows.start, rows.stop)[:, None]
-            s.masked_fill_(torch.arange(N) > i, -INF)
-        elif additive is not None:
-            s += additive if additive.shape[2] == 1 else additive[:, :, rows]
-        dead = (lse[:, :, rows] == -INF)[..., None]
-        p = torch.exp(s - lse[:, :, rows, None].masked_fill(dead, INF))
-        do = dout[:, :, rows].to(wide).masked_fill(dead, 0)
-        delta = (do * out[:, :, rows].to(wide)).sum(-1, keepdim=True) - dlse[:, :, rows, None].masked_fill(dead, 0)
-        ds = p * (do @ v_wide.mT - delta) * scale
-        dq[:, :, rows] = ds @ k_wide
-        dk += ds.mT @ q[:, :, rows].to(wide).masked_fill(dead, 0)
-        dv += p.mT @ do
-    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+def _additive(part: Part, block: Block, q: Tensor, made: dict) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to a block's scores, 0 and -inf where a pair is hidden, and which rows see nothing; None for nothing.
 
-
-def _kernel_mask(part: _Part, mask: LoweredMask, q: Tensor) -> tuple[bool, Tensor | None]:
-    """What is left of the mask inside a part: the kernel's top-left causal flag, or a tensor that broadcasts to the scores."""
-    if mask.diagonal is None and mask.pairs is None:
-        return False, None
-    keys = torch.arange(part.begin, part.end) if part.index is None else part.index
-    rows = torch.arange(part.queries)[:, None]
-    if mask.pairs is None:
-        if part.index is None and mask.diagonal == part.begin:
-            return True, None
-        if part.index is None and mask.diagonal >= part.end - 1:
-            return False, None  # the band hides nothing
-        visible = (keys - rows <= mask.diagonal)[None, None]
-    else:
-        pairs = mask.pairs if mask.pairs.shape[0] == 1 else mask.pairs[part.batch]
-        pairs = pairs if pairs.shape[2] == 1 else pairs[:, :, : part.queries]
-        visible = pairs if pairs.shape[3] == 1 else pairs.index_select(3, keys)
-        if mask.diagonal is not None:
-            visible = visible & (keys - rows <= mask.diagonal)
-    return False, torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -INF)
+    `made`: those of the part's last block, since bounds on j - i alone hide the same pairs in many blocks.
+    """
+    if block.full:
+        return None, None
+    if block.words is not None:
+        return unpacked(block.words, sum(run.stop - run.start for run in block.runs), q.dtype), block.dead
+    shape = part.shape(block)
+    if shape not in made:
+        visible = part.visible(block)
+        made.clear()
+        made[shape] = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -INF), dead_rows(visible)
+    return made[shape]
 
 
 def _rectangle(additive: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """The kernel wants the last two dimensions in full, without a copy."""
     return additive.expand(-1, -1, q.shape[2], k.shape[2])
+
+
+def _groups(q: Tensor, k: Tensor) -> list[slice]:
+    """The g-th query heads of all groups, which line up with the heads of k and v."""
+    G = q.shape[1] // k.shape[1]
+    return [slice(g, None, G) for g in range(G)]
+
+
+def _of_heads(mask: LoweredMask, heads: slice) -> LoweredMask:
+    """Bits of each head become others, to which the lists of tiles do not belong."""
+    if mask.bits is None or mask.bits.shape[1] == 1:
+        return mask
+    return mask._replace(bits=mask.bits[:, heads], key_tiles=None, query_tiles=None)
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3]))
+
+
+def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """q, scale and sign with the same scores and scale > 0: the kernel multiplies its -inf by the scale."""
+    sign = -1.0 if scale < 0 else 0.0
+    return q * sign, -scale or 1.0, sign
+
+
+def _take(x: Tensor, where: slice | Tensor) -> Tensor:
+    """(B, H, L, D) at some of L; advanced indexing, since index_select is three times slower here."""
+    return x[:, :, where] if isinstance(where, slice) else x.transpose(1, 2)[:, where].transpose(1, 2)
+
+
+def _put(x: Tensor, where: slice | Tensor, rows: slice, value: Tensor) -> None:
+    """Write what belongs to `rows` of `where`."""
+    if isinstance(where, slice):
+        x[:, :, where.start + rows.start : where.start + rows.stop].copy_(value)
+    else:
+        x.transpose(1, 2).index_copy_(1, where[rows], value.transpose(1, 2).to(x.dtype))
+
+
+def _columns(x: Tensor, part: Part) -> Iterator[Tensor]:
+    """The keys of each block. Several runs are laid end to end in one buffer, where what the next block begins with stays."""
+    B, H, _, D = x.shape
+    sizes = [sum(run.stop - run.start for run in block.runs) for block in part.blocks]
+    laid = [block.runs for block in part.blocks if len(block.runs) > 1]
+    buffer = x.new_empty(B, max(sizes), H, D) if laid else x
+    last: tuple[slice, ...] = ()
+    for block, size in zip(part.blocks, sizes, strict=True):
+        if len(block.runs) == 1:
+            yield x[:, :, block.runs[0]]
+            continue
+        start, same = 0, True
+        for n, run in enumerate(block.runs):
+            length = run.stop - run.start
+            same = same and last[n : n + 1] == (run,)
+            if not same:
+                buffer[:, start : start + length].copy_(x[:, :, run].transpose(1, 2))
+            start += length
+        last = block.runs
+        yield buffer[:, :size].transpose(1, 2)
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _heads_inside(x: Tensor) -> Tensor:

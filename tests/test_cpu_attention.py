@@ -1,0 +1,128 @@
+"""The cpu backend's calls: what they may allocate, which pairs they compute, and that a mask's parts are kept with it."""
+
+import gc
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastattn
+from fastattn import masks
+from fastattn.kernels.cpu import attention_parts
+from fastattn.ops.attention import AttentionProblem
+from fastattn.testing import MASKS, assert_accurate, attention_inputs, attention_yardstick, run_attention
+
+BOUNDS = ["causal", "padding", "padding_queries", "holes", "causal_left", "window", "prefix_lm", "window_prefix"]
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any operation makes; a view, or a tensor of stride 0, counts as its memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+def largest(mask, M, N, Hkv=4, dlse=True):
+    """Of forward and backward below the public function: the mask is lowered, so its bits exist."""
+    from fastattn.kernels.cpu import attention as cpu
+
+    x = attention_inputs(2, 4, M, N, 8, torch.float32, mask=mask, Hkv=Hkv, dlse=dlse)
+    lowered = x.lowered()
+    with Largest() as seen:
+        out, lse = cpu.forward(x.q, x.k, x.v, lowered, x.scale, True)
+        cpu.backward(x.dout, x.dlse, x.q, x.k, x.v, out, lse, lowered, x.scale)
+    return seen.elements
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_no_tensor_has_an_element_for_each_pair(mask):
+    M = N = 600
+    elements = largest(mask, M, N, Hkv=2)
+    assert elements < (2 * 4 * M * N // 2 if mask == "dense" else M * N)
+
+
+@pytest.mark.parametrize("mask", BOUNDS)
+def test_memory_is_linear_in_the_length(mask):
+    assert largest(mask, 1200, 1200) <= 2.5 * largest(mask, 600, 600)
+
+
+@pytest.mark.parametrize(("Hkv", "Dv"), [(2, 16), (1, 24), (4, 8), (2, 40)])
+@pytest.mark.parametrize("mask", ["none", "causal_padding", "window_prefix", "documents", "columns_padding", "dense"])
+def test_grouped_heads_and_widths(mask, Hkv, Dv):
+    for dtype, M, N, dlse in ((torch.float32, 130, 130, True), (torch.bfloat16, 70, 141, False)):
+        x = attention_inputs(2, 4, M, N, 16, dtype, mask=mask, Hkv=Hkv, Dv=Dv, dlse=dlse)
+        assert_accurate(run_attention(x, "cpu"), attention_yardstick(x), cpu_half_gradients=True)
+
+
+@pytest.mark.parametrize("mask", ["window", "window_prefix", "documents", "columns_padding", "conv", "either", "dense"])
+def test_blocks_agree_with_the_specification(mask):
+    """Lengths at which a mask needs several blocks of queries, and several runs of keys."""
+    x = attention_inputs(2, 2, 300, 330, 16, torch.float32, mask=mask, dlse=True)
+    assert_accurate(run_attention(x, "cpu"), attention_yardstick(x))
+    x = attention_inputs(2, 2, 5, 7, 4, torch.float64, mask=mask)
+    function = lambda q, k, v: fastattn.attention(q, k, v, x.mask, backend="cpu")  # noqa: E731
+    assert torch.autograd.gradcheck(function, tuple(t.contiguous().requires_grad_() for t in (x.q, x.k, x.v)))
+
+
+def computed(mask, B=2, H=8, L=1280):
+    """The share of the pairs that the calls compute."""
+    q = torch.empty(B, H, L, 64)
+    found = attention_parts.parts(mask.lower(L, L), q, L)
+    total = 0
+    for part in found:
+        for block in part.blocks:
+            keys = sum(run.stop - run.start for run in block.runs)
+            total += (part.batch.stop - part.batch.start) * (block.rows.stop - block.rows.start) * keys
+    return total / (B * L * L)
+
+
+def test_images_and_documents_compute_little_more_than_is_visible():
+    ids = torch.arange(10).repeat_interleave(128).expand(2, -1)
+    shares = {
+        "rows": masks.rows(32, 32, 256), "columns": masks.columns(32, 32, 256), "conv": masks.conv(32, 32, 5, 256),
+        "window": masks.window(128, 128), "documents": masks.documents(ids),
+        "shuffled documents": masks.documents(ids[:, torch.randperm(1280)]),
+    }  # fmt: skip
+    for name, mask in shares.items():
+        visible = mask.dense(2, 1, 1280, 1280).double().mean()
+        assert visible <= computed(mask) <= 1.5 * visible, name
+
+
+def test_parts_live_as_long_as_their_mask():
+    mask = masks.columns(8, 8, 5)
+    q, k, v = torch.randn(3, 1, 2, 69, 8)
+    before = len(attention_parts._kept)
+    first = fastattn.attention(q, k, v, mask, backend="cpu")
+    parts = attention_parts.parts(mask.lower(69, 69, q.device), q, 69)
+    assert attention_parts.parts(mask.lower(69, 69, q.device), q, 69) is parts and len(attention_parts._kept) == before + 1
+    assert torch.equal(first, fastattn.attention(q, k, v, mask, backend="cpu"))
+    del mask
+    gc.collect()
+    assert len(attention_parts._kept) == before
+
+
+def test_one_id_tensor_serves_two_masks():
+    """What stands beside the ids belongs to the mask, so the parts of one must not answer for the other."""
+    ids = torch.zeros(1, 40, dtype=torch.int32)
+    q, k, v = torch.randn(3, 1, 2, 40, 8)
+    for length in (40, 17, 3):
+        mask = masks.documents(ids) & masks.padding([length])
+        expected = fastattn.attention(q, k, v, mask, backend="eager")
+        torch.testing.assert_close(fastattn.attention(q, k, v, mask, backend="cpu"), expected)
+
+
+def test_notes_name_the_copies():
+    from fastattn.kernels.cpu import attention as cpu
+
+    problem = AttentionProblem("cpu", torch.float32, B=1, H=4, M=8, N=8, D=16, Hkv=2, Dv=8)
+    said = " ".join(cpu.notes(problem))
+    assert "v is copied to the width of q and k" in said and "2 calls" in said
