@@ -18,7 +18,7 @@ def module():
 
 
 def visits(mask, B, H, M, N, D=64, limit=SM_90):
-    """Of each pair, whether a product visits it and whether it does so without a mask, bool (B, H, M, N); and the pairs multiplied."""
+    """Bool (B, H, M, N) twice: a product visits the pair, and does so without a mask; and the number of pairs multiplied."""
     argument, _ = attention._mask(mask)
     visited, full = (torch.zeros(B, H, M + 15, N + 15, dtype=torch.bool) for _ in range(2))
     pairs = 0
