@@ -54,7 +54,7 @@ template <class T, int D, class Exists>
 DEVICE void load_rows(unsigned char* tile, const T* global, int64_t stride, int rows, bool aligned, Exists exists) {
   for (int i = threadIdx.x; i < rows * (D / 8); i += blockDim.x) {
     int row = i / (D / 8), chunk = i % (D / 8);
-    load_chunk(tile + chunk_offset<D / 8>(row, chunk), global + row * stride + chunk * 8, aligned, exists(row) ? 8 : 0);
+    load_chunk<T, D / 8>(tile, global, stride, aligned, row, chunk, exists(row) ? 8 : 0);
   }
 }
 

@@ -33,7 +33,7 @@ DEVICE void load_rows(unsigned char* tile, const T* global, int64_t stride, bool
 #pragma unroll 1  // more copies at a time would cost the registers of the loop below
   for (int i = first * CHUNKS + threadIdx.x; i < last * CHUNKS; i += blockDim.x) {
     int row = i / CHUNKS, chunk = i % CHUNKS;
-    load_chunk(tile + chunk_offset<CHUNKS>(row, chunk), global + row * stride + chunk * 8, aligned, live(row) ? 8 : 0);
+    load_chunk<T, CHUNKS>(tile, global, stride, aligned, row, chunk, live(row) ? 8 : 0);
   }
 }
 

@@ -18,26 +18,31 @@ DEVICE int chunk_offset(int row, int chunk) {
   return (row * CHUNKS + (chunk ^ swizzle)) * 16;
 }
 
-// Starts the copy of 8 elements, of which the first `elements` exist (0 to 8); the others become 0. With `aligned`, they lie at a
-// multiple of 16 bytes and the copy is asynchronous; otherwise elements are moved one by one.
-template <class T>
-DEVICE void load_chunk(unsigned char* chunk, const T* global, bool aligned, int elements) {
-  if (aligned) return cp_async_16(chunk, global, elements * 2);
+// Starts the copy of chunk `chunk` of row `row`: `elements` of its 8 exist, the others become 0. With `aligned`, rows start at
+// multiples of 16 bytes and the copy is asynchronous; otherwise elements are moved one by one.
+template <class T, int CHUNKS>
+DEVICE void load_chunk(unsigned char* tile, const T* global, int64_t stride, bool aligned, int row, int chunk, int elements) {
+  const T* from = global + row * stride + chunk * 8;
+  unsigned char* to = tile + chunk_offset<CHUNKS>(row, chunk);
+  if (aligned) {
+    cp_async_16(to, from, elements * 2);
+    return;
+  }
   uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int e = 0; e < 8; e++)
-    if (e < elements) words[e / 2] |= static_cast<uint32_t>(global[e].bits) << (16 * (e % 2));
-  *reinterpret_cast<uint4*>(chunk) = uint4{words[0], words[1], words[2], words[3]};
+    if (e < elements) words[e / 2] |= static_cast<uint32_t>(from[e].bits) << (16 * (e % 2));
+  *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
 }
 
-// Starts the copy of a tile. `count(row, column)`: how many of the 8 elements from there on exist; `aligned` as above.
+// Starts the copy of a tile. `count(row, column)`: how many of the 8 elements from there on exist (0 to 8).
 template <class T, int ROWS, int COLUMNS, int THREADS, class Count>
 DEVICE void load_tile(unsigned char* tile, const T* global, int64_t stride, bool aligned, Count count) {
   constexpr int CHUNKS = COLUMNS / 8, PER_THREAD = ROWS * CHUNKS / THREADS;
   static_assert(ROWS * CHUNKS % THREADS == 0, "each thread copies the same number of chunks");
   auto load = [&](int i) {
     int index = threadIdx.x + i * THREADS, row = index / CHUNKS, chunk = index % CHUNKS;
-    load_chunk(tile + chunk_offset<CHUNKS>(row, chunk), global + row * stride + chunk * 8, aligned, count(row, chunk * 8));
+    load_chunk<T, CHUNKS>(tile, global, stride, aligned, row, chunk, count(row, chunk * 8));
   };
   if (aligned) {
 #pragma unroll
