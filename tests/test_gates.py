@@ -15,16 +15,21 @@ MOST_SPILLED = 64  # bytes of stack
 
 # Variants that spill, each with its reason: (kernel, dtype and case) -> bytes of stack at most.
 SPILLS = {
-    # 255 registers hold both accumulators and the tiles of K and V; smaller tiles cost more than the two stores outside the loop
-    ("attention_dkdv_kernel", "float16 D=64 none"): 8,
-    # the addresses of the mask's tile stand beside accumulators of 128 columns
-    ("attention_forward_kernel", "float16 D=80 dense"): 16,
-    ("attention_forward_kernel", "float16 D=128 dense"): 16,
+    # 255 registers hold both accumulators and the tiles of K and V; smaller tiles cost more than the stores outside the loop
+    ("attention_backward_kernel", "float16 D=64 keys L=64"): 16,
+    ("attention_backward_kernel", "float16 D=64 keys L=128"): 8,
+    ("attention_dkdv_kernel", "bfloat16 D=64 causal_padding"): 8,
+    ("attention_dkdv_kernel", "float16 D=64 prefix"): 8,
+    ("attention_dkdv_kernel", "float16 D=64 causal group=4"): 8,
+    ("attention_dkdv_kernel", "float16 D=64 causal_padding Dv=128"): 48,
+    # below 255 registers: the assembler keeps to a step of occupancy
+    ("attention_forward_kernel", "bfloat16 D=32 padding L=128"): 8,
+    ("attention_forward_kernel", "float16 D=64 padding"): 16,
+    ("attention_dkdv_kernel", "float16 D=32 bits"): 8,
     # an IEEE product takes its operands into registers; the next smaller tile is 16 rows
-    ("attention_dq_kernel", "float32 D=32 causal_padding"): 8,
-    ("attention_dq_kernel", "float32 D=32 dense"): 8,
-    ("attention_forward_kernel", "float32 D=64 dense"): 32,
-    ("attention_forward_kernel", "float32 D=128 dense"): 8,
+    ("attention_dq_kernel", "float32 D=16 causal_padding"): 8,
+    ("attention_dq_kernel", "float32 D=16 bits"): 8,
+    ("attention_dq_kernel", "float32 D=32 bits"): 8,
 }
 
 

@@ -57,26 +57,22 @@ CONFIGS = {
 
 BEFORE_HOPPER = {  # with mma.sync both accumulators of 64 keys and the products' operands are more than 255 registers
     (False, False, 64): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
+    (False, False, 128): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 1)),
 }
 
-# sm -> BLOCK_D -> the tiles of the one backward kernel, for at most BLOCK_N keys: those that compile with no spill (16 bytes at
-# N = 256) into the shared memory of a block, which is 163 KB on sm_80, 99 KB on sm_89 and 227 KB on sm_90. It moves 8 rows of D a
-# token where two kernels move 12, and multiplies 5 times a tile in place of 7; a warp holds as many registers as in dkdv.
+# sm -> BLOCK_D -> the tiles of the one backward kernel, for at most BLOCK_N keys: those that compile into 255 registers and the
+# 99 KB of shared memory of sm_89 with at most 16 bytes spilled. It moves 8 rows of D a token where two kernels move 12, and
+# multiplies 5 times a tile in place of 7. On sm_90 128 keys of D = 128 spill 32 bytes, 256 keys of D = 64 spill 96.
 SINGLE = {
     80: {
-        32: (Config(32, 64, 4, 1), Config(32, 128, 8, 1)),
-        64: (Config(32, 64, 4, 1), Config(32, 128, 8, 1)),
-        128: (Config(32, 64, 8, 1), Config(32, 128, 8, 1)),
-    },
-    89: {
-        32: (Config(32, 64, 4, 1), Config(32, 128, 8, 1)),
+        32: (Config(32, 64, 4, 1), Config(16, 128, 4, 1)),
         64: (Config(32, 64, 4, 1), Config(32, 128, 8, 1)),
         128: (Config(32, 64, 8, 1),),
     },
     90: {
         32: (Config(64, 64, 4, 1), Config(16, 128, 4, 1)),
-        64: (Config(32, 64, 4, 1), Config(32, 128, 8, 1), Config(32, 256, 8, 1)),
-        128: (Config(32, 64, 8, 1), Config(32, 128, 8, 1)),
+        64: (Config(32, 64, 4, 1), Config(32, 128, 8, 1)),
+        128: (Config(32, 64, 8, 1),),
     },
 }
 SINGLE_ROWS = 512  # its programs are few, one for each head of k and v: with more queries two kernels fill a GPU better
@@ -86,8 +82,8 @@ def single_config(sm: int, dtype: torch.dtype, block_d: int, rows: int, N: int, 
     """The tiles of the one backward kernel where it serves, else None. `rows`: queries of all heads that share one of k and v."""
     if listed or rows > SINGLE_ROWS or dtype == torch.float32:
         return None
-    tables = SINGLE.get(sm, SINGLE[89])  # what fits there fits everywhere
-    return next((config for config in tables.get(block_d, ()) if N <= config.BLOCK_N), None)
+    configs = SINGLE.get(sm, SINGLE[80]).get(block_d, ())
+    return next((config for config in configs if N <= config.BLOCK_N), None)
 
 
 def unsupported(problem) -> list[str]:

@@ -1,4 +1,4 @@
-"""The backward kernels: one program per head and block of queries makes dQ, one per head of K and V and block of keys makes dK, dV.
+"""The backward kernels: one program per head and block of queries makes dQ, one per key head and block of keys makes dK and dV.
 
 For short sequences one program per head of K and V makes all three (`_attention_backward_kernel`). Each recomputes
 P = exp(S - lse) from the saved log-sum-exp. Nothing is added across programs, so gradients are deterministic.

@@ -197,7 +197,7 @@ def live_keys(n, bounds, terms):
 
 @triton.jit
 def visible_pairs(m, n0, row_live, row_id, key_live, key_id, bounds, terms, BLOCK_N: tl.constexpr):
-    """Visible pairs of queries m and keys n0 .. n0 + BLOCK_N - 1: (len(m) or 1, BLOCK_N) bool. Rows not live need not be hidden."""
+    """Visible pairs of queries m and keys n0 .. n0 + BLOCK_N - 1: (len(m) or 1, BLOCK_N) bool; some with rows not live."""
     _, _, ids, _, _, _, bits, bits_m, bits_n = terms
     n = n0 + tl.arange(0, BLOCK_N)
     visible = key_live[None, :]
