@@ -78,7 +78,13 @@ def pack_bits(pairs: Tensor) -> Tensor:
 
 
 def tile_status(
-    mask: LoweredMask, M: int, N: int, device: torch.device | None, pairs: Tensor | None = None, rows: int = TILE, keys: int = TILE
+    mask: LoweredMask,
+    M: int,
+    N: int,
+    device: torch.device | None,
+    pairs: Tensor | None = None,
+    rows: int = TILE,
+    keys: int = TILE,
 ) -> Tensor:
     """EMPTY, PARTIAL or FULL for each tile of rows x keys: int8 (B or 1, H or 1, ceil(M / rows), ceil(N / keys)).
 

@@ -75,10 +75,22 @@ def _flops(pairs: int, products: tuple[int, int], problem) -> int:
     return 2 * pairs * (products[0] * problem.D + products[1] * problem.Dv)
 
 
+class Bytes(NamedTuple):
+    """Of the tensors of an attention problem."""
+
+    q: int
+    out: int
+    keys: int  # k and v together
+    lse: int
+
+
+def tensor_bytes(problem) -> Bytes:
+    size = problem.dtype.itemsize
+    queries, keys = problem.B * problem.H * problem.M, problem.B * problem.Hkv * problem.N
+    return Bytes(queries * problem.D * size, queries * problem.Dv * size, keys * (problem.D + problem.Dv) * size, queries * 4)
+
+
 def least_bytes(problem, backward: bool) -> int:
     """q, k, v, out and the log-sum-exp once; backward reads these and dout, and writes the three gradients."""
-    size = torch.empty(0, dtype=problem.dtype).element_size()
-    queries, keys = problem.B * problem.H * problem.M, problem.B * problem.Hkv * problem.N
-    q, out, k_and_v = queries * problem.D, queries * problem.Dv, keys * (problem.D + problem.Dv)
-    elements = 2 * q + 2 * out + 2 * k_and_v if backward else q + out + k_and_v
-    return elements * size + queries * 4
+    q, out, keys, lse = tensor_bytes(problem)
+    return 2 * (q + out + keys) + lse if backward else q + out + keys + lse

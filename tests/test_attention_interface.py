@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import BACKENDS, TRITON, device_of, dtype_of, head_dim_of
+from backends import BACKENDS, CUDA, TRITON, device_of, dtype_of, head_dim_of
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn import masks
 from fastattn.lowering import LoweredMask
+from fastattn.ops.attention import BACKENDS as BACKEND_NAMES
+from fastattn.ops.attention import AttentionProblem, order
 
 
 def inputs(backend, requires_grad=True, L=19, dtype=None):
@@ -233,6 +235,23 @@ ELSEWHERE = torch.zeros(2, dtype=torch.int32, device="meta")
 def test_bad_input_raises_a_sentence(error, words, call):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    ("N", "D", "first"),
+    [(1, 64, "cuda"), (288, 64, "cuda"), (289, 64, "triton"), (208, 128, "cuda"), (209, 128, "triton"), (9, 80, "triton")],
+)
+def test_short_heads_go_to_the_cuda_kernels_first(N, D, first):
+    problem = AttentionProblem("cuda", torch.float16, B=1, H=1, M=9, N=N, D=D, Hkv=1, Dv=D)
+    assert order(problem)[0] == first and set(order(problem)) == set(BACKEND_NAMES)
+
+
+@pytest.mark.parametrize("backend", [TRITON, CUDA])
+def test_verbose_explanation_counts_tiles(backend):
+    q, k, v = inputs(backend, False, L=130)
+    lines = fastattn.explain(q, k, v, masks.causal(), backend=backend, verbose=True).details
+    text = "\n".join(lines)
+    assert text.count("visits") >= 2 and "forward:" in text and "backward:" in text and "floor on an H100" in text
 
 
 def test_explain_names_the_backend_and_the_reasons():

@@ -73,7 +73,7 @@ def test_one_kernel_where_a_block_fits(backend):
 
 
 def test_shared_memory_is_what_the_kernels_ask_for(backend):
-    module = library.module() if torch.cuda.is_available() else emulator._module()
+    module = library.module() if torch.cuda.is_available() else emulator.module()
     for D, N in attention.MOST_KEYS.items():
         for dtype in ("Half", "Bfloat16"):
             assert module.kernels[f"attention_backward_single_kernel<{dtype}, {D}>"][1] == attention.single_bytes(D, N) <= H100

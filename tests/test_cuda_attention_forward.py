@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not GPU and bool(emulator.problems()), reason="t
 
 
 def module():
-    return attention.library.module() if GPU else emulator._module()
+    return attention.library.module() if GPU else emulator.module()
 
 
 def visits(mask, B, H, M, N, D=64, limit=SM_90):

@@ -185,7 +185,8 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    assert "attention_forward_resident_kernel<Half, 64, 128>: the first launch on a device cannot be captured" in run(["-c", code]).stdout
+    words = "attention_forward_resident_kernel<Half, 64, 128>: the first launch on a device cannot be captured"
+    assert words in run(["-c", code]).stdout
 
 
 def test_only_ptx_cuh_knows_of_the_emulator():

@@ -17,7 +17,9 @@ from fastattn.lowering import LoweredMask
 from fastattn.masks import Mask
 from fastattn.ops import dispatch
 
-BACKENDS = ("triton", "cuda", "cpu", "eager")  # in order of preference
+BACKENDS = ("triton", "cuda", "cpu", "eager")  # in order of preference, but for short sequences
+BACKENDS_OF_SHORT = ("cuda", "triton", "cpu", "eager")
+SHORT = {32: 288, 64: 288, 128: 208}  # keys, by head dimension: what the CUDA forward holds on chip
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -49,6 +51,17 @@ class AttentionProblem:
         return f"attention({sizes}, {dtype}, {self.device}, mask: {' & '.join(mask) or 'none'})"
 
 
+def order(problem: AttentionProblem) -> tuple[str, ...]:
+    """The backends in order of preference.
+
+    Short heads go to the CUDA kernels first: they fit tiles to any length and read each tensor once, where Triton's tiles are
+    powers of two and read K and V again for each block of queries (the README's table of bytes and FLOPs, which is computed, not
+    timed). For longer ones both move the same bytes, and Triton's products run at the rate of wgmma where there is one.
+    """
+    longest = SHORT.get(problem.D, 0)
+    return BACKENDS_OF_SHORT if problem.N <= longest else BACKENDS
+
+
 def _problem(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> AttentionProblem:
     B, H, M, D = q.shape
     return AttentionProblem(
@@ -73,7 +86,8 @@ _NO_GRADIENTS = (None,) * (len(LoweredMask._fields) + 3)  # mask, scale, backend
 def _forward(q, k, v, *rest):
     *fields, scale, backend, exact_lse = rest
     mask = LoweredMask(*fields)
-    module = dispatch.choose("attention", BACKENDS, backend, _problem(q, k, v, mask))
+    problem = _problem(q, k, v, mask)
+    module = dispatch.choose("attention", order(problem), backend, problem)
     return module.forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), mask, scale, exact_lse)
 
 
@@ -116,7 +130,8 @@ class _Attention(torch.autograd.Function):
 def _backward(dout, dlse, q, k, v, out, lse, *rest):
     *fields, scale, backend = rest
     mask = LoweredMask(*fields)
-    module = dispatch.choose("attention", BACKENDS, backend, _problem(q, k, v, mask))
+    problem = _problem(q, k, v, mask)
+    module = dispatch.choose("attention", order(problem), backend, problem)
     return module.backward(
         _unit_stride(dout), dlse, _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(out), lse, mask, scale
     )
@@ -268,7 +283,7 @@ def explain(
         for name, x in (("q", q), ("k", k), ("v", v))
         if _unit_stride(x) is not x
     ]
-    explanation = dispatch.explain("attention", BACKENDS, problem, backend, notes)
+    explanation = dispatch.explain("attention", order(problem), problem, backend, notes)
     if not verbose or explanation.backend == "none":
         return explanation
     return replace(explanation, details=_details(explanation.backend, problem, lowered_mask))

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels.cuda import library
+from fastattn.lowering import TILE as MASK_TILE
 from fastattn.lowering import LoweredMask
+from fastattn.plans import KernelPlan, tensor_bytes
 
 HEAD_DIMS = (32, 64, 128)
 INT32_MAX = 2**31 - 1
@@ -81,6 +83,33 @@ def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> 
     return dq, dk, dv
 
 
+def plan(problem, backward: bool) -> list[KernelPlan]:
+    """The kernels of a pass: for the GPU that is there, else for an H100."""
+    M, N, D = problem.M, problem.N, problem.D
+    shared = _gpu_shared_memory(torch.cuda.current_device()) if torch.cuda.is_available() else EMULATED_SHARED
+    group, key_tiles, query_tiles = problem.H // max(problem.Hkv, 1), -(-N // MASK_TILE), -(-M // MASK_TILE)
+    banded = problem.band or problem.prefix or problem.documents or problem.bits
+    q, out, keys, lse = tensor_bytes(problem)
+    if not backward:
+        capacity, warps, rows, used = library.host_module().attention_forward_config(D, M, N, shared)
+        name = f"attention_forward_{'resident' if capacity else 'streaming'}_kernel"
+        config = f"{warps} warps, {rows} queries a block, {used} bytes of shared memory"
+        moved = q + out + lse + keys * group * -(-M // rows)
+        # the last eight keys of a run are a step of their own where keys are resident
+        return [KernelPlan(name, config, 16, 8 if capacity and not banded else 16, (1, 1), moved)]
+    if one_kernel(D, M, N, shared):
+        slab = slab_keys(D)
+        config = f"{-(-N // slab)} warps, {single_bytes(D, N)} bytes of shared memory"
+        moved = 2 * (q + out + keys) + lse
+        return [KernelPlan("attention_backward_single_kernel", config, 16, slab if banded else 16, (3, 2), moved)]
+    dq_moved = 2 * (q + out) + 2 * lse + keys * group * query_tiles
+    dkdv_moved = 2 * keys + (q + out + 2 * lse) * key_tiles
+    return [
+        KernelPlan("attention_backward_dq_kernel", "4 warps", 16, 16, (2, 1), dq_moved),
+        KernelPlan("attention_backward_dkdv_kernel", "4 warps", 16, 16, (2, 2), dkdv_moved),
+    ]
+
+
 def one_kernel(D: int, M: int, N: int, shared: int) -> bool:
     """Whether the backward is one kernel, where a block may have `shared` bytes of shared memory."""
     return MOST_KEYS[D] >= N and M <= MOST_QUERIES and single_bytes(D, N) <= shared
@@ -88,9 +117,13 @@ def one_kernel(D: int, M: int, N: int, shared: int) -> bool:
 
 def single_bytes(D: int, N: int) -> int:
     """Of shared memory, laid out in csrc/attention/backward_single.cu: what each key needs, and what a tile of queries does."""
-    slab = 16 if D == 128 else 32
-    keys = -(-N // slab) * slab
+    keys = -(-N // slab_keys(D)) * slab_keys(D)
     return keys * (4 * D + 96) + 320 * D + 512
+
+
+def slab_keys(D: int) -> int:
+    """Keys of a warp of the one-kernel backward."""
+    return 16 if D == 128 else 32
 
 
 def shared_memory(device: torch.device) -> int:

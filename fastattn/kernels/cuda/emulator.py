@@ -41,7 +41,7 @@ def problems() -> list[str]:
 
 
 def launch(kernel: str, arguments: dict[str, Any], reads: dict[str, Tensor | None], writes: dict[str, Tensor | None]) -> None:
-    module, checks = _module(), interface(build())
+    compiled, checks = module(), interface(build())
     for access, tensors in ((READ, reads), (WRITE, writes)):
         for name, tensor in tensors.items():
             if tensor is not None:
@@ -51,7 +51,7 @@ def launch(kernel: str, arguments: dict[str, Any], reads: dict[str, Tensor | Non
                     name.encode(), tensor.data_ptr(), tensor.element_size(), tensor.dim(), sizes, strides, access
                 )
     try:
-        getattr(module, kernel)(**arguments, stream=0)
+        getattr(compiled, kernel)(**arguments, stream=0)
     finally:
         reports = checks.fastattn_emulator_finish().decode()
     if reports:
@@ -76,7 +76,7 @@ def csrc_build() -> ModuleType:
 
 
 @functools.cache
-def _module() -> ModuleType:
+def module() -> ModuleType:
     return _import("fastattn.emulated._cuda", build())
 
 

@@ -56,6 +56,11 @@ def module() -> ModuleType:
     return importlib.import_module("fastattn._cuda")
 
 
+def host_module() -> ModuleType:
+    """The same functions for what runs on the host: of the built module, or where there is none, of the emulator's."""
+    return module() if importlib.util.find_spec("fastattn._cuda") else emulator.module()
+
+
 def build_record() -> dict[str, Any] | None:
     """What the build decided: cuda, reason, nvcc, archs; None where the package was never built."""
     return json.loads(RECORD.read_text()) if RECORD.exists() else None

@@ -18,6 +18,7 @@ from fastattn.kernels.triton.attention_backward import _attention_backward_kerne
 from fastattn.kernels.triton.attention_forward import _attention_forward_kernel
 from fastattn.kernels.triton.launch import Launch, capability, precision, refusals, run, vector
 from fastattn.lowering import LoweredMask
+from fastattn.plans import KernelPlan, tensor_bytes
 
 LONGEST = 2**29  # queries or keys: sums of a place, a bound and a tile stay below 2^31
 
@@ -78,6 +79,12 @@ SINGLE = {
 SINGLE_ROWS = 512  # its programs are few, one for each head of k and v: with more queries two kernels fill a GPU better
 
 
+def configs(sm: int, dtype: torch.dtype, block_d: int, listed: bool) -> tuple[Config, Config, Config]:
+    """Of forward, dq and dkdv. block_d: columns of the wider tile; listed: whether the mask comes with lists of tiles."""
+    key = dtype == torch.float32, listed, block_d
+    return BEFORE_HOPPER.get(key, CONFIGS[key]) if sm < 90 else CONFIGS[key]
+
+
 def single_config(sm: int, dtype: torch.dtype, block_d: int, rows: int, N: int, listed: bool) -> Config | None:
     """The tiles of the one backward kernel where it serves, else None. `rows`: queries of all heads that share one of k and v."""
     if listed or rows > SINGLE_ROWS or dtype == torch.float32:
@@ -115,7 +122,7 @@ def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> 
 
 
 def forward_launch(q, k, v, out, lse, mask: LoweredMask, scale: float, sm: int) -> Launch:
-    config = _configs(sm, q, v, mask)[0]
+    config = configs(sm, q.dtype, _block(max(q.shape[3], v.shape[3])), mask.key_tiles is not None)[0]
     arguments = {**_shared({"q": q, "k": k, "v": v, "out": out}, mask, mask.key_tiles, scale), "lse": lse}
     return Launch(_attention_forward_kernel, _programs(q, config.BLOCK_M), arguments, config)
 
@@ -123,12 +130,13 @@ def forward_launch(q, k, v, out, lse, mask: LoweredMask, scale: float, sm: int) 
 def backward_launches(dout, dlse, q, k, v, out, lse, dq, dk, dv, mask: LoweredMask, scale: float, sm: int) -> list[Launch]:
     """One kernel for short sequences; else dq first: it also makes delta = rowsum(dO * O) - dlse, which dkdv reads."""
     rows = q.shape[1] // max(k.shape[1], 1) * q.shape[2]
-    config = single_config(sm, q.dtype, max(_block(q), _block(v)), rows, k.shape[2], mask.key_tiles is not None)
+    block_d, listed = _block(max(q.shape[3], v.shape[3])), mask.key_tiles is not None
+    config = single_config(sm, q.dtype, block_d, rows, k.shape[2], listed)
     if config is not None:
         tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
         arguments = {**_shared(tensors, mask, None, scale), "lse": lse, "dlse": dlse}
         return [Launch(_attention_backward_kernel, k.shape[0] * k.shape[1], arguments, config)]
-    _, dq_config, dkdv_config = _configs(sm, q, v, mask)
+    _, dq_config, dkdv_config = configs(sm, q.dtype, block_d, listed)
     delta = torch.empty_like(lse)
     tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq}
     arguments = {**_shared(tensors, mask, mask.key_tiles, scale), "lse": lse, "dlse": dlse, "delta": delta}
@@ -136,6 +144,33 @@ def backward_launches(dout, dlse, q, k, v, out, lse, dq, dk, dv, mask: LoweredMa
     tensors = {"q": q, "k": k, "v": v, "dout": dout, "dk": dk, "dv": dv}
     arguments = {**_shared(tensors, mask, mask.query_tiles, scale), "lse": lse, "delta": delta}
     return [first, Launch(_attention_dkdv_kernel, _programs(k, dkdv_config.BLOCK_N), arguments, dkdv_config)]
+
+
+def plan(problem, backward: bool) -> list[KernelPlan]:
+    """The kernels of a pass: for the GPU that is there, else for an H100."""
+    sm = capability(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else 90
+    block_d, listed = _block(max(problem.D, problem.Dv)), problem.documents or problem.bits
+    group = problem.H // max(problem.Hkv, 1)
+    q, out, keys, lse = tensor_bytes(problem)
+
+    def kernel(name: str, config: Config, products: tuple[int, int], moved: int) -> KernelPlan:
+        return KernelPlan(
+            name, f"{config.num_warps} warps, {config.num_stages} stages", config.BLOCK_M, config.BLOCK_N, products, moved
+        )
+
+    forward, dq, dkdv = configs(sm, problem.dtype, block_d, listed)
+    if not backward:
+        moved = q + out + lse + keys * group * triton.cdiv(problem.M, forward.BLOCK_M)
+        return [kernel("attention_forward_kernel", forward, (1, 1), moved)]
+    single = single_config(sm, problem.dtype, block_d, group * problem.M, problem.N, listed)
+    if single is not None:
+        return [kernel("attention_backward_kernel", single, (3, 2), 2 * (q + out + keys) + lse)]
+    dq_moved = 2 * (q + out) + 2 * lse + keys * group * triton.cdiv(problem.M, dq.BLOCK_M)
+    dkdv_moved = 2 * keys + (q + out + 2 * lse) * triton.cdiv(problem.N, dkdv.BLOCK_N)
+    return [
+        kernel("attention_dq_kernel", dq, (2, 1), dq_moved),
+        kernel("attention_dkdv_kernel", dkdv, (2, 2), dkdv_moved),
+    ]
 
 
 def _shared(tensors: dict[str, Tensor], mask: LoweredMask, tiles: Tensor | None, scale: float) -> dict[str, Any]:
@@ -149,7 +184,7 @@ def _shared(tensors: dict[str, Tensor], mask: LoweredMask, tiles: Tensor | None,
     arguments.update(_mask_arguments(mask, tiles), scale=scale)
     H, Hkv = q.shape[1], k.shape[1]
     arguments.update(H=H, group=H // max(Hkv, 1), M=q.shape[2], N=k.shape[2])
-    arguments.update(D=q.shape[3], BLOCK_D=_block(q), DV=v.shape[3], BLOCK_DV=_block(v))
+    arguments.update(D=q.shape[3], BLOCK_D=_block(q.shape[3]), DV=v.shape[3], BLOCK_DV=_block(v.shape[3]))
     arguments.update(VECTOR=unit, PRECISION=precision(q.dtype))
     return arguments
 
@@ -179,14 +214,9 @@ def _clamp(bound: int) -> int:
     return max(-LONGEST, min(bound, LONGEST))
 
 
-def _block(x: Tensor) -> int:
+def _block(columns: int) -> int:
     """Columns of a tile: a power of two, at least the 16 of tl.dot."""
-    return max(16, triton.next_power_of_2(x.shape[3]))
-
-
-def _configs(sm: int, q: Tensor, v: Tensor, mask: LoweredMask) -> tuple[Config, Config, Config]:
-    key = q.dtype == torch.float32, mask.key_tiles is not None, max(_block(q), _block(v))
-    return BEFORE_HOPPER.get(key, CONFIGS[key]) if sm < 90 else CONFIGS[key]
+    return max(16, triton.next_power_of_2(columns))
 
 
 def _programs(x: Tensor, block: int) -> int:
