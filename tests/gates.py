@@ -1,8 +1,8 @@
 """What every compiled kernel holds, seen without a GPU: registers, spills, shared memory, tensor-core instructions, occupancy.
 
 A program: `python tests/gates.py` (`make gates`) compiles every variant of the CUDA and Triton kernels for each architecture, in
-minutes, and writes the table gates.json. With `sample` it compiles at most 60 and prints them. test_gates.py holds the table to
-the present sources and to limits.
+minutes, and writes the table gates.json. With `sample` it reads the CUDA kernels that are built, compiles at most 60 variants of
+the Triton kernels, and prints them. test_gates.py holds the table to the present sources and to limits.
 """
 
 from __future__ import annotations
@@ -45,27 +45,30 @@ def compilers() -> dict[str, str | None]:
 
 
 def cuda_rows(sms: Iterable[int]) -> Iterator[Row]:
-    """A row per CUDA kernel and architecture."""
-    kernels = library.module().kernels
+    """A row per CUDA kernel and architecture, compiled."""
+    build = emulator.csrc_build()
     for source in sorted(path for pattern in SOURCES["cuda"] for path in ROOT.glob(f"{pattern}.cu")):
         for sm in sms:
             with tempfile.TemporaryDirectory() as folder:
                 cubin = Path(folder) / "kernels.cubin"
-                command = [
-                    emulator.csrc_build().nvcc(),
-                    *emulator.csrc_build().CUDA_FLAGS,
-                    f"-arch=sm_{sm}",
-                    "-cubin",
-                    source,
-                    "-o",
-                    cubin,
-                ]
+                command = [build.nvcc(), *build.CUDA_FLAGS, f"-arch=sm_{sm}", "-cubin", source, "-o", cubin]
                 subprocess.run(command, check=True)
-                found = sass.functions(cubin)
-            for signature, held in sorted(found.items()):
-                name = next(name for name in kernels if name in signature.replace("fastattn::", ""))
-                row = _row("cuda", name, "", sm, *kernels[name], held)
-                yield {**row, "multiplies": "activation" not in name}
+                yield from _kernels(cubin, sm)
+
+
+def built_rows() -> Iterator[Row]:
+    """The same of the library that is built, for the architectures that it holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        for cubin in sass.extract(Path(library.module().__file__), Path(folder)):
+            yield from _kernels(cubin, int(cubin.stem.split("sm_")[1]))
+
+
+def _kernels(cubin: Path, sm: int) -> Iterator[Row]:
+    kernels = library.module().kernels
+    for signature, held in sorted(sass.functions(cubin).items()):
+        name = next(name for name in kernels if name in signature.replace("fastattn::", ""))
+        row = _row("cuda", name, "", sm, *kernels[name], held)
+        yield {**row, "multiplies": "activation" not in name}
 
 
 def triton_rows(variants: Iterable[aot.Variant]) -> Iterator[Row]:
@@ -96,9 +99,9 @@ def head() -> dict[str, Any]:
 
 
 def sample() -> Iterator[Row]:
-    """At most 60 variants, among them each kernel; those of CUDA where there is an nvcc."""
+    """Every CUDA kernel where they are built, and at most 60 variants of Triton's, among them each kernel."""
     if emulator.csrc_build().nvcc():
-        yield from cuda_rows((80, 90))
+        yield from built_rows()
     yield from triton_rows(aot.sampled())
 
 

@@ -37,6 +37,12 @@ MULTIPROCESSORS = {
 REGISTERS = 65536  # of a multiprocessor, given to warps in units of 256
 
 
+def extract(library: Path, folder: Path) -> list[Path]:
+    """Write the cubins of a shared library's kernels into `folder`: their paths, each ending in the architecture."""
+    subprocess.run([TOOLS / "cuobjdump", "-xelf", "all", library], cwd=folder, capture_output=True, check=True)
+    return sorted(path for path in folder.glob("*.cubin") if not path.name.startswith(library.stem.split(".")[0]))
+
+
 def functions(cubin: Path) -> dict[str, dict[str, int]]:
     """For each kernel of a cubin, by its demangled name: registers, stack (bytes), and how often each of COUNTED occurs."""
     usage = _output(TOOLS / "cuobjdump", "--dump-resource-usage", cubin)

@@ -76,7 +76,7 @@ def test_table_is_of_the_present_sources(table, present):
 @pytest.mark.slow
 def test_sample_is_as_the_table_says(table, present):
     recorded = {key(row): row for row in table["rows"]}
-    assert len(recorded) == len(table["rows"]) and len(present["rows"]) <= 60
+    assert len(recorded) == len(table["rows"]) and sum(row["backend"] == "triton" for row in present["rows"]) <= 60
     for row in present["rows"]:
         assert key(row) in recorded
         if present["compilers"][row["backend"]] == table["compilers"][row["backend"]]:

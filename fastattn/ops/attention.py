@@ -58,8 +58,8 @@ def order(problem: AttentionProblem) -> tuple[str, ...]:
     powers of two and read K and V again for each block of queries (the README's table of bytes and FLOPs, which is computed, not
     timed). For longer ones both move the same bytes, and Triton's products run at the rate of wgmma where there is one.
     """
-    longest = SHORT.get(problem.D, 0)
-    return BACKENDS_OF_SHORT if problem.N <= longest else BACKENDS
+    keys, short = problem.N, SHORT.get(problem.D, 0)
+    return BACKENDS_OF_SHORT if keys <= short else BACKENDS
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> AttentionProblem:
