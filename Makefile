@@ -31,7 +31,7 @@ readme: ready-bench
 gates: ready-test
 	$(RUN) tests/gates.py
 
-# Everything that needs a GPU: the CUDA kernels are built, then its tests and both benchmarks run. Uses the environment as it is,
+# Everything that needs a GPU: the CUDA kernels are built, then its tests and the benchmarks run. Uses the environment as it is,
 # installs and downloads nothing.
 gpu:
 	$(or $(PYTHON),python3) benchmarks/gpu.py --out $(OUT)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
+from benchmarks.mask_cases import MaskCase
 from fastattn import masks
 from fastattn.ops.attention import BACKENDS
 
@@ -25,7 +26,10 @@ Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: `lengths` (B,) real tokens per sequence, None where every row is full."""
+    """What is asked for: `lengths` (B,) real tokens per sequence, None where every row is full.
+
+    A `structure` stands in place of both causality and lengths.
+    """
 
     B: int
     H: int
@@ -36,9 +40,12 @@ class Request:
     device: torch.device
     bias: Tensor | None = None  # the request of `benchmarks.refusals` alone has these two
     dropout: float = 0.0
+    structure: MaskCase | None = None
 
     def keep(self) -> Tensor | None:
-        """bool, (B, 1, 1, S) or with causality (B, 1, S, S), True = may attend."""
+        """bool, (B, 1, 1, S), with causality (B, 1, S, S), of a structure (1 or B, 1, S, S), True = may attend."""
+        if self.structure is not None:
+            return self.structure.mask.pairs(self.S, self.S, self.device)
         if self.lengths is None:
             return None
         position = torch.arange(self.S, device=self.device)
@@ -90,6 +97,8 @@ def sdpa(backend: SDPBackend | None, request: Request) -> Run:
 
 def ours(backend: str, request: Request) -> Run:
     mask = masks.causal() if request.causal else None
+    if request.structure is not None:
+        mask = request.structure.mask
     if request.lengths is not None:
         padding = masks.padding(request.lengths, request.lengths)
         mask = padding if mask is None else mask & padding
@@ -120,6 +129,9 @@ def flex(request: Request) -> Run:
 
     masked = lengths is not None or causal
     batch = None if lengths is None else request.B
+    if request.structure is not None:
+        masked, mask_mod = True, request.structure.mask_mod
+        batch = None if request.structure.lengths is None else request.B
     block = create_block_mask(mask_mod, batch, None, request.S, request.S, device=str(request.device)) if masked else None
     torch._dynamo.reset()  # each shape is compiled for itself, whatever was compiled before
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -131,6 +143,8 @@ def flash_attn(request: Request) -> Run:
     if request.bias is not None:
         raise NotImplementedError("flash_attn_func takes no bias argument")
     options = {"dropout_p": request.dropout, "causal": request.causal}
+    if request.structure is not None:
+        return _flash_attn_structure(module, request.structure, options)
     if request.lengths is None:
         return lambda q, k, v: module.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), **options).transpose(1, 2)
     real = (torch.arange(request.S, device=request.device) < request.lengths[:, None]).flatten().nonzero()[:, 0]
@@ -142,6 +156,23 @@ def flash_attn(request: Request) -> Run:
         out = module.flash_attn_varlen_func(*packed, ends, ends, longest, longest, **options)
         full = out.new_zeros(request.B * request.S, request.H, request.D).index_copy(0, real, out)
         return full.unflatten(0, (request.B, request.S)).transpose(1, 2)
+
+    return run
+
+
+def _flash_attn_structure(module, structure: MaskCase, options: dict) -> Run:
+    if structure.window is not None:
+        options = {**options, "window_size": structure.window}
+        return lambda q, k, v: module.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), **options).transpose(1, 2)
+    if structure.lengths is None:
+        raise NotImplementedError("flash_attn_func takes causality, windows and packed sequences, and no other mask")
+    ends = F.pad(structure.lengths.flatten().cumsum(0), (1, 0)).int()
+    longest = int(structure.lengths.max())
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # documents that fill their rows lie packed already
+        packed = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        out = module.flash_attn_varlen_func(*packed, ends, ends, longest, longest, **options)
+        return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
 
     return run
 
@@ -169,11 +200,12 @@ def xformers(request: Request) -> Run:
 def transformer_engine(request: Request) -> Run:
     te = importlib.import_module("transformer_engine.pytorch")
     kind = {(False, False): "no_mask", (False, True): "padding", (True, False): "causal", (True, True): "padding_causal"}
-    mask_type = kind[request.causal, request.lengths is not None]
+    mask_type = "arbitrary" if request.structure is not None else kind[request.causal, request.lengths is not None]
     options = {"attn_mask_type": mask_type, "qkv_format": "bshd", "attention_dropout": request.dropout}
     layer = te.DotProductAttention(request.H, request.D, **options)
-    keys = None
-    if request.lengths is not None:  # its masks hold True where a pair is hidden
+    keep = None if request.structure is None else request.keep()
+    keys = None if keep is None else ~keep  # its masks hold True where a pair is hidden
+    if request.lengths is not None:
         keys = ~(torch.arange(request.S, device=request.device) < request.lengths[:, None])[:, None, None]
     extra = {} if request.bias is None else {"core_attention_bias_type": "post_scale_bias", "core_attention_bias": request.bias}
 

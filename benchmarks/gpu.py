@@ -1,4 +1,4 @@
-"""`make gpu`: the CUDA kernels are built, primitives compared with the emulator, then GPU tests and both benchmarks; in one
+"""`make gpu`: the CUDA kernels are built, primitives compared with the emulator, then GPU tests and the benchmarks; in one
 command of under nine minutes that installs and downloads nothing.
 
 Leaves at most eight files in --out: result files, plots, one log, and summary.json with each step's exit status and time. A step
@@ -32,10 +32,11 @@ def steps(out: Path) -> list[Step]:
     test = ("-m", "pytest", "-m", "gpu", "--tb=short")
     return [
         Step("build", 60, ("setup.py", "build_ext", "--inplace")),
-        Step("conformance", 50, (*test, "tests/emulator")),
-        Step("tests", 180, (*test, "tests", "--ignore=tests/emulator", *workers)),
-        Step("verify", 60, ("-m", "fastattn", "verify")),
+        Step("conformance", 45, (*test, "tests/emulator")),
+        Step("tests", 145, (*test, "tests", "--ignore=tests/emulator", *workers)),
+        Step("verify", 50, ("-m", "fastattn", "verify")),
         Step("ops", 100, ("-m", "benchmarks.ops", *where)),
+        Step("masks", 55, ("-m", "benchmarks.ops", "--suite", "masks", "--budget", "35", *where)),
         Step("models", 80, ("-m", "benchmarks.models", *where)),
     ]
 

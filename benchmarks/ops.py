@@ -1,5 +1,6 @@
 """Attention, FFN and add + LayerNorm of encoder layers, forward and backward apart: `python -m benchmarks.ops`.
 
+`--suite masks`: attention under structured masks instead, of 1,280 tokens of text and image.
 Every provider that is installed is asked; one that refuses is a row with its own words, and none is timed before its result has
 passed the accuracy gate on that very shape. On a CPU the inputs are warm: more than 100% of the floor means its caches.
 """
@@ -9,6 +10,8 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 import fastattn
-from benchmarks import attention_providers, measure, refusals, results, shapes
+from benchmarks import attention_providers, mask_cases, measure, refusals, results, shapes
 from fastattn import masks, testing, timing
 from fastattn.activations import ACTIVATIONS
 from fastattn.ops import ffn as ffn_op
@@ -42,9 +45,6 @@ def attention_task(shape: shapes.AttentionShape, B: int, fill: float, dtype: tor
         mask = masks.padding(lengths) if mask is None else mask & masks.padding(lengths)
     dout = torch.where(real, _normal((B, S, H, D), dtype, device, 1000).transpose(1, 2), 0)
 
-    def inputs(seed: int) -> tuple[Tensor, ...]:
-        return tuple(_normal((B, S, H, D), dtype, device, 3 * seed + n).transpose(1, 2) for n in range(3))
-
     def yardstick(tensors: tuple[Tensor, ...]) -> testing.Yardstick:
         q, k, v = tensors
         found = testing.attention_yardstick(testing.AttentionInputs(q, k, v, dout, None, mask, D**-0.5))
@@ -53,16 +53,45 @@ def attention_task(shape: shapes.AttentionShape, B: int, fill: float, dtype: tor
                 tensors_by_name["out"] = torch.where(real, tensors_by_name["out"], 0)
         return found
 
-    contenders = [
-        measure.Contender(p.name, functools.partial(p.build, request), p.ours, p.package)
-        for p in attention_providers.providers(device)
-    ]
+    inputs = functools.partial(_attention_inputs, (B, S, H, D), dtype, device)
     tokens = int(full.sum())
     fields = _fields("attention", shape.name, dtype, B, S, tokens / (B * S), tokens, hidden=H * D, heads=H, causal=shape.causal)
     work = shapes.attention_work(full.cpu(), H, D, shape.causal, dtype.itemsize)
     return measure.Task(
-        fields, contenders, inputs, dout, "out", ("dq", "dk", "dv"), yardstick, work, lambda out: torch.where(real, out, 0)
-    )
+        fields, _attention_contenders(request), inputs, dout, "out", ("dq", "dk", "dv"), yardstick, work,
+        lambda out: torch.where(real, out, 0),
+    )  # fmt: skip
+
+
+def mask_task(
+    case: mask_cases.MaskCase, B: int, H: int, S: int, D: int, dtype: torch.dtype, device: torch.device
+) -> measure.Task:
+    """The mask is made once, as by a model; what its kernels need of it is made by the gate's call, before anything is timed."""
+    request = attention_providers.Request(B, H, S, D, False, None, device, structure=case)
+    dout = _normal((B, S, H, D), dtype, device, 1000).transpose(1, 2)
+
+    def yardstick(tensors: tuple[Tensor, ...]) -> testing.Yardstick:
+        q, k, v = tensors
+        return testing.attention_yardstick(testing.AttentionInputs(q, k, v, dout, None, case.mask, D**-0.5))
+
+    pairs = int(case.mask.pairs(S, S, device).expand(B, 1, S, S).sum())
+    fields = _fields("attention", case.name, dtype, B, S, 1.0, B * S, hidden=H * D, heads=H, visible=pairs / (B * S * S))
+    inputs = functools.partial(_attention_inputs, (B, S, H, D), dtype, device)
+    work = shapes.pairs_work(pairs, B * S, H, D, dtype.itemsize)
+    contenders = _attention_contenders(request)
+    return measure.Task(fields, contenders, inputs, dout, "out", ("dq", "dk", "dv"), yardstick, work)
+
+
+def _attention_inputs(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+    """q, k and v, (B, H, S, D) in memory of `size` (B, S, H, D)."""
+    return tuple(_normal(size, dtype, device, 3 * seed + n).transpose(1, 2) for n in range(3))
+
+
+def _attention_contenders(request: attention_providers.Request) -> list[measure.Contender]:
+    return [
+        measure.Contender(p.name, functools.partial(p.build, request), p.ours, p.package)
+        for p in attention_providers.providers(request.device)
+    ]
 
 
 def feed_forward_task(shape: shapes.FeedForwardShape, tokens: int, dtype: torch.dtype, device: torch.device) -> measure.Task:
@@ -141,10 +170,12 @@ def _normal(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, see
     return torch.randn(size, generator=generator, device=device).to(dtype)
 
 
-def tasks(device: torch.device, dtype: torch.dtype, quick: bool) -> list:
-    """Functions that make one task each, so that the tensors of one shape live at a time."""
+Make = Callable[[], measure.Task]  # of one task, so that the tensors of one shape live at a time
+
+
+def tasks(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Make]:
     gpu = device.type == "cuda"
-    found = []
+    found: list[Make] = []
     for shape in shapes.ATTENTION[:1] if quick else shapes.ATTENTION:
         B = 2 if quick else shape.batch if gpu else shape.cpu_batch
         found += [functools.partial(attention_task, shape, B, fill, dtype, device) for fill in shape.fills]
@@ -152,6 +183,16 @@ def tasks(device: torch.device, dtype: torch.dtype, quick: bool) -> list:
         tokens = 64 if quick else layer.tokens if gpu else layer.cpu_tokens
         found += [functools.partial(make, layer, tokens, dtype, device) for make in (feed_forward_task, norm_task)]
     return found
+
+
+def mask_tasks(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Make]:
+    layout = mask_cases.TINY if quick else mask_cases.FULL
+    B, H = (32, 12) if device.type == "cuda" and not quick else (2, 8)
+    cases = mask_cases.cases(layout, B, device)
+    return [functools.partial(mask_task, case, B, H, layout.S, 64, dtype, device) for case in cases]
+
+
+SUITES = {"ops": tasks, "masks": mask_tasks}
 
 
 def pick_device(name: str) -> torch.device:
@@ -169,37 +210,46 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def ask(device: torch.device, dtype: torch.dtype) -> list[dict]:
+    """The answers to the request of encoder training, printed as well."""
+    asked = refusals.ask(device, torch.float32 if device.type == "cpu" else dtype)
+    print(f"\n{refusals.REQUEST_WORDS}")
+    for row in asked:
+        print(f"  {row['provider']:24} {row['answer']}")
+    return asked
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ops", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--suite", default="ops", help="name of the result file")
+    parser.add_argument("--suite", default="ops", choices=SUITES, help="what is measured, and the name of the result file")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which cases are left out")
     parser.add_argument("--quick", action="store_true", help="a smoke run; written only where --out says")
     parser.add_argument("--out", type=Path, help="folder of results; default benchmarks/results")
     args = parser.parse_args(argv)
+    start = time.monotonic()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     functorch_config.donated_buffer = False  # a compiled backward must survive being run again and again
     ceilings = timing.ceilings(device, dtype)
     records = []
-    for make in results.progress(tasks(device, dtype, args.quick), "ops"):
+    for make in results.progress(SUITES[args.suite](device, dtype, args.quick), args.suite):
+        if time.monotonic() > start + args.budget:
+            print("not run: a case: the time budget was spent; --budget SECONDS sets another")
+            continue
         seconds = 0.2 if args.quick else 0.6 if device.type == "cuda" else 1.5
         records += measure.measure(make(), device, seconds=seconds, modes=MODES)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     ceilings = ceilings.better(timing.ceilings(device, dtype))
     results.add_floor(records, {dtype: ceilings})
-    asked = refusals.ask(device, torch.float32 if device.type == "cpu" else dtype)
     results.print_table(records, COLUMNS)
-    print(f"\n{refusals.REQUEST_WORDS}")
-    for row in asked:
-        print(f"  {row['provider']:24} {row['answer']}")
+    extra = {"refusals": ask(device, dtype)} if args.suite == "ops" else {}
     if args.out or not args.quick:
-        path = results.write(
-            records, args.suite, device, quick=args.quick, out=args.out, ceilings={dtype: ceilings}, refusals=asked
-        )
+        path = results.write(records, args.suite, device, quick=args.quick, out=args.out, ceilings={dtype: ceilings}, **extra)
         print(f"\nwrote {path}")
     wrong = results.failures(records)
     for row in wrong:

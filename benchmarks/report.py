@@ -22,6 +22,12 @@ CPU_NOTE = (
     "No kernel of fastattn's runs in this table: its CPU backend calls PyTorch's own flash-attention kernel on real tokens "
     "(“attention”) and oneDNN's linears with the activation fused (“+ oneDNN linears”)."
 )
+MASKS_CPU_NOTE = (
+    "No kernel of fastattn's runs in this table: its CPU backend calls PyTorch's own flash-attention kernel for each block of "
+    "queries, on the keys that the block sees."
+)
+BASELINES = {"ratio_vs_eager": "eager"}  # field -> whom a cell is compared with
+MASKS_BASELINES = {**BASELINES, "ratio_vs_sdpa": "SDPA"}
 
 
 def render(readme: str, folder: Path) -> str:
@@ -52,9 +58,9 @@ def section(suite: str, content: dict) -> str:
     if suite == "refusals":
         rows = [[row["provider"], escape(row["answer"])] for row in content.get("refusals", [])]
         return "\n".join([head, "", *markdown(["provider", "answer"], rows)])
-    records = content["records"]
-    table, notes = comparison(records)
-    return "\n".join([head, *(["", CPU_NOTE] if "threads" in cpu else []), "", *table, *(["", *notes] if notes else [])])
+    note, baselines = (MASKS_CPU_NOTE, MASKS_BASELINES) if suite == "masks" else (CPU_NOTE, BASELINES)
+    table, notes = comparison(content["records"], baselines)
+    return "\n".join([head, *(["", note] if "threads" in cpu else []), "", *table, *(["", *notes] if notes else [])])
 
 
 def picture(suite: str, path: Path) -> str:
@@ -63,8 +69,8 @@ def picture(suite: str, path: Path) -> str:
     return f"\n\n![{suite}: milliseconds per provider]({DOCS.name}/{name})" if (DOCS / name).exists() else ""
 
 
-def comparison(records: list[dict]) -> tuple[list[str], list[str]]:
-    """(Markdown lines, footnotes): a line per case, a column per provider; cells hold ms and times faster than eager."""
+def comparison(records: list[dict], baselines: dict[str, str]) -> tuple[list[str], list[str]]:
+    """(Markdown lines, footnotes): a line per case, a column per provider; cells hold ms and times faster than the baselines."""
     providers = list(dict.fromkeys(row["provider"] for row in records))
     cases: dict[str, dict[str, dict]] = {}
     for row in records:
@@ -73,10 +79,10 @@ def comparison(records: list[dict]) -> tuple[list[str], list[str]]:
     lines: list[list[str]] = []
     for name, found in cases.items():
         fastest = min((row["ms_median"] for row in found.values() if row["ms_median"] is not None), default=None)
-        lines.append([name, *(cell(found.get(provider), fastest, notes) for provider in providers)])
+        lines.append([name, *(cell(found.get(provider), fastest, notes, baselines) for provider in providers)])
     kept = [n for n in range(len(providers)) if any(line[n + 1] not in ("", "–") for line in lines)]
     lines = [[line[0], *(line[n + 1] for n in kept)] for line in lines]
-    head = ["ms (x = times faster than eager)", *(providers[n] for n in kept)]
+    head = [f"ms (x = times faster than {', than '.join(baselines.values())})", *(providers[n] for n in kept)]
     return markdown(head, lines), [f"[{n + 1}] {note}  " for n, note in enumerate(notes)]
 
 
@@ -90,12 +96,13 @@ def case_name(row: dict) -> str:
         )
     size = f"{row['batch']} × {row['seq']}" if row["seq"] is not None else f"{row['tokens']} tokens"
     fill = "" if row["fill"] == 1 else f", {row['fill']:.0%} real tokens"
+    fill = fill if "visible" not in row else f", {row['visible']:.0%} of pairs visible"
     op = f"{row['op']}, " if "op" in row else ""
     return f"{op}{row['model']}{layers}, {size}{fill}, {row['dtype']}, {row['mode']}"
 
 
-def cell(row: dict | None, fastest: float | None, notes: list[str]) -> str:
-    """Milliseconds and ratio, bold where fastest; a footnote's number where it refused; a dash where it is not installed."""
+def cell(row: dict | None, fastest: float | None, notes: list[str], baselines: dict[str, str]) -> str:
+    """Milliseconds and ratios, bold where fastest; a footnote's number where it refused; a dash where it is not installed."""
     if row is None:
         return ""
     if row["ms_median"] is None:
@@ -107,7 +114,8 @@ def cell(row: dict | None, fastest: float | None, notes: list[str]) -> str:
             notes.append(note)
         verdict = "wrong" if row["wrong"] else "not run" if words.startswith("not run") else "refused"
         return f"{verdict} [{notes.index(note) + 1}]"
-    ratio = "" if row["ratio_vs_eager"] is None else f" ({row['ratio_vs_eager']:.2f}x)"
+    ratios = [f"{row[field]:.2f}x" if row[field] is not None else "–" for field in baselines]
+    ratio = "" if all(row[field] is None for field in baselines) else f" ({', '.join(ratios)})"
     text = f"{row['ms_median']:.3g}{ratio}" if row["ms_median"] < 1000 else f"{row['ms_median']:.0f}{ratio}"
     return f"**{text}**" if row["ms_median"] == fastest else text
 

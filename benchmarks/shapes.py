@@ -71,12 +71,16 @@ def ragged_lengths(batch: int, longest: int, fill: float) -> Tensor:
 def attention_work(lengths: Tensor, H: int, D: int, causal: bool, itemsize: int) -> dict[str, tuple[float, float]]:
     """Useful (FLOPs, bytes) of "forward" and "backward": only real tokens and visible pairs, every tensor moved once."""
     n = lengths.double()
-    pairs = float((n * (n + 1) / 2).sum() if causal else (n * n).sum()) * H
-    elements = float(n.sum()) * H * D * itemsize  # one of q, k, v, out, dout, dq, dk, dv
-    lse = float(n.sum()) * H * 4
+    return pairs_work(float((n * (n + 1) / 2).sum() if causal else (n * n).sum()), float(n.sum()), H, D, itemsize)
+
+
+def pairs_work(pairs: float, tokens: float, H: int, D: int, itemsize: int) -> dict[str, tuple[float, float]]:
+    """`attention_work` where each head has so many visible pairs, over all sequences."""
+    elements = tokens * H * D * itemsize  # one of q, k, v, out, dout, dq, dk, dv
+    lse = tokens * H * 4
     return {
-        "forward": (4 * D * pairs, 4 * elements + lse),
-        "backward": (10 * D * pairs, 8 * elements + lse),
+        "forward": (4 * D * pairs * H, 4 * elements + lse),
+        "backward": (10 * D * pairs * H, 8 * elements + lse),
     }
 
 

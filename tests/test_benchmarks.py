@@ -10,7 +10,22 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gate, measure, model_providers, models, ops, refusals, report, results, shapes, texts
+import fastattn
+from benchmarks import (
+    attention_providers,
+    gate,
+    gpu,
+    mask_cases,
+    measure,
+    model_providers,
+    models,
+    ops,
+    refusals,
+    report,
+    results,
+    shapes,
+    texts,
+)
 from fastattn import testing, timing
 
 CPU = torch.device("cpu")
@@ -230,6 +245,64 @@ def test_every_op_passes_its_own_gate(index: int) -> None:
     assert ("fastattn cpu", "forward") in timed and ("fastattn cpu", "backward") in timed
 
 
+# Structured masks
+
+
+MASK_CASES = mask_cases.cases(mask_cases.TINY, 3, CPU)
+
+
+@pytest.mark.parametrize("case", MASK_CASES, ids=lambda case: case.name)
+def test_every_provider_is_asked_for_the_same_mask(case: mask_cases.MaskCase) -> None:
+    """The forms for FlexAttention and flash-attn, and the bool tensor for the others, against the mask that fastattn gets."""
+    B, S = 3, mask_cases.TINY.S
+    visible = case.mask.dense(B, 1, S, S, CPU)
+    b, i, j = torch.arange(B)[:, None, None], torch.arange(S)[:, None], torch.arange(S)
+    assert torch.equal(case.mask_mod(b, torch.tensor(0), i, j).expand(B, S, S), visible[:, 0])
+    keep = attention_providers.Request(B, 2, S, 16, False, None, CPU, structure=case).keep()
+    assert torch.equal(keep.expand(B, 1, S, S), visible)
+    assert visible.any(-1).all() and not visible.all()
+    if case.window is not None:
+        assert torch.equal(((i - j <= case.window[0]) & (j - i <= case.window[1])).expand(B, S, S), visible[:, 0])
+    if case.lengths is not None:
+        assert torch.equal(visible[:, 0].sum(-1), torch.stack([n.repeat_interleave(n) for n in case.lengths]))
+
+
+def test_the_masks_suite_writes_its_own_file(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(timing, "ceilings", lambda device, dtype: CEILINGS)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/ops.py"])
+    monkeypatch.setattr(timing, "interleaved", functools.partial(timing.interleaved, least=1, most=1))
+    monkeypatch.setattr(timing, "_repeats", lambda call, device, run_ahead: 1)
+    assert ops.main(["--suite", "masks", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/*.json")
+    content = results.read(path)
+    assert path.name == "masks.json" and "refusals" not in content
+    rows = {(row["model"], row["provider"], row["mode"]): row for row in content["records"]}
+    names = [case.name for case in mask_cases.cases(mask_cases.TINY, 2, CPU)]
+    providers = [provider.name for provider in attention_providers.providers(CPU)]
+    assert set(rows) == {(name, provider, mode) for name in names for provider in providers for mode in ops.MODES}
+    assert all(row["ratio_vs_eager"] > 0 and row["ratio_vs_sdpa"] > 0 and 0 < row["visible"] < 1 for row in rows.values())
+    row = rows["window(8, 0)", "SDPA", "backward"]
+    assert row["ratio_vs_sdpa"] == 1.0 and row["useful_flops"] == 10 * 64 * row["batch"] * row["heads"] * (9 * 80 - 36)
+
+
+def test_a_spent_budget_leaves_cases_out(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(timing, "ceilings", lambda device, dtype: CEILINGS)
+    assert ops.main(["--suite", "masks", "--device", "cpu", "--quick", "--budget", "-1", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/masks.json")
+    assert results.read(path)["records"] == [] and capsys.readouterr().out.count("budget was spent") == len(MASK_CASES)
+
+
+@pytest.mark.parametrize("index", range(len(MASK_CASES)), ids=lambda index: MASK_CASES[index].name)
+def test_the_gate_of_each_mask_sees_another_mask(index: int) -> None:
+    """Each case is answered with the mask of the one before: the rows say that it is wrong, and the run fails."""
+    case, other = MASK_CASES[index], MASK_CASES[index - 1]
+    task = ops.mask_task(case, 3, 2, mask_cases.TINY.S, 16, torch.float32, CPU)
+    for ours in (True, False):
+        contender = measure.Contender("wrong", lambda: lambda q, k, v: fastattn.attention(q, k, v, other.mask), ours)
+        rows = measure.measure(task._replace(contenders=[contender]), CPU, seconds=0.0, modes=ops.MODES)
+        assert len(results.failures(rows)) == 2 and all(row["ms_median"] is None for row in rows)
+
+
 # Whole models
 
 
@@ -327,6 +400,25 @@ def test_report_writes_tables_and_check_compares(readme, tmp_path) -> None:
     assert "[1] slow: NotImplementedError: not \\| today" in text and report.CPU_NOTE in text and "Some CPU" in text
     path.write_text(path.read_text().replace("10.0", "11.0"))
     assert report.main([*arguments, "--check"]) == 1
+
+
+def test_a_masks_table_compares_with_sdpa_as_well(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks/ops.py"])
+    rows = [
+        {**timed(name, ms), "op": "attention", "model": "window(8, 0)", "visible": 0.106, "ratio_vs_sdpa": 10 / ms}
+        for name, ms in (("eager", 20.0), ("SDPA", 10.0), ("fastattn cpu", 4.0))
+    ]
+    results.write(rows, "masks", CPU, quick=False, out=tmp_path)
+    text = report.table("masks", "cpu", tmp_path)
+    assert "ms (x = times faster than eager, than SDPA)" in text and "8 × 256, 11% of pairs visible" in text
+    assert "| 20 (1.00x, 0.50x) | 10 (2.00x, 1.00x) | **4 (5.00x, 2.50x)** |" in text
+    assert report.MASKS_CPU_NOTE in text and report.CPU_NOTE not in text
+
+
+def test_the_steps_of_a_gpu_run_end_within_nine_minutes(tmp_path) -> None:
+    steps = gpu.steps(tmp_path)
+    assert sum(step.limit for step in steps) < 540
+    assert {"ops", "masks", "models"} < {step.name for step in steps}
 
 
 def test_a_quick_result_never_enters_the_readme(readme, tmp_path) -> None:
