@@ -15,6 +15,12 @@ MOST_SPILLED = 64  # bytes of stack
 
 # Variants that spill, each with its reason: (kernel, dtype and case) -> bytes of stack at most.
 SPILLS = {
+    # two blocks of eight warps share a multiprocessor with 128 registers a thread, three blocks of four warps with 168: a few values
+    # are stored once for a tile, and more registers would leave a block fewer
+    ("attention_forward_resident_kernel<Half, 64, 128>", ""): 24,
+    ("attention_forward_resident_kernel<Bfloat16, 64, 128>", ""): 24,
+    ("attention_dkdv_kernel<Half, 64>", ""): 8,
+    ("attention_dkdv_kernel<Bfloat16, 64>", ""): 8,
     # 255 registers hold both accumulators and the tiles of K and V; smaller tiles cost more than the stores outside the loop
     ("attention_backward_kernel", "float16 D=64 keys L=64"): 16,
     ("attention_backward_kernel", "float16 D=64 keys L=128"): 8,
@@ -25,11 +31,18 @@ SPILLS = {
     # below 255 registers: the assembler keeps to a step of occupancy
     ("attention_forward_kernel", "bfloat16 D=32 padding L=128"): 8,
     ("attention_forward_kernel", "float16 D=64 padding"): 16,
+    ("attention_forward_kernel", "float16 D=80 bits"): 8,
     ("attention_dkdv_kernel", "float16 D=32 bits"): 8,
     # an IEEE product takes its operands into registers; the next smaller tile is 16 rows
+    ("attention_forward_kernel", "float32 D=32 causal_padding"): 8,
     ("attention_dq_kernel", "float32 D=16 causal_padding"): 8,
+    ("attention_dq_kernel", "float32 D=32 causal_padding"): 8,
     ("attention_dq_kernel", "float32 D=16 bits"): 8,
     ("attention_dq_kernel", "float32 D=32 bits"): 8,
+    ("attention_dkdv_kernel", "float32 D=80 causal_padding"): 24,
+    ("attention_dkdv_kernel", "float32 D=128 causal_padding"): 16,
+    ("attention_dkdv_kernel", "float32 D=16 bits"): 8,
+    ("attention_dkdv_kernel", "float32 D=128 bits"): 32,
 }
 
 
