@@ -15,8 +15,8 @@ MOST_SPILLED = 64  # bytes of stack
 
 # Variants that spill, each with its reason: (kernel, dtype and case) -> bytes of stack at most.
 SPILLS = {
-    # two blocks of eight warps share a multiprocessor with 128 registers a thread, three blocks of four warps with 168: a few values
-    # are stored once for a tile, and more registers would leave a block fewer
+    # two blocks of eight warps share a multiprocessor with 128 registers a thread, three blocks of four warps with 168: a few
+    # values are stored once for a tile, and more registers would leave a block fewer
     ("attention_forward_resident_kernel<Half, 64, 128>", ""): 24,
     ("attention_forward_resident_kernel<Bfloat16, 64, 128>", ""): 24,
     ("attention_dkdv_kernel<Half, 64>", ""): 8,
