@@ -140,13 +140,14 @@ def _backward(dout, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple
         return _backward_block(dout, q, k, v, out, lse, *_additive(part, part.blocks[0], q, {}), part.causal, scale)
     dq, dk, dv = (x.new_zeros(B, x.shape[2], H, D).transpose(1, 2) for x in (q, k, v))
     for part in calls:
-        rows = [_take(x[part.batch], part.queries) for x in (dout, q, out, lse[..., None])]
+        rows = [_take(x[part.batch], part.queries) for x in (dout, q, out)]
+        row_lse = lse[part.batch][:, :, part.queries]
         keys, values = (_take(x[part.batch], part.keys) for x in (k, v))
         sums = [torch.zeros_like(x, dtype=_lse_dtype(q)) for x in (keys, values)]
         made: dict = {}
         for block, block_keys, block_values in zip(part.blocks, _columns(keys, part), _columns(values, part), strict=True):
-            block_dout, block_q, block_out, block_lse = (x[:, :, block.rows] for x in rows)
-            args = block_dout, block_q, block_keys, block_values, block_out, block_lse[..., 0]
+            block_dout, block_q, block_out, block_lse = (x[:, :, block.rows] for x in (*rows, row_lse))
+            args = block_dout, block_q, block_keys, block_values, block_out, block_lse
             block_dq, *grads = _backward_block(*args, *_additive(part, block, q, made), part.causal, scale)
             _put(dq[part.batch], part.queries, block.rows, block_dq)
             for total, grad in zip(sums, grads, strict=True):
@@ -250,8 +251,14 @@ def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
 
 
 def _take(x: Tensor, where: slice | Tensor) -> Tensor:
-    """(B, H, L, D) at some of L; advanced indexing, since index_select is three times slower here."""
-    return x[:, :, where] if isinstance(where, slice) else x.transpose(1, 2)[:, where].transpose(1, 2)
+    """(B, H, L, D) at some of L. A call for each sequence: along the first dimension index_select copies whole rows."""
+    if isinstance(where, slice):
+        return x[:, :, where]
+    B, H, _, D = x.shape
+    taken = x.new_empty(B, len(where), H, D)
+    for sequence, source in zip(taken, x.transpose(1, 2), strict=True):
+        torch.index_select(source, 0, where, out=sequence)
+    return taken.transpose(1, 2)
 
 
 def _put(x: Tensor, where: slice | Tensor, rows: slice, value: Tensor) -> None:
@@ -259,7 +266,8 @@ def _put(x: Tensor, where: slice | Tensor, rows: slice, value: Tensor) -> None:
     if isinstance(where, slice):
         x[:, :, where.start + rows.start : where.start + rows.stop].copy_(value)
     else:
-        x.transpose(1, 2).index_copy_(1, where[rows], value.transpose(1, 2).to(x.dtype))
+        for sequence, source in zip(x.transpose(1, 2), value.transpose(1, 2).to(x.dtype), strict=True):
+            sequence.index_copy_(0, where[rows], source)
 
 
 def _columns(x: Tensor, part: Part) -> Iterator[Tensor]:
