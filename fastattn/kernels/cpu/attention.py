@@ -121,13 +121,14 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float) -
     out = q.new_zeros(B, M, H, D).transpose(1, 2)
     lse = q.new_full((B, H, M), -INF, dtype=_lse_dtype(q))
     for part in calls:
-        queries, keys, values = (_take(x[part.batch], where) for x, where in zip((q, k, v), part.places, strict=True))
+        keys, values = (_take(x[part.batch], part.keys) for x in (k, v))
         made: dict = {}
         for block, block_keys, block_values in zip(part.blocks, _columns(keys, part), _columns(values, part), strict=True):
-            args = queries[:, :, block.rows], block_keys, block_values, *_additive(part, block, q, made)
+            where = _some(part.queries, block.rows)
+            args = _take(q[part.batch], where), block_keys, block_values, *_additive(part, block, q, made)
             block_out, block_lse = _forward_block(*args, part.causal, scale)
-            _put(out[part.batch], part.queries, block.rows, block_out)
-            _put(lse[part.batch][..., None], part.queries, block.rows, block_lse[..., None])
+            _put(out[part.batch], where, block_out)
+            lse[part.batch][:, :, where] = block_lse
     return out, lse
 
 
@@ -140,16 +141,15 @@ def _backward(dout, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple
         return _backward_block(dout, q, k, v, out, lse, *_additive(part, part.blocks[0], q, {}), part.causal, scale)
     dq, dk, dv = (x.new_zeros(B, x.shape[2], H, D).transpose(1, 2) for x in (q, k, v))
     for part in calls:
-        rows = [_take(x[part.batch], part.queries) for x in (dout, q, out)]
-        row_lse = lse[part.batch][:, :, part.queries]
         keys, values = (_take(x[part.batch], part.keys) for x in (k, v))
         sums = [torch.zeros_like(x, dtype=_lse_dtype(q)) for x in (keys, values)]
         made: dict = {}
         for block, block_keys, block_values in zip(part.blocks, _columns(keys, part), _columns(values, part), strict=True):
-            block_dout, block_q, block_out, block_lse = (x[:, :, block.rows] for x in (*rows, row_lse))
-            args = block_dout, block_q, block_keys, block_values, block_out, block_lse
+            where = _some(part.queries, block.rows)
+            block_dout, block_q, block_out = (_take(x[part.batch], where) for x in (dout, q, out))
+            args = block_dout, block_q, block_keys, block_values, block_out, lse[part.batch][:, :, where]
             block_dq, *grads = _backward_block(*args, *_additive(part, block, q, made), part.causal, scale)
-            _put(dq[part.batch], part.queries, block.rows, block_dq)
+            _put(dq[part.batch], where, block_dq)
             for total, grad in zip(sums, grads, strict=True):
                 start = 0
                 for run in block.runs:
@@ -157,7 +157,7 @@ def _backward(dout, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple
                     total[:, :, run] += grad[:, :, start : start + length]
                     start += length
         for x, total in zip((dk, dv), sums, strict=True):
-            _put(x[part.batch], part.keys, slice(0, total.shape[2]), total)
+            _put(x[part.batch], part.keys, total)
     return dq, dk, dv
 
 
@@ -250,6 +250,11 @@ def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     return q * sign, -scale or 1.0, sign
 
 
+def _some(where: slice | Tensor, rows: slice) -> slice | Tensor:
+    """Those of `where` that `rows` counts."""
+    return slice(where.start + rows.start, where.start + rows.stop) if isinstance(where, slice) else where[rows]
+
+
 def _take(x: Tensor, where: slice | Tensor) -> Tensor:
     """(B, H, L, D) at some of L. A call for each sequence: along the first dimension index_select copies whole rows."""
     if isinstance(where, slice):
@@ -261,13 +266,12 @@ def _take(x: Tensor, where: slice | Tensor) -> Tensor:
     return taken.transpose(1, 2)
 
 
-def _put(x: Tensor, where: slice | Tensor, rows: slice, value: Tensor) -> None:
-    """Write what belongs to `rows` of `where`."""
+def _put(x: Tensor, where: slice | Tensor, value: Tensor) -> None:
     if isinstance(where, slice):
-        x[:, :, where.start + rows.start : where.start + rows.stop].copy_(value)
-    else:
-        for sequence, source in zip(x.transpose(1, 2), value.transpose(1, 2).to(x.dtype), strict=True):
-            sequence.index_copy_(0, where[rows], source)
+        x[:, :, where].copy_(value)
+        return
+    for sequence, source in zip(x.transpose(1, 2), value.transpose(1, 2).to(x.dtype), strict=True):
+        sequence.index_copy_(0, where, source)
 
 
 def _columns(x: Tensor, part: Part) -> Iterator[Tensor]:

@@ -55,11 +55,6 @@ class Part(NamedTuple):
         (block,) = self.blocks
         return everything == (slice(0, B), slice(0, M), slice(0, N)) and (block.rows, *block.runs) == everything[1:]
 
-    @property
-    def places(self) -> tuple[slice | Tensor, slice | Tensor, slice | Tensor]:
-        """Of q, k and v."""
-        return self.queries, self.keys, self.keys
-
     def shape(self, block: Block) -> tuple:
         """What the visible pairs of a block depend on."""
         distance_alone = self.mask.prefix is self.mask.keys is self.mask.ids is self.mask.bits is None
