@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastattn.lowering import LoweredMask, pack_bits
 
 ATOM = 32  # queries, the queries that the kernel takes at a time
-MOST_ROWS = 256  # of a block with a tensor for its mask: what bounds memory
+MOST_PAIRS = 2**16  # of a block with a tensor for its mask, if it has more than one atom: what bounds memory
 # Hidden multiply-adds of q k^T from which a call of its own for a sequence, about 0.1 ms with its copies, is the cheaper way;
 # half precision computes faster. Measured on two cores with AVX-512. A call for a block of rows costs half of it.
 HIDDEN_WORK = {torch.float64: 2**22, torch.float32: 2**23, torch.bfloat16: 2**24, torch.float16: 2**24}
@@ -149,9 +149,12 @@ def _eight(dtype: torch.dtype) -> Tensor:
 
 def _packed(part: Part) -> Part:
     """With the visible pairs of every partial block kept, one bit each."""
+    bits = part.mask.bits
     blocks = []
     for block in part.blocks:
-        if not block.full:
+        if not block.full and bits is not None and _bits_alone(part, block):
+            block = block._replace(words=bits, dead=dead_rows(bits != 0))
+        elif not block.full:
             visible = part.visible(block)
             block = block._replace(words=pack_bits(F.pad(visible, (0, -visible.shape[3] % 32))), dead=dead_rows(visible))
         blocks.append(block)
@@ -169,6 +172,9 @@ def _parts(mask: LoweredMask, q: Tensor, N: int, live: Tensor | None) -> list[Pa
     together = [(slice(0, B), M, slice(0, N))]
     if live is not None:
         mask = mask._replace(key_begin=None, key_end=None, keys=live[:, 0, 0])
+        if _keys_alone(mask):
+            block = Block(slice(0, M), (slice(0, N),), False)
+            return [Part(slice(0, B), slice(0, M), slice(0, N), [block], mask)]
         return _cheapest([together], mask, H * D, q.dtype, N)
     groupings = [_each_sequence(mask, B, M, N)]
     whole = mask.keys is mask.ids is mask.key_begin is mask.key_end is mask.query_end is None
@@ -234,7 +240,7 @@ def _ordered(mask: LoweredMask, queries: int, keys: slice | Tensor, work: int, c
     best: list[Atom] = []
     chosen, least = None, float("inf")
     for order in orders:
-        atoms = _joined(_atoms(mask, limits, order, queries, _set_of(keys, N), N), work, call)
+        atoms = _joined(mask, _atoms(mask, limits, order, queries, _set_of(keys, N), N), work, call)
         cost = sum(atom.pairs * work + call for atom in atoms)
         if cost < least:
             best, chosen, least = atoms, order, cost
@@ -243,6 +249,22 @@ def _ordered(mask: LoweredMask, queries: int, keys: slice | Tensor, work: int, c
 
 def _keys_alone(mask: LoweredMask) -> bool:
     return mask.keys is not None and mask.low is mask.high is mask.prefix is mask.ids is mask.bits is None
+
+
+def _bits_alone(part: Part, block: Block) -> bool:
+    """Whether the mask's own words are those of the block: its one block, from the first query and key on."""
+    mask, start = part.mask, slice(0, block.rows.stop)
+    others = mask.low, mask.high, mask.prefix, mask.keys, mask.ids
+    if (
+        any(x is not None for x in others)
+        or isinstance(part.queries, Tensor)
+        or isinstance(part.keys, Tensor)
+        or part.queries != start
+        or block.rows != start
+    ):
+        return False
+    words = -(-block.runs[0].stop // 32)
+    return part.keys == block.runs[0] and part.keys.start == 0 and mask.bits.shape[2:] == (start.stop, words)
 
 
 def _each_sequence(mask: LoweredMask, B: int, M: int, N: int) -> list[tuple[slice, int, slice | Tensor]]:
@@ -306,13 +328,13 @@ def _atoms(mask: LoweredMask, limits: Limits, order: np.ndarray | None, queries:
     return found
 
 
-def _joined(atoms: list[Atom], work: int, call: int) -> list[Atom]:
+def _joined(mask: LoweredMask, atoms: list[Atom], work: int, call: int) -> list[Atom]:
     """Neighbours in one, where the pairs that this adds cost less than a call."""
     found: list[Atom] = []
     for atom in atoms:
         if found and found[-1].stop == atom.start:
             both = found[-1].joined(atom)
-            small = both.some == both.every or both.stop - both.start <= MOST_ROWS
+            small = both.some == both.every or _keys_alone(mask) or both.pairs <= MOST_PAIRS
             if small and (both.pairs - found[-1].pairs - atom.pairs) * work < call:
                 found[-1] = both
                 continue
