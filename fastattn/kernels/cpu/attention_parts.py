@@ -129,7 +129,7 @@ def parts(mask: LoweredMask, q: Tensor, N: int, live: Tensor | None = None) -> l
     found = _kept.setdefault(mask.key_tiles, {})
     if request not in found:
         found.clear()  # one mask meets one request again and again
-        found[request] = [_packed(part) for part in _parts(mask, q, N, live)]
+        found[request] = [_packed(part, N) for part in _parts(mask, q, N, live)]
     return found[request]
 
 
@@ -147,12 +147,12 @@ def _eight(dtype: torch.dtype) -> Tensor:
         return torch.zeros(256, 8, dtype=dtype).masked_fill_(shown == 0, -float("inf"))
 
 
-def _packed(part: Part) -> Part:
+def _packed(part: Part, N: int) -> Part:
     """With the visible pairs of every partial block kept, one bit each."""
     bits = part.mask.bits
     blocks = []
     for block in part.blocks:
-        if not block.full and bits is not None and _bits_alone(part, block):
+        if not block.full and bits is not None and _bits_alone(part, block, N):
             block = block._replace(words=bits, dead=dead_rows(bits != 0))
         elif not block.full:
             visible = part.visible(block)
@@ -251,8 +251,8 @@ def _keys_alone(mask: LoweredMask) -> bool:
     return mask.keys is not None and mask.low is mask.high is mask.prefix is mask.ids is mask.bits is None
 
 
-def _bits_alone(part: Part, block: Block) -> bool:
-    """Whether the mask's own words are those of the block: its one block, from the first query and key on."""
+def _bits_alone(part: Part, block: Block, N: int) -> bool:
+    """Whether the mask's own words are those of the block: its one block, of queries from the first on and of all keys."""
     mask, start = part.mask, slice(0, block.rows.stop)
     others = mask.low, mask.high, mask.prefix, mask.keys, mask.ids
     if (
@@ -263,8 +263,7 @@ def _bits_alone(part: Part, block: Block) -> bool:
         or block.rows != start
     ):
         return False
-    words = -(-block.runs[0].stop // 32)
-    return part.keys == block.runs[0] and part.keys.start == 0 and mask.bits.shape[2:] == (start.stop, words)
+    return part.keys == slice(0, N) and block.runs == (part.keys,) and mask.bits.shape[2:] == (start.stop, -(-N // 32))
 
 
 def _each_sequence(mask: LoweredMask, B: int, M: int, N: int) -> list[tuple[slice, int, slice | Tensor]]:
