@@ -52,7 +52,7 @@ def test_no_tensor_has_an_element_for_each_pair(mask):
 
 @pytest.mark.parametrize("mask", BOUNDS)
 def test_memory_is_linear_in_the_length(mask):
-    assert largest(mask, 1200, 1200) <= 2.5 * largest(mask, 600, 600)
+    assert largest(mask, 1200, 1200) <= 2.1 * largest(mask, 600, 600)
 
 
 @pytest.mark.parametrize(("Hkv", "Dv"), [(2, 16), (1, 24), (4, 8), (2, 40)])
@@ -126,3 +126,14 @@ def test_notes_name_the_copies():
     problem = AttentionProblem("cpu", torch.float32, B=1, H=4, M=8, N=8, D=16, Hkv=2, Dv=8)
     said = " ".join(cpu.notes(problem))
     assert "v is copied to the width of q and k" in said and "2 calls" in said
+
+
+def test_a_row_that_sees_only_keys_beyond_the_length_is_dead():
+    """The hidden key shares a word of bits with the last live ones."""
+    keep = torch.ones(1, 1, 40, 40, dtype=torch.bool)
+    keep[..., 3, :37] = False
+    q, k, v = torch.randn(3, 1, 2, 40, 8)
+    mask = masks.dense(keep) & masks.padding([35], [40])  # with query lengths no call computes the padding too
+    served, expected = (fastattn.attention(q, k, v, mask, return_lse=True, backend=name) for name in ("cpu", "eager"))
+    for a, b in zip(served, expected, strict=True):
+        torch.testing.assert_close(a, b)

@@ -58,10 +58,18 @@ def test_packed_projection_and_gradients():
     close(*grads)
 
 
+def test_grouped_heads():
+    q, k, v = heads(2, 4, 5, 8)
+    k, v = k[:, :2], v[:, :2]
+    with sdpa_override(strict=True) as record:
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    close(out, TORCH(q, k, v, enable_gqa=True))
+    assert record.calls == 1 and record.fallbacks == {}
+
+
 REFUSED = {
     "float mask": ({"attn_mask": torch.zeros(5, 5)}, "attn_mask"),
     "dropout": ({"dropout_p": 0.5}, "dropout"),
-    "grouped heads": ({"enable_gqa": True}, "heads"),
 }
 
 
@@ -69,8 +77,6 @@ REFUSED = {
 def test_refused_calls_fall_back_or_raise(case, caplog):
     kwargs, word = REFUSED[case]
     q, k, v = heads(2, 4, 5, 8)
-    if case == "grouped heads":
-        k, v = k[:, :2], v[:, :2]
     torch.manual_seed(3)
     expected = TORCH(q, k, v, **kwargs)
     with caplog.at_level(logging.WARNING, "fastattn"), sdpa_override() as record:

@@ -20,6 +20,7 @@ from fastattn.lowering import LoweredMask
 
 INF = float("inf")
 HALF = (torch.float16, torch.bfloat16)
+FEW_ROWS = 32  # of q or k
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -39,7 +40,7 @@ def notes(problem) -> list[str]:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool) -> tuple[Tensor, Tensor]:
-    if exact_lse and q.dtype in HALF:
+    if _in_single(q, k) or (exact_lse and q.dtype in HALF):
         # in half precision the kernel's exp is a polynomial that leaves lse 5e-5 off
         out, lse = forward(q.float(), k.float(), v.float(), mask, scale, exact_lse)
         return _heads_inside(out.to(q.dtype)), lse
@@ -59,6 +60,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, ex
 
 
 def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    if _in_single(q, k):
+        grads = backward(dout.float(), dlse, q.float(), k.float(), v.float(), out.float(), lse, mask, scale)
+        dq, dk, dv = (_heads_inside(grad.to(q.dtype)) for grad in grads)
+        return dq, dk, dv
     if scale <= 0:
         q, scale, sign = _positive_scale(q, scale)
         dq, dk, dv = backward(dout, dlse, q, k, v, out, lse, mask, scale)
@@ -85,6 +90,15 @@ def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> 
     return _backward(dout, q, k, v, out, lse, mask, scale)
 
 
+def _in_single(q: Tensor, k: Tensor) -> bool:
+    """Whether half precision is better computed in fp32.
+
+    fp16 always: the kernel's forward takes twice as long in it, its backward four to eight times. bf16 where there are few rows:
+    in the backward the kernel rounds P and dS, and errors of few terms do not average out.
+    """
+    return q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and min(q.shape[2], k.shape[2]) < FEW_ROWS)
+
+
 def _backward_with_lse(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float):
     """delta = rowsum(dO * O) - dlse: one more column, 1 in dO, -dlse in O and 0 in V, has the kernel subtract it."""
     wide = lse.dtype
@@ -107,13 +121,14 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float) -
     out = q.new_zeros(B, M, H, D).transpose(1, 2)
     lse = q.new_full((B, H, M), -INF, dtype=_lse_dtype(q))
     for part in calls:
-        queries, keys, values = (_take(x[part.batch], where) for x, where in zip((q, k, v), part.places, strict=True))
+        keys, values = (_take(x[part.batch], part.keys) for x in (k, v))
         made: dict = {}
         for block, block_keys, block_values in zip(part.blocks, _columns(keys, part), _columns(values, part), strict=True):
-            args = queries[:, :, block.rows], block_keys, block_values, *_additive(part, block, q, made)
+            where = _some(part.queries, block.rows)
+            args = _take(q[part.batch], where), block_keys, block_values, *_additive(part, block, q, made)
             block_out, block_lse = _forward_block(*args, part.causal, scale)
-            _put(out[part.batch], part.queries, block.rows, block_out)
-            _put(lse[part.batch][..., None], part.queries, block.rows, block_lse[..., None])
+            _put(out[part.batch], where, block_out)
+            lse[part.batch][:, :, where] = block_lse
     return out, lse
 
 
@@ -126,15 +141,15 @@ def _backward(dout, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple
         return _backward_block(dout, q, k, v, out, lse, *_additive(part, part.blocks[0], q, {}), part.causal, scale)
     dq, dk, dv = (x.new_zeros(B, x.shape[2], H, D).transpose(1, 2) for x in (q, k, v))
     for part in calls:
-        rows = [_take(x[part.batch], part.queries) for x in (dout, q, out, lse[..., None])]
         keys, values = (_take(x[part.batch], part.keys) for x in (k, v))
         sums = [torch.zeros_like(x, dtype=_lse_dtype(q)) for x in (keys, values)]
         made: dict = {}
         for block, block_keys, block_values in zip(part.blocks, _columns(keys, part), _columns(values, part), strict=True):
-            block_dout, block_q, block_out, block_lse = (x[:, :, block.rows] for x in rows)
-            args = block_dout, block_q, block_keys, block_values, block_out, block_lse[..., 0]
+            where = _some(part.queries, block.rows)
+            block_dout, block_q, block_out = (_take(x[part.batch], where) for x in (dout, q, out))
+            args = block_dout, block_q, block_keys, block_values, block_out, lse[part.batch][:, :, where]
             block_dq, *grads = _backward_block(*args, *_additive(part, block, q, made), part.causal, scale)
-            _put(dq[part.batch], part.queries, block.rows, block_dq)
+            _put(dq[part.batch], where, block_dq)
             for total, grad in zip(sums, grads, strict=True):
                 start = 0
                 for run in block.runs:
@@ -142,7 +157,7 @@ def _backward(dout, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple
                     total[:, :, run] += grad[:, :, start : start + length]
                     start += length
         for x, total in zip((dk, dv), sums, strict=True):
-            _put(x[part.batch], part.keys, slice(0, total.shape[2]), total)
+            _put(x[part.batch], part.keys, total)
     return dq, dk, dv
 
 
@@ -235,17 +250,28 @@ def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     return q * sign, -scale or 1.0, sign
 
 
+def _some(where: slice | Tensor, rows: slice) -> slice | Tensor:
+    """Those of `where` that `rows` counts."""
+    return slice(where.start + rows.start, where.start + rows.stop) if isinstance(where, slice) else where[rows]
+
+
 def _take(x: Tensor, where: slice | Tensor) -> Tensor:
-    """(B, H, L, D) at some of L; advanced indexing, since index_select is three times slower here."""
-    return x[:, :, where] if isinstance(where, slice) else x.transpose(1, 2)[:, where].transpose(1, 2)
-
-
-def _put(x: Tensor, where: slice | Tensor, rows: slice, value: Tensor) -> None:
-    """Write what belongs to `rows` of `where`."""
+    """(B, H, L, D) at some of L. A call for each sequence: along the first dimension index_select copies whole rows."""
     if isinstance(where, slice):
-        x[:, :, where.start + rows.start : where.start + rows.stop].copy_(value)
-    else:
-        x.transpose(1, 2).index_copy_(1, where[rows], value.transpose(1, 2).to(x.dtype))
+        return x[:, :, where]
+    B, H, _, D = x.shape
+    taken = x.new_empty(B, len(where), H, D)
+    for sequence, source in zip(taken, x.transpose(1, 2), strict=True):
+        torch.index_select(source, 0, where, out=sequence)
+    return taken.transpose(1, 2)
+
+
+def _put(x: Tensor, where: slice | Tensor, value: Tensor) -> None:
+    if isinstance(where, slice):
+        x[:, :, where].copy_(value)
+        return
+    for sequence, source in zip(x.transpose(1, 2), value.transpose(1, 2).to(x.dtype), strict=True):
+        sequence.index_copy_(0, where, source)
 
 
 def _columns(x: Tensor, part: Part) -> Iterator[Tensor]:

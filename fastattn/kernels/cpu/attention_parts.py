@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastattn.lowering import LoweredMask, pack_bits
 
 ATOM = 32  # queries, the queries that the kernel takes at a time
-MOST_ROWS = 256  # of a block with a tensor for its mask: what bounds memory
+MOST_PAIRS = 2**16  # of a block with a tensor for its mask, if it has more than one atom: what bounds memory
 # Hidden multiply-adds of q k^T from which a call of its own for a sequence, about 0.1 ms with its copies, is the cheaper way;
 # half precision computes faster. Measured on two cores with AVX-512. A call for a block of rows costs half of it.
 HIDDEN_WORK = {torch.float64: 2**22, torch.float32: 2**23, torch.bfloat16: 2**24, torch.float16: 2**24}
@@ -54,11 +54,6 @@ class Part(NamedTuple):
             return False
         (block,) = self.blocks
         return everything == (slice(0, B), slice(0, M), slice(0, N)) and (block.rows, *block.runs) == everything[1:]
-
-    @property
-    def places(self) -> tuple[slice | Tensor, slice | Tensor, slice | Tensor]:
-        """Of q, k and v."""
-        return self.queries, self.keys, self.keys
 
     def shape(self, block: Block) -> tuple:
         """What the visible pairs of a block depend on."""
@@ -134,7 +129,7 @@ def parts(mask: LoweredMask, q: Tensor, N: int, live: Tensor | None = None) -> l
     found = _kept.setdefault(mask.key_tiles, {})
     if request not in found:
         found.clear()  # one mask meets one request again and again
-        found[request] = [_packed(part) for part in _parts(mask, q, N, live)]
+        found[request] = [_packed(part, N) for part in _parts(mask, q, N, live)]
     return found[request]
 
 
@@ -152,11 +147,14 @@ def _eight(dtype: torch.dtype) -> Tensor:
         return torch.zeros(256, 8, dtype=dtype).masked_fill_(shown == 0, -float("inf"))
 
 
-def _packed(part: Part) -> Part:
+def _packed(part: Part, N: int) -> Part:
     """With the visible pairs of every partial block kept, one bit each."""
+    bits = part.mask.bits
     blocks = []
     for block in part.blocks:
-        if not block.full:
+        if not block.full and bits is not None and _bits_alone(part, block, N):
+            block = block._replace(words=bits, dead=dead_rows(bits != 0))
+        elif not block.full:
             visible = part.visible(block)
             block = block._replace(words=pack_bits(F.pad(visible, (0, -visible.shape[3] % 32))), dead=dead_rows(visible))
         blocks.append(block)
@@ -174,6 +172,9 @@ def _parts(mask: LoweredMask, q: Tensor, N: int, live: Tensor | None) -> list[Pa
     together = [(slice(0, B), M, slice(0, N))]
     if live is not None:
         mask = mask._replace(key_begin=None, key_end=None, keys=live[:, 0, 0])
+        if _keys_alone(mask):
+            block = Block(slice(0, M), (slice(0, N),), False)
+            return [Part(slice(0, B), slice(0, M), slice(0, N), [block], mask)]
         return _cheapest([together], mask, H * D, q.dtype, N)
     groupings = [_each_sequence(mask, B, M, N)]
     whole = mask.keys is mask.ids is mask.key_begin is mask.key_end is mask.query_end is None
@@ -239,7 +240,7 @@ def _ordered(mask: LoweredMask, queries: int, keys: slice | Tensor, work: int, c
     best: list[Atom] = []
     chosen, least = None, float("inf")
     for order in orders:
-        atoms = _joined(_atoms(mask, limits, order, queries, _set_of(keys, N), N), work, call)
+        atoms = _joined(mask, _atoms(mask, limits, order, queries, _set_of(keys, N), N), work, call)
         cost = sum(atom.pairs * work + call for atom in atoms)
         if cost < least:
             best, chosen, least = atoms, order, cost
@@ -248,6 +249,21 @@ def _ordered(mask: LoweredMask, queries: int, keys: slice | Tensor, work: int, c
 
 def _keys_alone(mask: LoweredMask) -> bool:
     return mask.keys is not None and mask.low is mask.high is mask.prefix is mask.ids is mask.bits is None
+
+
+def _bits_alone(part: Part, block: Block, N: int) -> bool:
+    """Whether the mask's own words are those of the block: its one block, of queries from the first on and of all keys."""
+    mask, start = part.mask, slice(0, block.rows.stop)
+    others = mask.low, mask.high, mask.prefix, mask.keys, mask.ids
+    if (
+        any(x is not None for x in others)
+        or isinstance(part.queries, Tensor)
+        or isinstance(part.keys, Tensor)
+        or part.queries != start
+        or block.rows != start
+    ):
+        return False
+    return part.keys == slice(0, N) and block.runs == (part.keys,) and mask.bits.shape[2:] == (start.stop, -(-N // 32))
 
 
 def _each_sequence(mask: LoweredMask, B: int, M: int, N: int) -> list[tuple[slice, int, slice | Tensor]]:
@@ -311,13 +327,13 @@ def _atoms(mask: LoweredMask, limits: Limits, order: np.ndarray | None, queries:
     return found
 
 
-def _joined(atoms: list[Atom], work: int, call: int) -> list[Atom]:
+def _joined(mask: LoweredMask, atoms: list[Atom], work: int, call: int) -> list[Atom]:
     """Neighbours in one, where the pairs that this adds cost less than a call."""
     found: list[Atom] = []
     for atom in atoms:
         if found and found[-1].stop == atom.start:
             both = found[-1].joined(atom)
-            small = both.some == both.every or both.stop - both.start <= MOST_ROWS
+            small = both.some == both.every or _keys_alone(mask) or both.pairs <= MOST_PAIRS
             if small and (both.pairs - found[-1].pairs - atom.pairs) * work < call:
                 found[-1] = both
                 continue
