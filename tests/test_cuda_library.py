@@ -121,7 +121,7 @@ def problem(**changes):
     [
         ({"dtype": torch.float32}, "float32 is not served"),
         ({"D": 40}, "head dimension 40 is not 32, 64 or 128"),
-        ({"pairs": True}, "a dense mask is not served yet"),
+        ({"Dv": 32}, "v has head dimension 32 and q 64"),
         ({"device": "meta"}, "tensors are on meta"),
         ({"M": 2**31}, "a size is beyond"),
     ],
