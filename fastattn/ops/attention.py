@@ -6,8 +6,8 @@ Calls go attention -> op (or autograd Function around it) -> `choose` -> kernels
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal, overload
+from dataclasses import replace
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ SHORT = {32: 288, 64: 288, 128: 208}  # keys, by head dimension: what the CUDA f
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
-class AttentionProblem:
+class AttentionProblem(NamedTuple):
     """One request, from metadata alone: what a backend accepts or refuses, and what its config depends on."""
 
     device: str

@@ -111,6 +111,9 @@ def _backward_with_lse(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor]:
     """Of q, k and v that have one number of heads and one width, with scale > 0."""
+    if _unmasked(mask) and q.numel() and k.numel():  # the shortest way for the least request
+        out, lse = _flash(q, k, v, 0.0, False, scale=scale)
+        return _heads_inside(out), lse.contiguous()
     B, H, M, D = q.shape
     N = k.shape[2]
     k, v, calls = _calls(q, k, v, mask)
@@ -159,6 +162,10 @@ def _backward(dout, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple
         for x, total in zip((dk, dv), sums, strict=True):
             _put(x[part.batch], part.keys, total)
     return dq, dk, dv
+
+
+def _unmasked(mask: LoweredMask) -> bool:
+    return all(field is None for field in mask)
 
 
 def _calls(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> tuple[Tensor, Tensor, list[Part]]:
