@@ -85,7 +85,10 @@ def test_grouped_heads(backend, H, Hkv, mask):
     D = head_dim_of(backend)
     for M, N in ((33, 70), (70, 33)):
         x = attention_inputs(2, H, M, N, D, dtype_of(backend), device_of(backend), Hkv=Hkv, mask=mask, dlse=M > N)
-        assert_accurate(run_attention(x, backend), attention_yardstick(x), cpu_half_gradients=backend == "cpu")
+        results = run_attention(x, backend)
+        assert_accurate(results, attention_yardstick(x), cpu_half_gradients=backend == "cpu")
+        for name in ("out", "dq", "dk", "dv"):
+            assert results[name].transpose(1, 2).is_contiguous(), f"{name} lives in (B, L, H, D) memory"
 
 
 @pytest.mark.usefixtures("poisoned")
