@@ -282,8 +282,9 @@ def prefix_lm(lengths: Tensor | Sequence[int], align: str = "bottom_right") -> M
 def documents(ids: Tensor, key_ids: Tensor | None = None) -> Mask:
     """A query sees the keys of its own document: ids equal and >= 0.
 
-    ids: integers (B, M); key_ids (B, N), needed when M != N, else equal to ids. A negative id is in no document. Ids are below
-    2^31. In any order; tiles are skipped best where a document's tokens lie together.
+    ids: integers (B, M); key_ids (B, N), needed when M != N, else equal to ids. A negative id is in no document. Ids must be
+    below 2^31, which is looked at on a CPU only: a GPU would wait for it. In any order; tiles are skipped best where a document's
+    tokens lie together.
     """
     return Mask(ids=_ids(ids, "ids"), key_ids=None if key_ids is None else _ids(key_ids, "key_ids"))
 
@@ -364,7 +365,10 @@ def _ids(ids: Tensor, name: str) -> Tensor:
         raise NotImplementedError(f"{name} of shape {tuple(ids.shape)} are for packed sequences, which are not served yet")
     if ids.dim() != 2:
         raise ValueError(f"{name} must have shape (B, length), got {tuple(ids.shape)}")
-    return ids.to(torch.int32)
+    on_host = type(ids) is Tensor and ids.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would wait
+    if on_host and ids.numel() and int(ids.max()) > INT32_MAX:
+        raise ValueError(f"{name} must be below 2^31, got {int(ids.max())}")
+    return ids.clamp(-1, INT32_MAX).to(torch.int32)
 
 
 def _lengths(lengths: Tensor | Sequence[int], name: str) -> Tensor:

@@ -263,6 +263,16 @@ def test_any_finite_scale(backend, scale):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_bounds_far_beyond_any_length(backend):
+    x = attention_inputs(1, 1, 20, 20, head_dim_of(backend), dtype_of(backend), device_of(backend), dlse=True)
+    for mask in (masks.window(2**40, 0), masks.window(0, 2**40) & masks.prefix_lm(torch.tensor([5], device=x.q.device))):
+        y = replace(x, mask=mask)
+        assert_accurate(run_attention(y, backend), attention_yardstick(y))
+    y = replace(x, mask=masks.window(-(2**40), None))  # nothing is visible
+    assert not run_attention(y, backend)["out"].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_repeat_runs_are_bit_equal(backend):
     x = attention_inputs(2, 1, 70, 70, 32, dtype_of(backend), device_of(backend), mask="causal_padding")
     first, second = run_attention(x, backend), run_attention(x, backend)

@@ -159,6 +159,11 @@ def test_a_tile_of_scattered_documents_is_taken_for_partial():
     assert lowered.key_tiles[0, 0, :, 0].tolist() == [2, 2] and not lowered.visible(1, 1, 128, 128).any()
 
 
+def test_an_id_far_below_zero_is_in_no_document():
+    ids = torch.tensor([[-(2**32) + 5, 5]])
+    assert torch.equal(masks.documents(ids).dense(1, 1, 2, 2)[0, 0], torch.tensor([[False, False], [False, True]]))
+
+
 def test_lengths_are_clamped():
     assert torch.equal(masks.padding([-3, 99, 2]).dense(3, 1, 1, 6)[:, 0, 0].sum(-1), torch.tensor([0, 6, 2]))
 
@@ -230,6 +235,7 @@ def test_mask_is_a_pytree():
         (TypeError, "unsupported operand", lambda: masks.causal() | None),
         (TypeError, "ids must be a tensor of integers", lambda: masks.documents(torch.ones(2, 3))),
         (TypeError, "key_ids must be a tensor of integers", lambda: masks.documents(IDS, [[1]])),
+        (ValueError, r"key_ids must be below 2\^31", lambda: masks.documents(IDS, KEY_IDS + 2**31)),
         (ValueError, "ids must have shape", lambda: masks.documents(IDS[None])),
         (NotImplementedError, "packed sequences", lambda: masks.documents(IDS[0])),
         (ValueError, "kernel must be odd", lambda: masks.conv(2, 2, 2)),

@@ -142,6 +142,11 @@ def _heads(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), batch, head, row
 
 
+def _clamped(bound: int | None) -> int | None:
+    """No j - i is as far from 0 as INT32_MAX."""
+    return None if bound is None else max(-INT32_MAX, min(bound, INT32_MAX))
+
+
 def _mask(mask: LoweredMask) -> tuple[tuple, dict[str, Tensor]]:
     """The mask as the binding takes it, and its tensors, whose addresses stand in it."""
     tensors = {name: x for name, x in mask._asdict().items() if isinstance(x, Tensor)}
@@ -159,4 +164,5 @@ def _mask(mask: LoweredMask) -> tuple[tuple, dict[str, Tensor]]:
     vectors = (library.address(tensors.get(name)) for name in ("prefix", "key_begin", "key_end", "query_end"))
     matrices = (strided(name, 2) for name in ("keys", "ids", "key_ids"))
     tiles = (strided(name, 3) for name in ("key_tiles", "query_tiles"))
-    return (mask.low, mask.high, mask.prefix_high, *vectors, *matrices, strided("bits", 4), *tiles), tensors
+    bounds = (_clamped(bound) for bound in (mask.low, mask.high, mask.prefix_high))
+    return (*bounds, *vectors, *matrices, strided("bits", 4), *tiles), tensors
