@@ -93,8 +93,8 @@ def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> 
 def _in_single(q: Tensor, k: Tensor) -> bool:
     """Whether half precision is better computed in fp32.
 
-    fp16 always: at 256 and 1,280 tokens, on an AMD EPYC, the kernel's backward takes four to eight times as long in it. bf16 where
-    there are few rows: in the backward the kernel rounds P and dS, and errors of few terms do not average out.
+    fp16 always: at 256 and 1,280 tokens, on an AMD EPYC, the kernel's backward takes four to eight times as long in it. bf16
+    where there are few rows: in the backward the kernel rounds P and dS, and errors of few terms do not average out.
     """
     return q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and min(q.shape[2], k.shape[2]) < FEW_ROWS)
 
