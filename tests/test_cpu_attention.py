@@ -1,6 +1,7 @@
 """The cpu backend's calls: what they may allocate, which pairs they compute, and that a mask's parts are kept with it."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,15 +74,51 @@ def test_blocks_agree_with_the_specification(mask):
     assert torch.autograd.gradcheck(function, tuple(t.contiguous().requires_grad_() for t in (x.q, x.k, x.v)))
 
 
+IMAGES = {"rows": masks.rows(8, 24, 128), "columns": masks.columns(8, 24, 128), "conv": masks.conv(8, 24, 5, 128)}
+
+
+def parts_of(mask, shape):
+    return attention_parts.parts(mask.lower(shape[2], shape[2]), torch.empty(shape), shape[2])
+
+
+@pytest.mark.parametrize("B", [1, 12])  # a call for each sequence, and for each block
+@pytest.mark.parametrize("name", IMAGES)
+def test_blocks_that_repeat_and_results_that_are_merged(name, B):
+    found = parts_of(IMAGES[name], (B, 8, 320, 64))
+    assert any(part.merged for part in found) and max(block.count for part in found for block in part.blocks) > 4
+    x = replace(attention_inputs(B, 8, 320, 320, 64, torch.float32), mask=IMAGES[name])
+    assert_accurate(run_attention(x, "cpu"), attention_yardstick(x))
+    x = replace(attention_inputs(1, 8, 320, 320, 64, torch.bfloat16), mask=IMAGES[name])
+    assert_accurate(run_attention(x, "cpu"), attention_yardstick(x), cpu_half_gradients=True)
+
+
+def test_a_merged_block_may_hold_rows_that_see_nothing_more():
+    keep = IMAGES["rows"].dense(1, 8, 320, 320).clone()
+    keep[:, 1, 130:320:3, 128:] = False  # one head's
+    mask = masks.dense(keep)
+    found = parts_of(mask, (2, 8, 320, 64))
+    assert any(block.dead is not None for part in found if part.merged for block in part.blocks)
+    x = replace(attention_inputs(2, 8, 320, 320, 64, torch.float32, dlse=True), mask=mask)
+    assert_accurate(run_attention(x, "cpu"), attention_yardstick(x))
+
+
+@pytest.mark.parametrize(("h", "w"), [(32, 32), (24, 24), (40, 24), (16, 56)])
+def test_rows_and_columns_of_an_image_are_views_and_few_blocks(h, w):
+    L = 256 + h * w
+    for mask in (masks.rows(h, w, 256), masks.columns(h, w, 256)):
+        found = parts_of(mask, (2, 8, L, 64))
+        assert all(isinstance(where, slice) for part in found for where in (part.queries, part.keys))
+        assert sum(len(part.blocks) for part in found) <= 8
+
+
 def computed(mask, B=2, H=8, L=1280):
     """The share of the pairs that the calls compute."""
-    q = torch.empty(B, H, L, 64)
-    found = attention_parts.parts(mask.lower(L, L), q, L)
+    found = parts_of(mask, (B, H, L, 64))
     total = 0
     for part in found:
         for block in part.blocks:
-            keys = sum(run.stop - run.start for run in block.runs)
-            total += (part.batch.stop - part.batch.start) * (block.rows.stop - block.rows.start) * keys
+            keys = block.count * block.keys
+            total += (part.batch.stop - part.batch.start) * len(block.rows) * keys
     return total / (B * L * L)
 
 

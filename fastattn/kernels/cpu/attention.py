@@ -9,8 +9,6 @@ Padding is not computed where that pays, and a mask is served by a call for each
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -124,14 +122,18 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float) -
     out = q.new_zeros(B, M, H, D).transpose(1, 2)
     lse = q.new_full((B, H, M), -INF, dtype=_lse_dtype(q))
     for part in calls:
+        results = out[part.batch], lse[part.batch, :, :, None]
+        taken = [_take(x, part.queries) for x in (q[part.batch], *results)]
         keys, values = (_take(x[part.batch], part.keys) for x in (k, v))
         made: dict = {}
-        for block, block_keys, block_values in zip(part.blocks, _columns(keys, part), _columns(values, part), strict=True):
-            where = _some(part.queries, block.rows)
-            args = _take(q[part.batch], where), block_keys, block_values, *_additive(part, block, q, made)
-            block_out, block_lse = _forward_block(*args, part.causal, scale)
-            _put(out[part.batch], where, block_out)
-            lse[part.batch][:, :, where] = block_lse
+        for block in part.blocks:
+            additive, dead = _additive(part, block, q, made)
+            views = [_queries(x, block) for x in taken] + [_keys(x, block) for x in (keys, values)]
+            for block_q, block_out, block_lse, block_k, block_v in zip(*views, strict=True):
+                found = _forward_block(block_q, block_k, block_v, additive, dead, part.causal, scale)
+                _merge(block_out, block_lse[..., 0], *found) if part.merged else _copy(block_out, block_lse[..., 0], *found)
+        for x, value in zip(results, taken[1:], strict=True):
+            _put(x, part.queries, value)
     return out, lse
 
 
@@ -142,25 +144,25 @@ def _backward(dout, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple
     if len(calls) == 1 and calls[0].whole(B, M, N):
         (part,) = calls
         return _backward_block(dout, q, k, v, out, lse, *_additive(part, part.blocks[0], q, {}), part.causal, scale)
-    dq, dk, dv = (x.new_zeros(B, x.shape[2], H, D).transpose(1, 2) for x in (q, k, v))
+    sums = [x.new_zeros(B, x.shape[2], H, D, dtype=_lse_dtype(q)).transpose(1, 2) for x in (q, k, v)]
     for part in calls:
-        keys, values = (_take(x[part.batch], part.keys) for x in (k, v))
-        sums = [torch.zeros_like(x, dtype=_lse_dtype(q)) for x in (keys, values)]
+        taken = [_take(x[part.batch], part.queries) for x in (dout, q, out, lse[..., None], sums[0])]
+        keys, values, *key_sums = (_take(x[part.batch], part.keys) for x in (k, v, *sums[1:]))
         made: dict = {}
-        for block, block_keys, block_values in zip(part.blocks, _columns(keys, part), _columns(values, part), strict=True):
-            where = _some(part.queries, block.rows)
-            block_dout, block_q, block_out = (_take(x[part.batch], where) for x in (dout, q, out))
-            args = block_dout, block_q, block_keys, block_values, block_out, lse[part.batch][:, :, where]
-            block_dq, *grads = _backward_block(*args, *_additive(part, block, q, made), part.causal, scale)
-            _put(dq[part.batch], where, block_dq)
-            for total, grad in zip(sums, grads, strict=True):
-                start = 0
-                for run in block.runs:
-                    length = run.stop - run.start
-                    total[:, :, run] += grad[:, :, start : start + length]
-                    start += length
-        for x, total in zip((dk, dv), sums, strict=True):
-            _put(x[part.batch], part.keys, total)
+        for block in part.blocks:
+            additive, dead = _additive(part, block, q, made)
+            views = [_queries(x, block) for x in taken] + [_keys(x, block) for x in (keys, values)]
+            times = range(len(views[0]))
+            for time, block_dout, block_q, block_out, block_lse, block_dq, block_k, block_v in zip(times, *views, strict=True):
+                args = block_dout, block_q, block_k, block_v, block_out, block_lse[..., 0], additive, dead, part.causal, scale
+                more, *key_grads = _backward_block(*args)
+                block_dq += more
+                for total, grad in zip(key_sums, key_grads, strict=True):
+                    _add_keys(total, block, time, grad)
+        places = part.queries, part.keys, part.keys
+        for x, where, total in zip(sums, places, (taken[-1], *key_sums), strict=True):
+            _put(x[part.batch], where, total)
+    dq, dk, dv = (total.to(x.dtype) for total, x in zip(sums, (q, k, v), strict=True))
     return dq, dk, dv
 
 
@@ -220,7 +222,7 @@ def _additive(part: Part, block: Block, q: Tensor, made: dict) -> tuple[Tensor |
     if block.full:
         return None, None
     if block.words is not None:
-        return unpacked(block.words, sum(run.stop - run.start for run in block.runs), q.dtype), block.dead
+        return unpacked(block.words, block.keys, q.dtype), block.dead
     shape = part.shape(block)
     if shape not in made:
         visible = part.visible(block)
@@ -257,13 +259,8 @@ def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     return q * sign, -scale or 1.0, sign
 
 
-def _some(where: slice | Tensor, rows: slice) -> slice | Tensor:
-    """Those of `where` that `rows` counts."""
-    return slice(where.start + rows.start, where.start + rows.stop) if isinstance(where, slice) else where[rows]
-
-
 def _take(x: Tensor, where: slice | Tensor) -> Tensor:
-    """(B, H, L, D) at some of L. A call for each sequence: along the first dimension index_select copies whole rows."""
+    """(B, H, L, D) at some of L: a view, or gathered. A call for each sequence: index_select then copies whole rows."""
     if isinstance(where, slice):
         return x[:, :, where]
     B, H, _, D = x.shape
@@ -273,34 +270,64 @@ def _take(x: Tensor, where: slice | Tensor) -> Tensor:
     return taken.transpose(1, 2)
 
 
-def _put(x: Tensor, where: slice | Tensor, value: Tensor) -> None:
-    if isinstance(where, slice):
-        x[:, :, where].copy_(value)
-        return
-    for sequence, source in zip(x.transpose(1, 2), value.transpose(1, 2).to(x.dtype), strict=True):
-        sequence.index_copy_(0, where, source)
+def _put(x: Tensor, where: slice | Tensor, taken: Tensor) -> None:
+    """What `_take` gathered back to its place; a view is there already."""
+    if isinstance(where, Tensor):
+        for sequence, source in zip(x.transpose(1, 2), taken.transpose(1, 2), strict=True):
+            sequence.index_copy_(0, where, source)
 
 
-def _columns(x: Tensor, part: Part) -> Iterator[Tensor]:
-    """The keys of each block. Several runs are laid end to end in one buffer, where what the next block begins with stays."""
+def _queries(x: Tensor, block: Block) -> tuple[Tensor, ...]:
+    return _times(x, block.rows, block.count, block.row_shift)
+
+
+def _keys(x: Tensor, block: Block) -> tuple[Tensor, ...]:
+    if len(block.runs) == 1:
+        return _times(x, block.runs[0], block.count, block.key_shift)
+    return (torch.cat([x[:, :, run.start : run.stop].transpose(1, 2) for run in block.runs], 1).transpose(1, 2),)
+
+
+def _times(x: Tensor, places: range, count: int, shift: int) -> tuple[Tensor, ...]:
+    """Views of (B, H, L, D) at `places`, and count - 1 times `shift` further on.
+
+    (B, H, places, D) for each time or (count, H, places, D) for each sequence, whichever are fewer calls.
+    """
+    if count == 1:
+        return (x[:, :, places.start : places.stop : places.step],)
     B, H, _, D = x.shape
-    sizes = [sum(run.stop - run.start for run in block.runs) for block in part.blocks]
-    laid = [block.runs for block in part.blocks if len(block.runs) > 1]
-    buffer = x.new_empty(B, max(sizes), H, D) if laid else x
-    last: tuple[slice, ...] = ()
-    for block, size in zip(part.blocks, sizes, strict=True):
-        if len(block.runs) == 1:
-            yield x[:, :, block.runs[0]]
-            continue
-        start, same = 0, True
-        for n, run in enumerate(block.runs):
-            length = run.stop - run.start
-            same = same and last[n : n + 1] == (run,)
-            if not same:
-                buffer[:, start : start + length].copy_(x[:, :, run].transpose(1, 2))
-            start += length
-        last = block.runs
-        yield buffer[:, :size].transpose(1, 2)
+    b, h, token, d = x.stride()
+    strides = b, shift * token, h, places.step * token, d
+    views = x.as_strided((B, count, H, len(places), D), strides, x.storage_offset() + places.start * token)
+    return views.unbind(1 if count <= B else 0)
+
+
+def _add_keys(total: Tensor, block: Block, time: int, grad: Tensor) -> None:
+    """The gradient of what `_keys` gives as number `time`."""
+    if len(block.runs) > 1:
+        for run, part in zip(block.runs, grad.split([len(run) for run in block.runs], 2), strict=True):
+            total[:, :, run.start : run.stop] += part
+        return
+    view = _keys(total, block)[time]
+    if block.keys_apart:
+        view += grad
+    else:
+        for one, part in zip(view.split(1), grad.split(1), strict=True):
+            one += part
+
+
+def _copy(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    out.copy_(block_out)
+    lse.copy_(block_lse)
+
+
+def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """The result over the keys of both, in place; the first one's lse is finite."""
+    weight = (block_lse - lse).sigmoid_()[..., None]
+    if out.dtype == weight.dtype:
+        out.lerp_(block_out, weight)
+    else:
+        out.copy_(out.to(weight.dtype).lerp_(block_out.to(weight.dtype), weight))
+    torch.logaddexp(lse, block_lse, out=lse)
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:

@@ -1,14 +1,12 @@
 """Which calls of the fused kernel serve a mask: blocks of queries, each with just the keys that one of them may see.
 
-A set of keys is a Python integer with bit j for key j, so unions and sizes cost next to nothing beside a call. Queries are taken
-32 at a time; neighbours share a call where the pairs that this adds cost less than a call. Documents are laid end to end, and
-queries with bits are ordered by their bits if that saves pairs: in an image the tokens of one column then lie together.
+`attention_atoms` finds the blocks as sets; here they become ranges of q, k and v. A set at equal steps is a view, any other is
+gathered, once for all blocks. Blocks that repeat at equal distances, like the columns of an image, become one.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastattn.kernels.cpu.attention_atoms import MOST_KEYS, Atom, Price, flags, keys_alone, layers, members, progression
 from fastattn.lowering import LoweredMask, pack_bits
 
-ATOM = 32  # queries, the queries that the kernel takes at a time
-MOST_PAIRS = 2**16  # of a block with a tensor for its mask, if it has more than one atom: what bounds memory
 # Hidden multiply-adds of q k^T from which a call of its own for a sequence, about 0.1 ms with its copies, is the cheaper way;
 # half precision computes faster. Measured on two cores with AVX-512. A call for a block of rows costs half of it.
 HIDDEN_WORK = {torch.float64: 2**22, torch.float32: 2**23, torch.bfloat16: 2**24, torch.float16: 2**24}
@@ -28,13 +25,39 @@ _kept = WeakTensorKeyDictionary()  # a mask's lists of tiles, which its Mask kee
 
 
 class Block(NamedTuple):
-    """One call: queries `rows` and the keys of `runs`, both counted among those of the part."""
+    """Queries `rows` and the keys of `runs`, both counted among those of the part; `count` times, each time further on."""
 
-    rows: slice
-    runs: tuple[slice, ...]
+    rows: range
+    runs: tuple[range, ...]
     full: bool  # no pair is hidden
     words: Tensor | None = None  # what `pack_bits` makes of the visible pairs, if it is kept
     dead: Tensor | None = None  # with words, see `dead_rows`
+    count: int = 1  # more than 1 only with one run
+    row_shift: int = 0
+    key_shift: int = 0
+
+    @property
+    def keys(self) -> int:
+        return sum(len(run) for run in self.runs)
+
+    @property
+    def keys_apart(self) -> bool:
+        """Whether no key is there in two of the times."""
+        (run,) = self.runs
+        return self.count == 1 or self.key_shift >= len(run) * run.step or run.step >= self.count * self.key_shift > 0
+
+    def and_again(self, other: Block) -> Block | None:
+        """With `other` as one time more, if its ranges allow it."""
+        if len(self.runs) > 1 or len(other.runs) > 1 or (self.count + 1) * self.keys > MOST_KEYS:
+            return None
+        lengths_and_steps = (len(self.rows), self.rows.step, len(self.runs[0]), self.runs[0].step)
+        if lengths_and_steps != (len(other.rows), other.rows.step, len(other.runs[0]), other.runs[0].step):
+            return None
+        row_shift = other.rows.start - self.rows.start - (self.count - 1) * self.row_shift
+        key_shift = other.runs[0].start - self.runs[0].start - (self.count - 1) * self.key_shift
+        if row_shift < 0 or key_shift < 0 or (self.count > 1 and (row_shift, key_shift) != (self.row_shift, self.key_shift)):
+            return None
+        return self._replace(count=self.count + 1, row_shift=row_shift, key_shift=key_shift)
 
 
 class Part(NamedTuple):
@@ -46,76 +69,47 @@ class Part(NamedTuple):
     blocks: list[Block]
     mask: LoweredMask  # what hides pairs inside a block, its tensors those of `batch`
     causal: bool = False  # the one block is the kernel's own causal triangle
+    merged: bool = False  # an earlier part has the same queries with other keys
 
     def whole(self, B: int, M: int, N: int) -> bool:
         """Whether one call takes q, k and v as they are."""
-        everything = self.batch, self.queries, self.keys
         if isinstance(self.queries, Tensor) or isinstance(self.keys, Tensor) or len(self.blocks) != 1:
             return False
         (block,) = self.blocks
-        return everything == (slice(0, B), slice(0, M), slice(0, N)) and (block.rows, *block.runs) == everything[1:]
+        everything = (self.batch, self.queries, self.keys) == (slice(0, B), slice(0, M), slice(0, N))
+        return everything and block.count == 1 and (block.rows, *block.runs) == (range(M), range(N))
 
     def shape(self, block: Block) -> tuple:
         """What the visible pairs of a block depend on."""
         distance_alone = self.mask.prefix is self.mask.keys is self.mask.ids is self.mask.bits is None
-        if not distance_alone or isinstance(self.keys, Tensor) or len(block.runs) > 1:
+        if not distance_alone or isinstance(self.queries, Tensor) or isinstance(self.keys, Tensor) or len(block.runs) > 1:
             return (block.rows.start,)
-        return (
-            block.runs[0].start - block.rows.start,
-            block.rows.stop - block.rows.start,
-            block.runs[0].stop - block.runs[0].start,
-        )
+        return block.runs[0].start - block.rows.start, len(block.rows), len(block.runs[0])
 
     def visible(self, block: Block) -> Tensor:
         """bool (sequences or 1, heads or 1, rows, keys); one row where dead keys alone are hidden, in every row alike."""
         i = _positions(self.queries, block.rows)
-        i = i[:1] if _keys_alone(self.mask) else i
+        i = i[:1] if keys_alone(self.mask) else i
         j = torch.cat([_positions(self.keys, run) for run in block.runs])
         return self.mask.pairs(i, j)
 
+    def repeating(self) -> Part:
+        """With neighbours that hide the same pairs in one block where their ranges allow it."""
+        blocks: list[Block] = []
+        for block in self.blocks:
+            both = blocks[-1].and_again(block) if blocks and self._alike(blocks[-1], block) else None
+            if both is None:
+                blocks.append(block)
+            else:
+                blocks[-1] = both
+        return self._replace(blocks=blocks)
 
-class Limits(NamedTuple):
-    """The bounds of sequences that share their calls: the keys that any of them, and that all of them, leave a query."""
-
-    low: int | None
-    high: int | None
-    prefix_high: int | None
-    least_prefix: int
-    greatest_prefix: int
-    begin: int
-    end: int
-
-    def keys(self, first: int, last: int, prefix: int) -> int:
-        """The set that a query at `first` may see from its low bound on, and one at `last` up to its high bound."""
-        begin = self.begin if self.low is None else max(self.begin, first + self.low)
-        end = self.end
-        if self.high is not None:
-            end = min(end, last + self.high + 1)
-        if self.prefix_high is not None:
-            end = min(end, max(prefix, last + self.prefix_high + 1))
-        return _run(begin, end)
-
-    def some(self, first: int, last: int) -> int:
-        return self.keys(first, last, self.greatest_prefix)
-
-    def every(self, first: int, last: int) -> int:
-        return self.keys(last, first, self.least_prefix)
-
-
-class Atom(NamedTuple):
-    """Queries start .. stop - 1 of a part's order: the keys that some of them see, and those that all of them see."""
-
-    start: int
-    stop: int
-    some: int
-    every: int
-
-    @property
-    def pairs(self) -> int:
-        return (self.stop - self.start) * self.some.bit_count()
-
-    def joined(self, other: Atom) -> Atom:
-        return Atom(self.start, other.stop, self.some | other.some, self.every & other.every)
+    def _alike(self, one: Block, other: Block) -> bool:
+        if one.full or other.full:
+            return one.full and other.full
+        if one.words is None or other.words is None:
+            return self.shape(one) == self.shape(other)
+        return one.words.shape[0] == 1 and torch.equal(one.words, other.words)
 
 
 def parts(mask: LoweredMask, q: Tensor, N: int, live: Tensor | None = None) -> list[Part]:
@@ -124,13 +118,20 @@ def parts(mask: LoweredMask, q: Tensor, N: int, live: Tensor | None = None) -> l
     With `live`, bool (B, 1, 1, N), all sequences share their calls: dead keys have been made 0, and are hidden by it alone.
     """
     if mask.key_tiles is None:
-        return _parts(mask, q, N, live)
+        if live is None and not any(isinstance(x, Tensor) for x in mask):
+            return _of_bounds(mask, q.shape, q.dtype, N)
+        return _parts(mask, q.shape, q.dtype, N, live)
     request = (*q.shape, N, q.dtype, live is None)
     found = _kept.setdefault(mask.key_tiles, {})
     if request not in found:
         found.clear()  # one mask meets one request again and again
-        found[request] = [_packed(part, N) for part in _parts(mask, q, N, live)]
+        found[request] = [_packed(part, N).repeating() for part in _parts(mask, q.shape, q.dtype, N, live)]
     return found[request]
+
+
+@functools.lru_cache(maxsize=64)
+def _of_bounds(mask: LoweredMask, shape: torch.Size, dtype: torch.dtype, N: int) -> list[Part]:
+    return [part.repeating() for part in _parts(mask, shape, dtype, N, None)]
 
 
 def unpacked(words: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
@@ -167,103 +168,81 @@ def dead_rows(visible: Tensor) -> Tensor | None:
     return dead if dead.any() else None
 
 
-def _parts(mask: LoweredMask, q: Tensor, N: int, live: Tensor | None) -> list[Part]:
-    B, H, M, D = q.shape
+def _parts(mask: LoweredMask, shape: torch.Size, dtype: torch.dtype, N: int, live: Tensor | None) -> list[Part]:
+    B, H, M, D = shape
     together = [(slice(0, B), M, slice(0, N))]
     if live is not None:
         mask = mask._replace(key_begin=None, key_end=None, keys=live[:, 0, 0])
-        if _keys_alone(mask):
-            block = Block(slice(0, M), (slice(0, N),), False)
+        if keys_alone(mask):
+            block = Block(range(M), (range(N),), False)
             return [Part(slice(0, B), slice(0, M), slice(0, N), [block], mask)]
-        return _cheapest([together], mask, H * D, q.dtype, N)
+        return _cheapest([together], mask, H * D, dtype, N)
     groupings = [_each_sequence(mask, B, M, N)]
     whole = mask.keys is mask.ids is mask.key_begin is mask.key_end is mask.query_end is None
     if whole and mask.bits is not None and mask.bits.shape[0] > 1:
         groupings.append(together)
     mask = mask._replace(key_begin=None, key_end=None, query_end=None, keys=None)
-    return _cheapest(groupings, mask, H * D, q.dtype, N)
+    return _cheapest(groupings, mask, H * D, dtype, N)
 
 
 def _cheapest(groupings: list, mask: LoweredMask, width: int, dtype: torch.dtype, N: int) -> list[Part]:
     best: list[Part] = []
     least = float("inf")
     for grouping in groupings:
-        found = []
-        total = 0
+        found: list[Part] = []
+        total = 0.0
         for batch, queries, keys in grouping:
-            part, cost = _part(_of_batch(mask, batch), batch, queries, keys, width, dtype, N)
-            found += [] if part is None else [part]
+            some, cost = _some_parts(_of_batch(mask, batch), batch, queries, keys, width, dtype, N)
+            found += some
             total += cost
         if total < least:
             best, least = found, total
     return best
 
 
-def _part(mask: LoweredMask, batch: slice, queries: int, keys: slice | Tensor, width: int, dtype: torch.dtype, N: int):
-    """The part of some sequences, None where nothing is visible, and what it costs in multiply-adds of q k^T."""
-    work, call = (batch.stop - batch.start) * width, HIDDEN_WORK[dtype] // 2
+def _some_parts(
+    mask: LoweredMask, batch: slice, queries: int, keys: slice | Tensor, width: int, dtype: torch.dtype, N: int
+) -> tuple[list[Part], float]:
+    """The parts of some sequences, none where nothing is visible, and what they cost in multiply-adds of q k^T."""
+    price = Price(batch.stop - batch.start, width, HIDDEN_WORK[dtype] // 2)
     if mask.low is mask.prefix is mask.keys is mask.ids is mask.bits is None and isinstance(keys, slice):
         causal = mask.high is not None and mask.high == keys.start
         if causal or mask.high is None or mask.high >= keys.stop - 1:
-            block = Block(slice(0, queries), (slice(0, keys.stop - keys.start),), True)
-            return Part(batch, slice(0, queries), keys, [block], mask, causal), work * queries * (keys.stop - keys.start)
-    atoms, order, cost = _ordered(mask, queries, keys, work, call, N)
-    if not atoms:
-        return None, 0
-    gathered = keys
-    if isinstance(keys, Tensor) or sum(_count_runs(atom.some) for atom in atoms) > 2 * len(atoms):
-        gathered = torch.from_numpy(_by_blocks(atoms, N))
-    column = gathered if isinstance(gathered, slice) else gathered.numpy()
-    blocks = [
-        Block(
-            slice(atom.start, atom.stop),
-            _runs(_flags(atom.some, N)[column]),
-            atom.some == atom.every and mask.keys is None,
-        )
-        for atom in atoms
-    ]
-    return Part(batch, slice(0, queries) if order is None else torch.from_numpy(order), gathered, blocks, mask), cost
+            length = keys.stop - keys.start
+            block = Block(range(queries), (range(length),), True)
+            return [Part(batch, slice(0, queries), keys, [block], mask, causal)], price.pair * queries * length
+    found, cost = layers(mask, queries, keys, N, price)
+    made = [_part(mask, batch, queries, keys, atoms, N) for atoms in found if atoms]
+    return [part._replace(merged=n > 0) for n, part in enumerate(made)], cost
 
 
-def _ordered(mask: LoweredMask, queries: int, keys: slice | Tensor, work: int, call: int, N: int):
-    """The atoms of the blocks, the order of the queries (None: as they are), and the cost."""
-    prefix = (0, 0) if mask.prefix is None else (int(mask.prefix.min()), int(mask.prefix.max()))
-    begin, end = (keys.start, keys.stop) if isinstance(keys, slice) else (0, N)
-    limits = Limits(mask.low, mask.high, mask.prefix_high, *prefix, begin, end)
-    orders: list[np.ndarray | None] = [None]
-    if mask.ids is not None:
-        ids = mask.ids[0, :queries].numpy()
-        order = ids.argsort(kind="stable")[np.count_nonzero(ids < 0) :]
-        orders = [None if len(order) == queries and not (np.diff(order) < 0).any() else order]
-    elif mask.bits is not None and mask.bits.shape[0] == mask.bits.shape[1] == 1 < mask.bits.shape[2]:
-        orders.append(_by_bits(mask.bits[0, 0, :queries].numpy()))
-    best: list[Atom] = []
-    chosen, least = None, float("inf")
-    for order in orders:
-        atoms = _joined(mask, _atoms(mask, limits, order, queries, _set_of(keys, N), N), work, call)
-        cost = sum(atom.pairs * work + call for atom in atoms)
-        if cost < least:
-            best, chosen, least = atoms, order, cost
-    return best, chosen, least
-
-
-def _keys_alone(mask: LoweredMask) -> bool:
-    return mask.keys is not None and mask.low is mask.high is mask.prefix is mask.ids is mask.bits is None
+def _part(mask: LoweredMask, batch: slice, queries: int, keys: slice | Tensor, atoms: list[Atom], N: int) -> Part:
+    places = [members(atom.rows) for atom in atoms]
+    rows = [progression(x) for x in places]
+    order: slice | Tensor = slice(0, queries)
+    if None in rows:
+        order = torch.from_numpy(np.concatenate(places))
+        ends = np.cumsum([len(x) for x in places]).tolist()
+        rows = [range(end - len(x), end) for x, end in zip(places, ends, strict=True)]
+    if isinstance(keys, slice):
+        runs = [_ranges(members(atom.some) - keys.start) for atom in atoms]
+    if isinstance(keys, Tensor) or sum(len(ranges) for ranges in runs) > 2 * len(atoms):
+        gathered = _by_blocks(atoms, N)
+        runs = [_ranges(np.flatnonzero(flags(atom.some, N)[gathered])) for atom in atoms]
+        keys = torch.from_numpy(gathered)
+    full = [atom.some == atom.every and mask.keys is None for atom in atoms]
+    return Part(batch, order, keys, [Block(*fields) for fields in zip(rows, runs, full, strict=True)], mask)
 
 
 def _bits_alone(part: Part, block: Block, N: int) -> bool:
     """Whether the mask's own words are those of the block: its one block, of queries from the first on and of all keys."""
-    mask, start = part.mask, slice(0, block.rows.stop)
-    others = mask.low, mask.high, mask.prefix, mask.keys, mask.ids
-    if (
-        any(x is not None for x in others)
-        or isinstance(part.queries, Tensor)
-        or isinstance(part.keys, Tensor)
-        or part.queries != start
-        or block.rows != start
-    ):
+    mask = part.mask
+    if isinstance(part.queries, Tensor) or isinstance(part.keys, Tensor):
         return False
-    return part.keys == slice(0, N) and block.runs == (part.keys,) and mask.bits.shape[2:] == (start.stop, -(-N // 32))
+    if any(x is not None for x in (mask.low, mask.high, mask.prefix, mask.keys, mask.ids)):
+        return False
+    all_keys = part.keys == slice(0, N) and block.runs == (range(N),)
+    return all_keys and block.rows == range(part.queries.stop) and mask.bits.shape[2:] == (len(block.rows), -(-N // 32))
 
 
 def _each_sequence(mask: LoweredMask, B: int, M: int, N: int) -> list[tuple[slice, int, slice | Tensor]]:
@@ -299,106 +278,23 @@ def _of_batch(mask: LoweredMask, batch: slice) -> LoweredMask:
     return LoweredMask(*(x[batch] if isinstance(x, Tensor) and x.shape[0] > 1 else x for x in mask))
 
 
-def _atoms(mask: LoweredMask, limits: Limits, order: np.ndarray | None, queries: int, alive: int, N: int) -> list[Atom]:
-    """Each ATOM queries of the order, or what is left of them in one document, with their keys."""
-    count = queries if order is None else len(order)
-    cuts = set(range(0, count, ATOM))
-    if mask.ids is not None:
-        ids = mask.ids[0, :queries].numpy()
-        ids = ids if order is None else ids[order]
-        cuts |= set((np.flatnonzero(np.diff(ids)) + 1).tolist())
-        documents = {int(i): _set_from(mask.key_ids[0].numpy() == i) for i in np.unique(ids)}
-    if mask.bits is not None:
-        some_bits, every_bits = (_reduced(mask.bits, reduce, order, queries, N) for reduce in (np.bitwise_or, np.bitwise_and))
-    found = []
-    starts = sorted(cuts)
-    for start, stop in itertools.pairwise([*starts, count]):
-        first, last = (start, stop - 1) if order is None else (int(order[start:stop].min()), int(order[start:stop].max()))
-        some, every = limits.some(first, last) & alive, limits.every(first, last) & alive
-        if mask.ids is not None:
-            some, every = some & documents[int(ids[start])], every & documents[int(ids[start])]
-        if mask.bits is not None:
-            some &= _set_of_words(np.bitwise_or.reduce(some_bits[start:stop]))
-            every &= _set_of_words(np.bitwise_and.reduce(every_bits[start:stop]))
-        if mask.keys is not None and not _keys_alone(mask):
-            every = 0  # a tensor for the dead keys of each sequence is needed everywhere
-        if some:
-            found.append(Atom(start, stop, some, every))
-    return found
-
-
-def _joined(mask: LoweredMask, atoms: list[Atom], work: int, call: int) -> list[Atom]:
-    """Neighbours in one, where the pairs that this adds cost less than a call."""
-    found: list[Atom] = []
-    for atom in atoms:
-        if found and found[-1].stop == atom.start:
-            both = found[-1].joined(atom)
-            small = both.some == both.every or _keys_alone(mask) or both.pairs <= MOST_PAIRS
-            if small and (both.pairs - found[-1].pairs - atom.pairs) * work < call:
-                found[-1] = both
-                continue
-        found.append(atom)
-    return found
-
-
-def _by_bits(words: np.ndarray) -> np.ndarray:
-    """The order of queries (rows, words) by the keys that they see, the first key first."""
-    reversed_byte = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1), axis=1, bitorder="little")[:, 0]
-    return np.lexsort(reversed_byte[np.ascontiguousarray(words).view(np.uint8)].T[::-1])
-
-
 def _by_blocks(atoms: list[Atom], N: int) -> np.ndarray:
     """The keys that some block sees, in an order in which those that the same blocks see lie together."""
-    seen = np.stack([_flags(atom.some, N) for atom in atoms])
+    seen = np.stack([flags(atom.some, N) for atom in atoms])
     order = np.lexsort(~seen[::-1])
     return order[seen.any(0)[order]]
 
 
-def _reduced(bits: Tensor, reduce: np.ufunc, order: np.ndarray | None, queries: int, N: int) -> np.ndarray:
-    """The words (queries, words) of all sequences and heads in one, in the order."""
-    words = reduce.reduce(bits.flatten(0, 1).numpy(), axis=0)
-    rows = queries if words.shape[0] == 1 else words.shape[0]
-    words = np.broadcast_to(words, (rows, -(-N // 32)))[:queries]
-    return words if order is None else words[order]
-
-
-def _positions(where: slice | Tensor, part: slice) -> Tensor:
-    """Where in the sequence the queries or keys `part` are."""
+def _positions(where: slice | Tensor, some: range) -> Tensor:
+    """Where in the sequence the queries or keys `some` of a part are."""
     if isinstance(where, slice):
-        return torch.arange(where.start + part.start, where.start + part.stop)
-    return where[part]
+        return torch.arange(where.start + some.start, where.start + some.stop, some.step)
+    return where[some.start : some.stop : some.step]
 
 
-def _run(begin: int, end: int) -> int:
-    return ((1 << (end - begin)) - 1) << begin if begin < end else 0
-
-
-def _set_from(flags: np.ndarray) -> int:
-    return int.from_bytes(np.packbits(flags, bitorder="little").tobytes(), "little")
-
-
-def _set_of(keys: slice | Tensor, N: int) -> int:
-    if isinstance(keys, slice):
-        return _run(keys.start, keys.stop)
-    flags = np.zeros(N, bool)
-    flags[keys.numpy()] = True
-    return _set_from(flags)
-
-
-def _set_of_words(words: np.ndarray) -> int:
-    return int.from_bytes(words.tobytes(), "little")
-
-
-def _flags(keys: int, N: int) -> np.ndarray:
-    """The set as a bool for each key."""
-    packed = np.frombuffer(keys.to_bytes(-(-N // 8), "little"), np.uint8)
-    return np.unpackbits(packed, count=N, bitorder="little").view(bool)
-
-
-def _count_runs(keys: int) -> int:
-    return (keys & ~(keys << 1)).bit_count()
-
-
-def _runs(flags: np.ndarray) -> tuple[slice, ...]:
-    edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0)).tolist()
-    return tuple(slice(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True))
+def _ranges(places: np.ndarray) -> tuple[range, ...]:
+    """Ascending places as one range at equal steps, or as runs."""
+    if (one := progression(places)) is not None:
+        return (one,)
+    cuts = [0, *(np.flatnonzero(np.diff(places) > 1) + 1).tolist(), len(places)]
+    return tuple(range(int(places[begin]), int(places[end - 1]) + 1) for begin, end in zip(cuts, cuts[1:], strict=False))
