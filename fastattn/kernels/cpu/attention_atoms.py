@@ -61,7 +61,7 @@ class Price(NamedTuple):
 
     def __call__(self, atoms: list[Atom]) -> int:
         rows = sum(atom.rows.bit_count() for atom in atoms)
-        regular = all(progression(members(atom.rows)) and progression(members(atom.some)) for atom in atoms)
+        regular = all(progression(places) for atom in atoms for places in (atom.rows, atom.some))
         pairs = sum(atom.pairs for atom in atoms) + (0 if regular else GATHERED * rows)
         return pairs * self.pair + self._calls(atoms) * self.call
 
@@ -169,7 +169,7 @@ def _atoms(mask: LoweredMask, limits: Limits, order: range | np.ndarray, alive: 
     if mask.ids is not None:
         ids = mask.ids[0].numpy()[_index(order)]
         cuts |= set((np.flatnonzero(np.diff(ids)) + 1).tolist())
-        documents = {int(i): set_of(np.flatnonzero(mask.key_ids[0].numpy() == i)) for i in np.unique(ids)}
+        documents = {int(i): set_from(mask.key_ids[0].numpy() == i) for i in np.unique(ids)}
     if mask.bits is not None:
         live = _words(alive, N)
         some_bits, every_bits = (_reduced(mask.bits, reduce, order) & live for reduce in (np.bitwise_or, np.bitwise_and))
@@ -254,6 +254,10 @@ def run(begin: int, end: int) -> int:
 def set_of(places: np.ndarray) -> int:
     flags = np.zeros(int(places.max()) + 1 if len(places) else 0, bool)
     flags[places] = True
+    return set_from(flags)
+
+
+def set_from(flags: np.ndarray) -> int:
     return int.from_bytes(np.packbits(flags, bitorder="little").tobytes(), "little")
 
 
@@ -267,11 +271,13 @@ def flags(places: int, N: int) -> np.ndarray:
     return np.unpackbits(packed, count=N, bitorder="little").view(bool)
 
 
-def progression(places: np.ndarray) -> range | None:
-    """Those ascending places, at least one, if they are at equal steps."""
-    start, stop = int(places[0]), int(places[-1]) + 1
-    step = int(places[1]) - start if len(places) > 1 else 1
-    regular = stop - start == (len(places) - 1) * step + 1 and (np.diff(places) == step).all()
+def progression(places: int) -> range | None:
+    """The set, if its members are at equal steps."""
+    start, stop, count = _lowest(places), places.bit_length(), places.bit_count()
+    if stop - start == count:
+        return range(start, stop)
+    step = (stop - 1 - start) // (count - 1)
+    regular = start + step * (count - 1) == stop - 1 and (np.diff(members(places)) == step).all()
     return range(start, stop, step) if regular else None
 
 

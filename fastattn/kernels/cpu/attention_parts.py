@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastattn.kernels.cpu.attention_atoms import MOST_KEYS, Atom, Price, flags, keys_alone, layers, members, progression
+from fastattn.kernels.cpu.attention_atoms import MOST_KEYS, Atom, Price, flags, keys_alone, layers, members, progression, set_from
 from fastattn.lowering import LoweredMask, pack_bits
 
 # Hidden multiply-adds of q k^T from which a call of its own for a sequence, about 0.1 ms with its copies, is the cheaper way;
@@ -217,18 +217,18 @@ def _some_parts(
 
 
 def _part(mask: LoweredMask, batch: slice, queries: int, keys: slice | Tensor, atoms: list[Atom], N: int) -> Part:
-    places = [members(atom.rows) for atom in atoms]
-    rows = [progression(x) for x in places]
+    rows = [progression(atom.rows) for atom in atoms]
     order: slice | Tensor = slice(0, queries)
     if None in rows:
+        places = [members(atom.rows) for atom in atoms]
         order = torch.from_numpy(np.concatenate(places))
         ends = np.cumsum([len(x) for x in places]).tolist()
         rows = [range(end - len(x), end) for x, end in zip(places, ends, strict=True)]
     if isinstance(keys, slice):
-        runs = [_ranges(members(atom.some) - keys.start) for atom in atoms]
+        runs = [_ranges(atom.some >> keys.start) for atom in atoms]
     if isinstance(keys, Tensor) or sum(len(ranges) for ranges in runs) > 2 * len(atoms):
         gathered = _by_blocks(atoms, N)
-        runs = [_ranges(np.flatnonzero(flags(atom.some, N)[gathered])) for atom in atoms]
+        runs = [_ranges(set_from(flags(atom.some, N)[gathered])) for atom in atoms]
         keys = torch.from_numpy(gathered)
     full = [atom.some == atom.every and mask.keys is None for atom in atoms]
     return Part(batch, order, keys, [Block(*fields) for fields in zip(rows, runs, full, strict=True)], mask)
@@ -292,9 +292,9 @@ def _positions(where: slice | Tensor, some: range) -> Tensor:
     return where[some.start : some.stop : some.step]
 
 
-def _ranges(places: np.ndarray) -> tuple[range, ...]:
-    """Ascending places as one range at equal steps, or as runs."""
+def _ranges(places: int) -> tuple[range, ...]:
+    """The set as one range at equal steps, or as runs."""
     if (one := progression(places)) is not None:
         return (one,)
-    cuts = [0, *(np.flatnonzero(np.diff(places) > 1) + 1).tolist(), len(places)]
-    return tuple(range(int(places[begin]), int(places[end - 1]) + 1) for begin, end in zip(cuts, cuts[1:], strict=False))
+    edges = np.flatnonzero(np.diff(flags(places, places.bit_length()).astype(np.int8), prepend=0, append=0)).tolist()
+    return tuple(range(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True))
