@@ -239,7 +239,7 @@ def test_bad_input_raises_a_sentence(error, words, call):
 
 @pytest.mark.parametrize(
     ("N", "D", "first"),
-    [(1, 64, "cuda"), (288, 64, "cuda"), (289, 64, "triton"), (208, 128, "cuda"), (209, 128, "triton"), (9, 80, "triton")],
+    [(1, 64, "cuda"), (288, 64, "cuda"), (289, 64, "triton"), (288, 128, "cuda"), (289, 128, "triton")],
 )
 def test_short_heads_go_to_the_cuda_kernels_first(N, D, first):
     problem = AttentionProblem("cuda", torch.float16, B=1, H=1, M=9, N=N, D=D, Hkv=1, Dv=D)

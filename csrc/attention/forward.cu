@@ -33,7 +33,7 @@ int best_warps(int tiles, int all, int shared_bytes, int shared_limit) {
 
 AttentionForwardConfig attention_forward_config(int D, int M, int N, int shared_limit) {
   AttentionForwardConfig streaming{0, MASK_TILE / BLOCK, MASK_TILE, 5 * MASK_TILE * D * 2};
-  if (N > capacity(D)) return streaming;
+  if (N > CAPACITY) return streaming;
   bool small = N <= CAPACITY_SMALL;
   int room = shared_limit / (D * 2) - 2 * rounded_up(N, BLOCK);  // for rows of q
   int most = min(room / BLOCK * BLOCK, MOST_ROWS);
@@ -42,7 +42,7 @@ AttentionForwardConfig attention_forward_config(int D, int M, int N, int shared_
   int tiles = max(((M - 1) / parts + BLOCK) / BLOCK, 1);
   int shared_bytes = (2 * rounded_up(N, BLOCK) + tiles * BLOCK) * D * 2;
   int all = small && D < 128 ? 16 : 8;  // see SHARING in forward_resident.cu
-  return {small ? CAPACITY_SMALL : capacity(D), best_warps(tiles, all, shared_bytes, shared_limit), tiles * BLOCK, shared_bytes};
+  return {small ? CAPACITY_SMALL : CAPACITY, best_warps(tiles, all, shared_bytes, shared_limit), tiles * BLOCK, shared_bytes};
 }
 
 std::vector<AttentionForwardBlock> attention_forward_blocks(const AttentionForward& p, int shared_limit) {

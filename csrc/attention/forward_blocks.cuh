@@ -8,10 +8,8 @@ namespace fastattn {
 
 constexpr int BLOCK = 16;                       // queries of a warp, and keys of a step
 constexpr int TILE_BLOCKS = MASK_TILE / BLOCK;  // blocks of keys in a tile
-constexpr int CAPACITY_SMALL = 128;             // keys of a resident head, or `capacity`
-
-// At D = 128 the accumulator leaves registers for fewer scores.
-HOST_DEVICE constexpr int capacity(int D) { return D == 128 ? 208 : 288; }
+constexpr int CAPACITY_SMALL = 128;             // keys of a resident head
+constexpr int CAPACITY = 288;
 
 // The tiles of 64 keys for some queries: a run of them, or the mask's list.
 struct KeyTiles {

@@ -1,12 +1,11 @@
-// Attention forward for heads of at most 288 keys (208 at D = 128): all scores of a query are in registers at once, so its
+// Attention forward for heads of at most 288 keys: all scores of a query are in registers at once, so its
 // softmax is one pass.
 //
 // Tile plan: a block takes `rows` queries of one head, all of them where they are few, and copies K, V and its part of Q to
 // shared memory once: K and Q first, V while the first scores are computed. Each of its 4 to 8 warps then takes 16 queries at a
 // time: Q K^T for the blocks of 16 keys in their run, the softmax, P V; there is nothing to rescale and no barrier after the
 // first 16. Out goes through the rows of Q that it replaces. Shared memory: (2 round16(N) + rows) x D elements; with M = N = 77,
-// 197 and 257 and D = 64 that is 30, 78 and 102 KB. Two capacities: 128 keys with 64
-// registers of scores, and 288 with 144 (208 at D = 128, which needs registers for its accumulator).
+// 197 and 257 and D = 64 that is 30, 78 and 102 KB. Two capacities: 128 keys with 64 registers of scores, and 288 with 144.
 //
 // Bytes: q, k, v and out once, lse 4 per query, the minimum; k and v once per block where M needs several. MMA: 4 D FLOPs per
 // pair on m16n8: queries are rounded up to 16; keys to 8, the last eight being the tail. So 77, 197 and 257 multiply 80 x 80, 208
@@ -183,7 +182,6 @@ void start(const AttentionForward& p, const AttentionForwardConfig& config, uint
 
 template <class T, int D>
 void start(const AttentionForward& p, const AttentionForwardConfig& config, uintptr_t stream) {
-  constexpr int CAPACITY = capacity(D);
   config.capacity == CAPACITY ? start<T, D, CAPACITY>(p, config, stream) : start<T, D, CAPACITY_SMALL>(p, config, stream);
 }
 
@@ -196,7 +194,7 @@ void start(const AttentionForward& p, const AttentionForwardConfig& config, uint
 
 template <class T, int D>
 std::vector<Kernel> kernels() {
-  return {KERNEL_INFO<T, D, CAPACITY_SMALL>, KERNEL_INFO<T, D, capacity(D)>};
+  return {KERNEL_INFO<T, D, CAPACITY_SMALL>, KERNEL_INFO<T, D, CAPACITY>};
 }
 
 }  // namespace

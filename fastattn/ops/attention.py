@@ -19,7 +19,7 @@ from fastattn.ops import dispatch
 
 BACKENDS = ("triton", "cuda", "cpu", "eager")  # in order of preference, but for short sequences
 BACKENDS_OF_SHORT = ("cuda", "triton", "cpu", "eager")
-SHORT = {32: 288, 64: 288, 128: 208}  # keys, by head dimension: what the CUDA forward holds on chip
+SHORT = 288  # keys: what the CUDA forward holds on chip
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -57,8 +57,7 @@ def order(problem: AttentionProblem) -> tuple[str, ...]:
     powers of two and read K and V again for each block of queries (the README's table of bytes and FLOPs, which is computed, not
     timed). For longer ones both move the same bytes, and Triton's products run at the rate of wgmma where there is one.
     """
-    keys, short = problem.N, SHORT.get(problem.D, 0)
-    return BACKENDS_OF_SHORT if keys <= short else BACKENDS
+    return BACKENDS_OF_SHORT if problem.N <= SHORT else BACKENDS
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> AttentionProblem:
