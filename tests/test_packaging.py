@@ -6,9 +6,12 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastattn"
@@ -79,6 +82,17 @@ def test_imports_never_point_upwards(files, allowed):
 
 
 @pytest.mark.slow
+def test_pins_suit_the_oldest_python():
+    """A pin without a marker stands for every Python: what is installed by it tells whether it may."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    installed = {found.metadata["Name"].lower().replace("_", "-"): found for found in metadata.distributions()}
+    unmarked = [(pin, installed.get(pin.name.lower().replace("_", "-"))) for pin in pins if pin.marker is None]
+    told = [(pin, found) for pin, found in unmarked if found is not None and pin.specifier.contains(found.version)]
+    wrong = [str(pin) for pin, found in told if not SpecifierSet(found.metadata["Requires-Python"] or "").contains("3.10.0")]
+    assert told and not wrong
+
+
 def test_sdist_and_wheel_are_complete(tmp_path):
     """Built with no compiler on PATH; the wheel imports, and answers, in a clean interpreter."""
     environment = {**os.environ, "PATH": str(Path(sys.executable).parent), "CC": "false", "CXX": "false"}
