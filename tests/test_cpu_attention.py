@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastattn
 from fastattn import masks
-from fastattn.kernels.cpu import attention_parts
+from fastattn.kernels.cpu import attention_atoms, attention_parts
 from fastattn.ops.attention import AttentionProblem
 from fastattn.testing import MASKS, assert_accurate, attention_inputs, attention_yardstick, run_attention
 
@@ -100,6 +100,19 @@ def test_a_merged_block_may_hold_rows_that_see_nothing_more():
     assert any(block.dead is not None for part in found if part.merged for block in part.blocks)
     x = replace(attention_inputs(2, 8, 320, 320, 64, torch.float32, dlse=True), mask=mask)
     assert_accurate(run_attention(x, "cpu"), attention_yardstick(x))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_any_plan_is_right(monkeypatch, mask):
+    """Where calls, merging and gathering cost nothing, small sizes too are served by the blocks of large ones."""
+    monkeypatch.setattr(attention_parts, "HIDDEN_WORK", dict.fromkeys(attention_parts.HIDDEN_WORK, 2))
+    monkeypatch.setattr(attention_atoms, "MERGED", 0)
+    monkeypatch.setattr(attention_atoms, "GATHERED", 0)
+    attention_parts._of_bounds.cache_clear()
+    for B, M, N in ((1, 170, 170), (3, 130, 200), (9, 200, 96)):
+        x = attention_inputs(B, 2, M, N, 8, torch.float32, mask=mask, dlse=True, seed=B)
+        assert_accurate(run_attention(x, "cpu"), attention_yardstick(x))
+    attention_parts._of_bounds.cache_clear()
 
 
 @pytest.mark.parametrize(("h", "w"), [(32, 32), (24, 24), (40, 24), (16, 56)])
