@@ -18,7 +18,7 @@ from fastattn.lowering import LoweredMask
 
 INF = float("inf")
 HALF = (torch.float16, torch.bfloat16)
-FEW_ROWS = 32  # of q or k
+FEW_ROWS, FEW_COLUMNS = 32, 8  # of q or k
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -92,9 +92,10 @@ def _in_single(q: Tensor, k: Tensor) -> bool:
     """Whether half precision is better computed in fp32.
 
     fp16 always: at 256 and 1,280 tokens, on an AMD EPYC, the kernel's backward takes four to eight times as long in it. bf16
-    where there are few rows: in the backward the kernel rounds P and dS, and errors of few terms do not average out.
+    where there are few rows or columns: in the backward the kernel rounds P and dS, and few errors do not average out.
     """
-    return q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and min(q.shape[2], k.shape[2]) < FEW_ROWS)
+    few = min(q.shape[2], k.shape[2]) < FEW_ROWS or q.shape[3] < FEW_COLUMNS
+    return q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and few)
 
 
 def _backward_with_lse(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float):

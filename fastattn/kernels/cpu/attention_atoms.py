@@ -19,6 +19,7 @@ from torch import Tensor
 from fastattn.lowering import LoweredMask
 
 ATOM = 32  # queries, the queries that the kernel takes at a time
+LEAST_ROWS = 8  # on average, of blocks that are cut where neighbours see no key in common
 MOST_PAIRS = 2**16  # of a block with a tensor for its mask, if it has more than one atom: what bounds memory
 # What a query's own row costs, in keys more that it would see: to be gathered and put back with its keys, and to have two results
 # merged. Measured on two cores of an AMD EPYC, fp32.
@@ -173,7 +174,8 @@ def _atoms(mask: LoweredMask, limits: Limits, order: range | np.ndarray, alive: 
     if mask.bits is not None:
         live = _words(alive, N)
         some_bits, every_bits = (_reduced(mask.bits, reduce, order) & live for reduce in (np.bitwise_or, np.bitwise_and))
-        cuts |= set((np.flatnonzero(~(some_bits[1:] & some_bits[:-1]).any(1)) + 1).tolist())
+        strangers = np.flatnonzero(~(some_bits[1:] & some_bits[:-1]).any(1)) + 1  # no key is seen by both neighbours
+        cuts |= set(strangers.tolist()) if len(strangers) * LEAST_ROWS < count else set()
     found = []
     for start, stop in _pieces(sorted(cuts)):
         rows = order[start:stop]
