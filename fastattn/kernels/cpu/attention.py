@@ -263,7 +263,7 @@ def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
 def _take(x: Tensor, where: slice | Tensor) -> Tensor:
     """(B, H, L, D) at some of L: a view, or gathered. A call for each sequence: index_select then copies whole rows."""
     if isinstance(where, slice):
-        return x[:, :, where]
+        return x if where == slice(0, x.shape[2]) else x[:, :, where]
     B, H, _, D = x.shape
     taken = x.new_empty(B, len(where), H, D)
     for sequence, source in zip(taken, x.transpose(1, 2), strict=True):
@@ -294,7 +294,7 @@ def _times(x: Tensor, places: range, count: int, shift: int) -> tuple[Tensor, ..
     (B, H, places, D) for each time or (count, H, places, D) for each sequence, whichever are fewer calls.
     """
     if count == 1:
-        return (x[:, :, places.start : places.stop : places.step],)
+        return (x if places == range(x.shape[2]) else x[:, :, places.start : places.stop : places.step],)
     B, H, _, D = x.shape
     b, h, token, d = x.stride()
     strides = b, shift * token, h, places.step * token, d
