@@ -9,7 +9,7 @@ OUT ?= out
 CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 BUILD := pyproject.toml setup.py constraints.txt csrc/build.py $(CSRC)
 
-.PHONY: bench test lint gpu gates readme
+.PHONY: bench test lint gpu gates oldest readme
 
 bench: ready-bench
 	$(RUN) -m benchmarks.models
@@ -30,6 +30,12 @@ readme: ready-bench
 # What the compiled kernels hold, seen without a GPU: the table that the tests hold the kernels to.
 gates: ready-test
 	$(RUN) tests/gates.py
+
+# The oldest Triton that is supported compiles a sample of the kernels; beside the environment's own, which stays as it is.
+oldest: ready-test
+	$(RUN) -m pip install --quiet --no-deps --upgrade --target build/oldest triton==3.6.0
+	PYTHONPATH=build/oldest $(RUN) tests/gates.py sample > build/oldest/rows.json
+	grep -q '"triton": "3.6.0"' build/oldest/rows.json
 
 # Everything that needs a GPU: the CUDA kernels are built, then its tests and the benchmarks run. Uses the environment as it is,
 # installs and downloads nothing.

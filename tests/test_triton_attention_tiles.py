@@ -10,7 +10,7 @@ from backends import TRITON, device_of
 
 from fastattn import masks
 from fastattn.kernels.triton.attention import _mask_arguments
-from fastattn.kernels.triton.tiles import key_run, listed_run, mask_bounds, partial_place, query_run, tile_list, tile_start
+from fastattn.kernels.triton.tiles import key_run, list_row, listed_run, mask_bounds, partial_place, query_run, tile_start
 from fastattn.lowering import TILE
 from fastattn.testing import MASKS
 
@@ -30,12 +30,13 @@ def _visits_kernel(
     blocks = tiles_m if OVER_KEYS else tiles_n
     head = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    bounds = mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, head // H, M, N)
+    ends = mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, head // H, M, N)
+    bounds = low, high, prefix_high, ends[0], ends[1], ends[2], ends[3], ends[4]
     BLOCK: tl.constexpr = BLOCK_M if OVER_KEYS else BLOCK_N
     STEP: tl.constexpr = BLOCK_N if OVER_KEYS else BLOCK_M
-    tiles = tile_list(tiles, head // H, head % H, block, tiles_b, tiles_h, tiles_t, BLOCK)
+    row = list_row(head // H, head % H, block, tiles_b, tiles_h, tiles_t, BLOCK)
     if tiles is not None:
-        start, before, full, partial = listed_run(tiles, N if OVER_KEYS else M, STEP)
+        start, before, full, partial = listed_run(tiles + row, N if OVER_KEYS else M, STEP)
     elif OVER_KEYS:
         start, before, full, partial = key_run(block * BLOCK_M, bounds, keys, BLOCK_M, BLOCK_N)
     else:
@@ -49,7 +50,7 @@ def _visits_kernel(
         if t >= full:
             place = partial_place(t - full, before, full)
             kind = 1
-        tile = tile_start(place, start, tiles, STEP) // STEP
+        tile = tile_start(place, start, tiles, row, STEP) // STEP
         tl.store(visits + tile * along, tl.load(visits + tile * along, mask=tile < most, other=0) + kind, mask=tile < most)
 
 

@@ -16,14 +16,13 @@ from fastattn.kernels.triton.attention_forward import MASK_RUNTIME
 from fastattn.kernels.triton.primitives import LOG2_E, dot, round_to, rows_of, store_rows
 from fastattn.kernels.triton.tiles import (
     key_run,
+    list_row,
     listed_run,
     live_keys,
     live_queries,
     mask_bounds,
-    mask_terms,
     partial_place,
     query_run,
-    tile_list,
     tile_start,
     visible_pairs,
 )
@@ -60,10 +59,9 @@ def _attention_dq_kernel(
     q_l, k_l, v_l = q_l * VECTOR, k_l * VECTOR, v_l * VECTOR
     out_l, dout_l, dq_l = out_l * VECTOR, dout_l * VECTOR, dq_l * VECTOR
 
-    bounds = mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, b, M, N)
-    terms = mask_terms(
-        keys, ids, key_ids, bits, b, h, keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n
-    )
+    prefix_end, begin, end, first, rows = mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, b, M, N)
+    bounds = low, high, prefix_high, prefix_end, begin, end, first, rows
+    terms = b, keys, keys_b, keys_n, ids, ids_b, ids_m, key_ids, key_ids_b, key_ids_n, bits, bits_b, bits_h, bits_m, bits_n
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_live, row_id = live_queries(m, bounds, terms)
     lse_tile = tl.load(lse + head * M + m, mask=row_live, other=float("-inf"))
@@ -74,26 +72,26 @@ def _attention_dq_kernel(
     tl.store(delta + head * M + m, delta_tile, mask=m < M)
     shift = tl.where(row_live, lse_tile * LOG2_E, float("inf"))
 
-    tiles = tile_list(tiles, b, h, block, tiles_b, tiles_h, tiles_t, BLOCK_M)
+    row = list_row(b, h, block, tiles_b, tiles_h, tiles_t, BLOCK_M)
     if tiles is None:
         start, before, full, partial = key_run(block * BLOCK_M, bounds, keys, BLOCK_M, BLOCK_N)
     else:
-        start, before, full, partial = listed_run(tiles, N, BLOCK_N)
+        start, before, full, partial = listed_run(tiles + row, N, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for t in range(full):
-        n = tile_start(before + t, start, tiles, BLOCK_N) + tl.arange(0, BLOCK_N)
+        n = tile_start(before + t, start, tiles, row, BLOCK_N) + tl.arange(0, BLOCK_N)
         k_tile = rows_of(k, n, k_l, None, D, BLOCK_D)
         p = _weights(q_tile, k_tile, shift, scale, PRECISION)
         dp = dot(do_tile, tl.trans(rows_of(v, n, v_l, None, DV, BLOCK_DV)), PRECISION)
         acc += dot(round_to(p * (dp - delta_tile[:, None]), k_tile.dtype), k_tile, PRECISION)
     for t in range(partial):
-        n0 = tile_start(partial_place(t, before, full), start, tiles, BLOCK_N)
+        n0 = tile_start(partial_place(t, before, full), start, tiles, row, BLOCK_N)
         n = n0 + tl.arange(0, BLOCK_N)
         key_live, key_id = live_keys(n, bounds, terms)
         k_tile = rows_of(k, n, k_l, key_live, D, BLOCK_D)
         p = _weights(q_tile, k_tile, shift, scale, PRECISION)
         dp = dot(do_tile, tl.trans(rows_of(v, n, v_l, key_live, DV, BLOCK_DV)), PRECISION)
-        visible = visible_pairs(m, n0, row_live, row_id, key_live, key_id, bounds, terms, BLOCK_N)
+        visible = visible_pairs(m, n0, row_live, row_id, key_live, key_id, h, bounds, terms, BLOCK_N)
         ds = tl.where(visible, p * (dp - delta_tile[:, None]), 0.0)
         acc += dot(round_to(ds, k_tile.dtype), k_tile, PRECISION)
     store_rows(dq, m, dq_l, m < M, acc * scale, D, BLOCK_D)
@@ -120,13 +118,12 @@ def _attention_dkdv_kernel(
     q_l, k_l, v_l = q_l * VECTOR, k_l * VECTOR, v_l * VECTOR
     dout_l, dk_l, dv_l = dout_l * VECTOR, dk_l * VECTOR, dv_l * VECTOR
 
-    bounds = mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, b, M, N)
+    prefix_end, begin, end, first, rows = mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, b, M, N)
+    bounds = low, high, prefix_high, prefix_end, begin, end, first, rows
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    terms = mask_terms(
-        keys, ids, key_ids, None, b, 0, keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n
-    )
+    terms = b, keys, keys_b, keys_n, ids, ids_b, ids_m, key_ids, key_ids_b, key_ids_n, bits, bits_b, bits_h, bits_m, bits_n
     key_live, key_id = live_keys(n, bounds, terms)
     k_tile = rows_of(k, n, k_l, key_live, D, BLOCK_D)
     v_tile = rows_of(v, n, v_l, key_live, DV, BLOCK_DV)
@@ -134,31 +131,28 @@ def _attention_dkdv_kernel(
         row = (b * H + h) * M  # of lse and delta
         q_head = q + b * q_b * VECTOR + h * q_h * VECTOR
         dout_head = dout + b * dout_b * VECTOR + h * dout_h * VECTOR
-        head_terms = mask_terms(
-            keys, ids, key_ids, bits, b, h, keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n
-        )
-        listed = tile_list(tiles, b, h, block, tiles_b, tiles_h, tiles_t, BLOCK_N)
-        if listed is None:
+        listed = list_row(b, h, block, tiles_b, tiles_h, tiles_t, BLOCK_N)
+        if tiles is None:
             start, before, full, partial = query_run(block * BLOCK_N, bounds, BLOCK_M, BLOCK_N)
         else:
-            start, before, full, partial = listed_run(listed, M, BLOCK_M)
+            start, before, full, partial = listed_run(tiles + listed, M, BLOCK_M)
         for t in range(partial):
-            m = tile_start(partial_place(t, before, full), start, listed, BLOCK_M) + tl.arange(0, BLOCK_M)
-            row_live, row_id = live_queries(m, bounds, head_terms)
+            m = tile_start(partial_place(t, before, full), start, tiles, listed, BLOCK_M) + tl.arange(0, BLOCK_M)
+            row_live, row_id = live_queries(m, bounds, terms)
             lse_tile = tl.load(lse + row + m, mask=row_live, other=float("-inf"))
-            if keys is not None or listed is not None:
+            if keys is not None or tiles is not None:
                 row_live &= lse_tile > float("-inf")  # more than bounds may hide a whole row: it may hold NaN
             shift = tl.where(lse_tile == float("-inf"), float("inf"), lse_tile * LOG2_E)
             q_tile = rows_of(q_head, m, q_l, row_live, D, BLOCK_D)
             do_tile = rows_of(dout_head, m, dout_l, row_live, DV, BLOCK_DV)
             delta_tile = tl.load(delta + row + m, mask=row_live, other=0.0)
             p = _weights(q_tile, k_tile, shift, scale, PRECISION)
-            visible = visible_pairs(m, block * BLOCK_N, row_live, row_id, key_live, key_id, bounds, head_terms, BLOCK_N)
+            visible = visible_pairs(m, block * BLOCK_N, row_live, row_id, key_live, key_id, h, bounds, terms, BLOCK_N)
             p = tl.where(visible, p, 0.0)
             dk_acc, dv_acc = _accumulate(dk_acc, dv_acc, p, q_tile, do_tile, v_tile, delta_tile, PRECISION)
         for t in range(full):
-            m = tile_start(before + t, start, listed, BLOCK_M) + tl.arange(0, BLOCK_M)
-            row_live = (m >= bounds[6]) & (m < bounds[7])
+            m = tile_start(before + t, start, tiles, listed, BLOCK_M) + tl.arange(0, BLOCK_M)
+            row_live = (m >= first) & (m < rows)
             lse_tile = tl.load(lse + row + m, mask=row_live, other=float("-inf"))
             if keys is not None:
                 row_live &= lse_tile > float("-inf")
@@ -194,10 +188,9 @@ def _attention_backward_kernel(
     q_l, k_l, v_l, out_l = q_l * VECTOR, k_l * VECTOR, v_l * VECTOR, out_l * VECTOR
     dout_l, dq_l, dk_l, dv_l = dout_l * VECTOR, dq_l * VECTOR, dk_l * VECTOR, dv_l * VECTOR
 
-    bounds = mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, b, M, N)
-    terms = mask_terms(
-        keys, None, None, None, b, 0, keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n
-    )
+    prefix_end, begin, end, first, rows = mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, b, M, N)
+    bounds = low, high, prefix_high, prefix_end, begin, end, first, rows
+    terms = b, keys, keys_b, keys_n, None, ids_b, ids_m, None, key_ids_b, key_ids_n, None, bits_b, bits_h, bits_m, bits_n
     n = tl.arange(0, BLOCK_N)
     key_live, key_id = live_keys(n, bounds, terms)
     k_tile = rows_of(k, n, k_l, key_live, D, BLOCK_D)
@@ -223,7 +216,7 @@ def _attention_backward_kernel(
             do_tile = rows_of(dout_head, m, dout_l, row_live, DV, BLOCK_DV)
             delta_tile = _delta(do_tile, out_head, m, out_l, dlse, row, row_live, DV, BLOCK_DV)
             p = _weights(q_tile, k_tile, shift, scale, PRECISION)
-            p = tl.where(visible_pairs(m, 0, row_live, row_id, key_live, key_id, bounds, terms, BLOCK_N), p, 0.0)
+            p = tl.where(visible_pairs(m, 0, row_live, row_id, key_live, key_id, h, bounds, terms, BLOCK_N), p, 0.0)
             dv_acc += dot(tl.trans(round_to(p, do_tile.dtype)), do_tile, PRECISION)
             ds = p * (dot(do_tile, tl.trans(v_tile), PRECISION) - delta_tile[:, None])
             ds = round_to(ds, q_tile.dtype)

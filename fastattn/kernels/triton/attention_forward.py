@@ -12,13 +12,12 @@ import triton.language as tl
 from fastattn.kernels.triton.primitives import LN_2, LOG2_E, dot, round_to, rows_of, store_rows
 from fastattn.kernels.triton.tiles import (
     key_run,
+    list_row,
     listed_run,
     live_keys,
     live_queries,
     mask_bounds,
-    mask_terms,
     partial_place,
-    tile_list,
     tile_start,
     visible_pairs,
 )
@@ -56,10 +55,9 @@ def _attention_forward_kernel(
     q_l, k_l = q_l * VECTOR, k_l * VECTOR
     v_l, out_l = v_l * VECTOR, out_l * VECTOR
 
-    bounds = mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, b, M, N)
-    terms = mask_terms(
-        keys, ids, key_ids, bits, b, h, keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n
-    )
+    prefix_end, begin, end, first, rows = mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, b, M, N)
+    bounds = low, high, prefix_high, prefix_end, begin, end, first, rows
+    terms = b, keys, keys_b, keys_n, ids, ids_b, ids_m, key_ids, key_ids_b, key_ids_n, bits, bits_b, bits_h, bits_m, bits_n
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_live, row_id = live_queries(m, bounds, terms)
     q_tile = rows_of(q, m, q_l, row_live, D, BLOCK_D)
@@ -67,22 +65,22 @@ def _attention_forward_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
 
-    tiles = tile_list(tiles, b, h, block, tiles_b, tiles_h, tiles_t, BLOCK_M)
+    row = list_row(b, h, block, tiles_b, tiles_h, tiles_t, BLOCK_M)
     if tiles is None:
         start, before, full, partial = key_run(block * BLOCK_M, bounds, keys, BLOCK_M, BLOCK_N)
     else:
-        start, before, full, partial = listed_run(tiles, N, BLOCK_N)
+        start, before, full, partial = listed_run(tiles + row, N, BLOCK_N)
     scale *= LOG2_E
     for t in range(full):
-        n = tile_start(before + t, start, tiles, BLOCK_N) + tl.arange(0, BLOCK_N)
+        n = tile_start(before + t, start, tiles, row, BLOCK_N) + tl.arange(0, BLOCK_N)
         s = dot(q_tile, tl.trans(rows_of(k, n, k_l, None, D, BLOCK_D)), PRECISION) * scale
         acc, total, top = _accumulate(acc, total, top, s, rows_of(v, n, v_l, None, DV, BLOCK_DV), PRECISION)
     for t in range(partial):
-        n0 = tile_start(partial_place(t, before, full), start, tiles, BLOCK_N)
+        n0 = tile_start(partial_place(t, before, full), start, tiles, row, BLOCK_N)
         n = n0 + tl.arange(0, BLOCK_N)
         key_live, key_id = live_keys(n, bounds, terms)
         s = dot(q_tile, tl.trans(rows_of(k, n, k_l, key_live, D, BLOCK_D)), PRECISION) * scale
-        s = tl.where(visible_pairs(m, n0, row_live, row_id, key_live, key_id, bounds, terms, BLOCK_N), s, float("-inf"))
+        s = tl.where(visible_pairs(m, n0, row_live, row_id, key_live, key_id, h, bounds, terms, BLOCK_N), s, float("-inf"))
         acc, total, top = _accumulate(acc, total, top, s, rows_of(v, n, v_l, key_live, DV, BLOCK_DV), PRECISION)
 
     total = tl.where(row_live, total, 0.0)

@@ -5,8 +5,12 @@ keys, and each key one of queries, with ends that never move back, so the tiles 
 run inside it; where a mask has more than bounds, the host lists the tiles. Both directions of the loop are here: over keys for a
 block of queries, and over queries for a block of keys.
 
-`bounds` is what `mask_bounds` returns, `terms` what `mask_terms` does. All scalars are int32: `unsupported` refuses lengths that
-would overflow, and the host clamps low, high and prefix_high accordingly.
+Two tuples of what a kernel is given go through all of it. Any of their pointers, and of their bounds on j - i, may be None, and
+Triton before 3.7 takes no None back from a function, so the kernels put them together:
+- `bounds`: low, high, prefix_high, and the five numbers of `mask_bounds`;
+- `terms`: the sequence b, then keys, ids, key_ids and bits, each followed by its strides.
+All scalars of bounds are int32: `unsupported` refuses lengths that would overflow, and the host clamps low, high and prefix_high
+accordingly.
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ LISTED = tl.constexpr(TILE)  # queries and keys of a listed tile
 
 @triton.jit
 def mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, b, M, N):
-    """Sequence b's bounds on j - i, its prefix, and the least keys [begin, end) and queries [first, rows) around what they leave.
+    """(prefix_end, begin, end, first, rows): the prefix of sequence b, and the least keys [begin, end) and queries [first, rows)
+    around what its bounds leave.
 
     Each query of [first, rows) sees a key, each key of [begin, end) is seen by a query, as far as bounds go. If they leave
     nothing, rows and end are 0. `low` is None where there are no bounds on j - i, else low and high are numbers.
@@ -48,7 +53,7 @@ def mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, b
         begin, _ = key_interval(first, ends)
         _, end = key_interval(rows - 1, ends)
         end = tl.where(rows > first, end, 0)
-    return low, high, prefix_high, prefix_end, begin, end, first, rows
+    return prefix_end, begin, end, first, rows
 
 
 @triton.jit
@@ -129,13 +134,14 @@ def listed_run(tiles, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tile_start(place, start, tiles, BLOCK: tl.constexpr):
-    """The first key or query of the tile at `place`, counted over partial and full tiles of a run or, with `tiles`, of a list."""
+def tile_start(place, start, tiles, row, BLOCK: tl.constexpr):
+    """The first key or query of the tile at `place`, counted over partial and full tiles of a run or, with `tiles`, of the host's
+    list at `row`."""
     if tiles is None:
         return start + place * BLOCK
     else:
         STEPS: tl.constexpr = LISTED // BLOCK
-        return tl.load(tiles + 2 + place // STEPS) * LISTED + place % STEPS * BLOCK
+        return tl.load(tiles + row + 2 + place // STEPS) * LISTED + place % STEPS * BLOCK
 
 
 @triton.jit
@@ -145,60 +151,45 @@ def partial_place(t, before, full):
 
 
 @triton.jit
-def tile_list(tiles, b, h, block, tiles_b, tiles_h, tiles_t, BLOCK: tl.constexpr):
-    """The row of the host's lists for block number `block` of head h; None if there are none."""
-    if tiles is None:
-        return None
-    else:
-        return tiles + b * tiles_b + h * tiles_h + (block * BLOCK // LISTED).to(tl.int64) * tiles_t
-
-
-@triton.jit
-def mask_terms(
-    keys, ids, key_ids, bits, b, h, keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n
-):
-    """What a mask has besides bounds: pointers to sequence b's and head h's part, each with its strides, or None."""
-    if keys is not None:
-        keys += b * keys_b
-    if ids is not None:
-        ids += b * ids_b
-        key_ids += b * key_ids_b
-    if bits is not None:
-        bits += b * bits_b + h * bits_h
-    return keys, keys_n, ids, ids_m, key_ids, key_ids_n, bits, bits_m, bits_n
+def list_row(b, h, block, tiles_b, tiles_h, tiles_t, BLOCK: tl.constexpr):
+    """Where in the host's lists that of block number `block` of head h is."""
+    return b * tiles_b + h * tiles_h + (block * BLOCK // LISTED).to(tl.int64) * tiles_t
 
 
 @triton.jit
 def live_queries(m, bounds, terms):
     """Queries m that the bounds leave a key, and their ids (0 where the mask has none)."""
-    _, _, ids, ids_m, _, _, _, _, _ = terms
+    b, _, _, _, ids, ids_b, ids_m, _, _, _, _, _, _, _, _ = terms
     _, _, _, _, _, _, first, rows = bounds
     live = (m >= first) & (m < rows)
     id = 0
     if ids is not None:
-        id = tl.load(ids + m.to(tl.int64) * ids_m, mask=live, other=-1)
+        id = tl.load(ids + b * ids_b + m.to(tl.int64) * ids_m, mask=live, other=-1)
     return live, id
 
 
 @triton.jit
 def live_keys(n, bounds, terms):
     """Keys n that some query may see, and their ids."""
-    keys, keys_n, _, _, key_ids, key_ids_n, _, _, _ = terms
+    b, keys, keys_b, keys_n, _, _, _, key_ids, key_ids_b, key_ids_n, _, _, _, _, _ = terms
     _, _, _, _, begin, end, _, _ = bounds
     live = (n >= begin) & (n < end)
     if keys is not None:
-        live &= tl.load(keys + n.to(tl.int64) * keys_n, mask=live, other=0) != 0
+        live &= tl.load(keys + b * keys_b + n.to(tl.int64) * keys_n, mask=live, other=0) != 0
     id = 0
     if key_ids is not None:
-        id = tl.load(key_ids + n.to(tl.int64) * key_ids_n, mask=live, other=-1)
+        id = tl.load(key_ids + b * key_ids_b + n.to(tl.int64) * key_ids_n, mask=live, other=-1)
         live &= id >= 0
     return live, id
 
 
 @triton.jit
-def visible_pairs(m, n0, row_live, row_id, key_live, key_id, bounds, terms, BLOCK_N: tl.constexpr):
-    """Visible pairs of queries m and keys n0 .. n0 + BLOCK_N - 1: (len(m) or 1, BLOCK_N) bool; some with rows not live."""
-    _, _, ids, _, _, _, bits, bits_m, bits_n = terms
+def visible_pairs(m, n0, row_live, row_id, key_live, key_id, h, bounds, terms, BLOCK_N: tl.constexpr):
+    """Pairs that head h sees, (len(m) or 1, BLOCK_N) bool, of queries m and keys n0 .. n0 + BLOCK_N - 1.
+
+    Of a row that is not live it may say anything.
+    """
+    b, _, _, _, ids, _, _, _, _, _, bits, bits_b, bits_h, bits_m, bits_n = terms
     n = n0 + tl.arange(0, BLOCK_N)
     visible = key_live[None, :]
     if bounds[0] is not None:
@@ -211,6 +202,7 @@ def visible_pairs(m, n0, row_live, row_id, key_live, key_id, bounds, terms, BLOC
         WIDTH: tl.constexpr = min(BLOCK_N, 32)
         word = n0 // 32 + tl.arange(0, WORDS)
         inside = row_live[:, None] & (word * 32 < bounds[5])[None, :]
+        bits += b * bits_b + h * bits_h
         words = tl.load(bits + m.to(tl.int64)[:, None] * bits_m + word.to(tl.int64)[None, :] * bits_n, mask=inside, other=0)
         spread = (words[:, :, None] >> (n0 % 32 + tl.arange(0, WIDTH))[None, None, :]) & 1
         visible = visible & (tl.reshape(spread, [m.shape[0], BLOCK_N]) != 0)
