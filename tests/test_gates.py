@@ -40,7 +40,6 @@ SPILLS = {
     ("attention_forward_kernel", "float32 D=32 causal_padding"): 8,
     ("attention_dq_kernel", "float32 D=16 causal_padding"): 8,
     ("attention_dq_kernel", "float32 D=32 causal_padding"): 8,
-    ("attention_dq_kernel", "float32 D=16 bits"): 8,
     ("attention_dq_kernel", "float32 D=32 bits"): 8,
     ("attention_dkdv_kernel", "float32 D=80 causal_padding"): 24,
     ("attention_dkdv_kernel", "float32 D=128 causal_padding"): 16,
