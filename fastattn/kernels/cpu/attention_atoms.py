@@ -22,7 +22,7 @@ ATOM = 32  # queries, the queries that the kernel takes at a time
 LEAST_ROWS = 8  # on average, of blocks that are cut where neighbours see no key in common
 MOST_PAIRS = 2**16  # of a block with a tensor for its mask, if it has more than one atom: what bounds memory
 # What a query's own row costs, in keys more that it would see: to be gathered and put back with its keys, and to have two results
-# merged. Measured on two cores of an AMD EPYC, fp32.
+# merged. The second as measured on two cores of an AMD EPYC in fp32; the first is a guess that favours views.
 GATHERED, MERGED = 64, 48
 MOST_KEYS = 512  # of blocks that share a call: the gradients of more leave the caches, and are slower than calls of their own
 
