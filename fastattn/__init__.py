@@ -7,9 +7,12 @@ from fastattn.ops.attention import attention, explain, scaled_dot_product_attent
 from fastattn.ops.attention_weights import attention_weights
 from fastattn.ops.ffn import explain_linear, ffn, linear
 from fastattn.ops.norm import add_layer_norm, add_rms_norm
+from fastattn.ops.varlen import varlen_attention
+from fastattn.packing import Packing
 from fastattn.version import __version__
 
 __all__ = [
+    "Packing",
     "__version__",
     "add_layer_norm",
     "add_rms_norm",
@@ -23,4 +26,5 @@ __all__ = [
     "masks",
     "scaled_dot_product_attention",
     "sdpa_override",
+    "varlen_attention",
 ]

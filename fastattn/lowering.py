@@ -33,6 +33,12 @@ class LoweredMask(NamedTuple):
     bits: Tensor | None = None  # int32, (B, H, M, ceil(N / 32)) or 1 for each: bit j % 32 of word j // 32
     key_tiles: Tensor | None = None  # with ids or bits: for each TILE queries the tiles of keys to visit, see `tile_lists`
     query_tiles: Tensor | None = None  # and for each TILE keys the tiles of queries
+    # Packed sequences: q, k and v are (1, H, T, D), B is the number of sequences, and all of the above counts from 0 in each.
+    query_starts: Tensor | None = None  # (B + 1,) int32: sequence b has rows query_starts[b] up to query_starts[b + 1] of q
+    key_starts: Tensor | None = None  # (B + 1,) int32: and these of k and v. Values are not to be trusted
+    max_queries: int | None = None  # M; what is longer is cut
+    max_keys: int | None = None  # N
+    all_rows: bool | None = None  # whether every row of q, k and v is known to be in a sequence; others are 0 in results
 
     def pairs(self, i: Tensor, j: Tensor) -> Tensor:
         """Visibility of queries i and keys j, bool (B or 1, H or 1, len(i), len(j)): at the shape that the mask has."""
@@ -65,6 +71,13 @@ class LoweredMask(NamedTuple):
         """The conjunction as a bool tensor (B, H, M, N)."""
         i, j = torch.arange(M, device=device), torch.arange(N, device=device)
         return self.pairs(i, j).expand(B, H, M, N)
+
+
+def packed_rows(starts: Tensor, length: int, rows: int) -> Tensor:
+    """(B, length) int64: for each rank of a sequence its row among `rows` packed ones, `rows` beyond the sequence's end."""
+    begin, end = starts[:-1, None].clamp(0, rows), starts[1:, None].clamp(max=rows)
+    row = begin.long() + torch.arange(length, device=starts.device)
+    return torch.where(row < end, row, rows)
 
 
 def pack_bits(pairs: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ key j, and a = N - M (`align="bottom_right"`, the last query beside the last key
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.lowering import LoweredMask, pack_bits, tile_lists, tile_status
+from fastattn.lowering import LoweredMask, pack_bits, packed_rows, tile_lists, tile_status
+from fastattn.packing import Packing
 
 ALIGNMENTS = ("bottom_right", "top_left")
 INT32_MAX = 2**31 - 1
@@ -42,7 +43,7 @@ class Mask:
     keys: Tensor | None = None
     ids: Tensor | None = None
     key_ids: Tensor | None = None  # None: equal to ids
-    terms: tuple[Dense | Grid | AnyOf, ...] = ()
+    terms: tuple[Dense | Grid | AnyOf | Shifted, ...] = ()
     _bits: dict = field(default_factory=dict, init=False, repr=False)
 
     def __and__(self, other: Mask) -> Mask:
@@ -99,6 +100,51 @@ class Mask:
             self._bits[key] = made
         return bounds._replace(**self._bits[key])
 
+    def lower_packed(self, packing: Packing, key_packing: Packing, H: int) -> LoweredMask:
+        """The mask for packed sequences, whose queries and keys count from 0 in each. Raises ValueError if it does not fit."""
+        key = (packing, key_packing)
+        mask = self._bits.get(key)
+        if mask is None:
+            mask = self._by_rank(packing, key_packing)
+            S, M, N = packing.lengths.numel(), packing.max_length, key_packing.max_length
+            mask.check(S, H, M, N, packing.cu_seqlens.device)
+            if packing is not key_packing:
+                mask = mask._shifted((key_packing.lengths - packing.lengths).long()[:, None, None, None])
+            if mask.terms or mask.ids is not None:  # tiles beyond the end of a sequence are not to be visited
+                mask = mask & padding(key_packing.lengths, packing.lengths)
+            if not torch.compiler.is_compiling() and _may_keep([*vars(packing).values(), *vars(key_packing).values()]):
+                if len(self._bits) >= CACHED_SHAPES:
+                    self._bits.clear()
+                self._bits[key] = mask
+        lowered = mask.lower(packing.max_length, key_packing.max_length, packing.cu_seqlens.device)
+        return lowered._replace(**packed_fields(packing, key_packing))
+
+    def _by_rank(self, packing: Packing, key_packing: Packing) -> Mask:
+        """With ids of packed tokens, (T,), as ids of ranks, (S, max_length); -1 beyond the end of a sequence."""
+        terms = tuple(term.by_rank(packing, key_packing) if isinstance(term, AnyOf) else term for term in self.terms)
+        if self.ids is None:
+            return replace(self, terms=terms)
+        if self.key_ids is None and packing is not key_packing:
+            raise ValueError("mask: documents need key_ids where queries and keys are packed differently")
+        ids = _ids_by_rank(self.ids, packing, "ids")
+        return replace(
+            self,
+            ids=ids,
+            key_ids=None if self.key_ids is None else _ids_by_rank(self.key_ids, key_packing, "key_ids"),
+            terms=terms,
+        )
+
+    def _shifted(self, delta: Tensor) -> Mask:
+        """With all that depends on N - M as one term, where that is `delta`, (S, 1, 1, 1), for each sequence."""
+        aligned = Mask(
+            low_bottom_right=self.low_bottom_right, high_bottom_right=self.high_bottom_right,
+            prefix_bottom_right=self.prefix_bottom_right, terms=self.terms,
+        )  # fmt: skip
+        if not self.terms and self.low_bottom_right is self.high_bottom_right is self.prefix_bottom_right is None:
+            return self
+        terms = (Shifted(aligned, delta),)
+        return replace(self, low_bottom_right=None, high_bottom_right=None, prefix_bottom_right=None, terms=terms)
+
     def _bounds(self, M: int, N: int) -> LoweredMask:
         """All but the terms: alignments become bounds on j - i."""
         delta = N - M
@@ -117,14 +163,25 @@ class Mask:
         self.check(B, H, M, N, device)
         return self.pairs(M, N, device).expand(B, H, M, N)
 
-    def pairs(self, M: int, N: int, device: torch.device | None) -> Tensor:
-        """The definition at the shape that the mask itself has: bool, (B or 1, H or 1, M or 1, N or 1)."""
+    def pairs(self, M: int, N: int, device: torch.device | None, delta: Tensor | None = None) -> Tensor:
+        """The definition at the shape that the mask itself has: bool, (B or 1, H or 1, M or 1, N or 1).
+
+        delta: (B, 1, 1, 1), what is N - M for each sequence of a packed batch.
+        """
         i, j = torch.arange(M, device=device), torch.arange(N, device=device)
-        result = self._bounds(M, N).pairs(i, j)
-        if self.prefix_top_left is not None and self.prefix_bottom_right is not None:
+        top_left = self
+        result = None
+        if delta is not None:
+            low, high = (None if x is None else x + delta for x in (self.low_bottom_right, self.high_bottom_right))
+            shifted = LoweredMask(low, high, delta, self.prefix_bottom_right)  # type: ignore[arg-type]
+            result = shifted.pairs(i, j)
+            top_left = replace(self, low_bottom_right=None, high_bottom_right=None, prefix_bottom_right=None)
+        pairs = top_left._bounds(M, N).pairs(i, j)
+        result = pairs if result is None else result & pairs
+        if top_left.prefix_top_left is not None and top_left.prefix_bottom_right is not None:
             result = result & Mask(prefix_top_left=self.prefix_top_left).pairs(M, N, device)
         for term in self.terms:
-            result = result & term.pairs(M, N, device)
+            result = result & (term.pairs(M, N, device) if delta is None else term.pairs(M, N, device, delta))
         return result
 
     def device(self) -> torch.device | None:
@@ -157,7 +214,7 @@ class Dense:
 
     keep: Tensor
 
-    def pairs(self, M: int, N: int, device: torch.device | None) -> Tensor:
+    def pairs(self, M: int, N: int, device: torch.device | None, delta: Tensor | None = None) -> Tensor:
         return self.keep
 
     def device(self) -> torch.device:
@@ -185,14 +242,15 @@ class Grid:
     column_reach: int
     prefix: int
 
-    def pairs(self, M: int, N: int, device: torch.device | None) -> Tensor:
-        x = torch.arange(N - M, N, device=device)[:, None]  # the query's place among the keys
+    def pairs(self, M: int, N: int, device: torch.device | None, delta: Tensor | None = None) -> Tensor:
+        x = torch.arange(M, device=device)[:, None] + (N - M if delta is None else delta)  # the query's place among the keys
         j = torch.arange(N, device=device)
         row, column, key_row, key_column = (
             part(y - self.prefix, self.w) for y in (x, j) for part in (torch.floor_divide, torch.remainder)
         )
         near = ((row - key_row).abs() <= self.row_reach) & ((column - key_column).abs() <= self.column_reach)
-        return ((j <= x) & ((x < self.prefix) | (j < self.prefix) | near))[None, None]
+        pairs = (j <= x) & ((x < self.prefix) | (j < self.prefix) | near)
+        return pairs[None, None] if delta is None else pairs
 
     def device(self) -> None:
         return None
@@ -209,11 +267,14 @@ class AnyOf:
 
     parts: tuple[Mask, ...]
 
-    def pairs(self, M: int, N: int, device: torch.device | None) -> Tensor:
-        first, *others = (part.pairs(M, N, device) for part in self.parts)
+    def pairs(self, M: int, N: int, device: torch.device | None, *delta: Tensor) -> Tensor:
+        first, *others = (part.pairs(M, N, device, *delta) for part in self.parts)
         for other in others:
             first = first | other
         return first
+
+    def by_rank(self, packing: Packing, key_packing: Packing) -> AnyOf:
+        return AnyOf(tuple(part._by_rank(packing, key_packing) for part in self.parts))
 
     def device(self) -> torch.device | None:
         return next((device for part in self.parts if (device := part.device()) is not None), None)
@@ -223,7 +284,24 @@ class AnyOf:
             part.check(B, H, M, N, device)
 
 
-for _class in (Mask, Dense, Grid, AnyOf):
+@dataclass(frozen=True, eq=False)
+class Shifted:
+    """A term: a mask whose sequence b has delta[b] more keys than queries; delta is (B, 1, 1, 1)."""
+
+    mask: Mask
+    delta: Tensor
+
+    def pairs(self, M: int, N: int, device: torch.device | None) -> Tensor:
+        return self.mask.pairs(M, N, device, self.delta)
+
+    def device(self) -> torch.device:
+        return self.delta.device
+
+    def check(self, B: int, H: int, M: int, N: int, device: torch.device | None) -> None:
+        self.mask.check(B, H, M, N, device)
+
+
+for _class in (Mask, Dense, Grid, AnyOf, Shifted):
     torch.export.register_dataclass(_class)
 
 
@@ -282,7 +360,8 @@ def prefix_lm(lengths: Tensor | Sequence[int], align: str = "bottom_right") -> M
 def documents(ids: Tensor, key_ids: Tensor | None = None) -> Mask:
     """A query sees the keys of its own document: ids equal and >= 0.
 
-    ids: integers (B, M); key_ids (B, N), needed when M != N, else equal to ids. A negative id is in no document. Ids must be
+    ids: integers (B, M), or (T,) of packed sequences; key_ids (B, N) or (Tk,), needed when the keys are others than the queries,
+    else equal to ids. A negative id is in no document. Ids must be
     below 2^31, which is looked at on a CPU only: a GPU would wait for it. In any order; tiles are skipped best where a document's
     tokens lie together.
     """
@@ -344,6 +423,25 @@ def _may_keep(tensors) -> bool:
     return present[0].device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
+def packed_fields(packing: Packing, key_packing: Packing) -> dict[str, Any]:
+    """What a LoweredMask says of the sequences themselves."""
+    return {
+        "query_starts": packing.cu_seqlens,
+        "key_starts": key_packing.cu_seqlens,
+        "max_queries": packing.max_length,
+        "max_keys": key_packing.max_length,
+        "all_rows": packing.full and key_packing.full,
+    }
+
+
+def _ids_by_rank(ids: Tensor, packing: Packing, name: str) -> Tensor:
+    if ids.dim() != 1 or (packing.trusted and ids.shape[0] != packing.capacity):
+        raise ValueError(f"mask: {name} of packed sequences must have shape ({packing.capacity},), got {tuple(ids.shape)}")
+    if ids.device != packing.cu_seqlens.device:
+        raise ValueError(f"mask is on {ids.device}, but the packing is on {packing.cu_seqlens.device}")
+    return torch.nn.functional.pad(ids, (0, 1), value=-1)[packed_rows(packing.cu_seqlens, packing.max_length, ids.shape[0])]
+
+
 def _both(combine, a, b):
     if a is None or b is None:
         return b if a is None else a
@@ -361,10 +459,8 @@ def _ids(ids: Tensor, name: str) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"{name} must be a tensor of integers, got {got}")
-    if ids.dim() == 1:
-        raise NotImplementedError(f"{name} of shape {tuple(ids.shape)} are for packed sequences, which are not served yet")
-    if ids.dim() != 2:
-        raise ValueError(f"{name} must have shape (B, length), got {tuple(ids.shape)}")
+    if ids.dim() not in (1, 2):
+        raise ValueError(f"{name} must have shape (B, length), or (T,) of packed sequences, got {tuple(ids.shape)}")
     on_host = type(ids) is Tensor and ids.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would wait
     if on_host and ids.numel() and int(ids.max()) > INT32_MAX:
         raise ValueError(f"{name} must be below 2^31, got {int(ids.max())}")

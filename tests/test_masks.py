@@ -237,7 +237,7 @@ def test_mask_is_a_pytree():
         (TypeError, "key_ids must be a tensor of integers", lambda: masks.documents(IDS, [[1]])),
         (ValueError, r"key_ids must be below 2\^31", lambda: masks.documents(IDS, KEY_IDS + 2**31)),
         (ValueError, "ids must have shape", lambda: masks.documents(IDS[None])),
-        (NotImplementedError, "packed sequences", lambda: masks.documents(IDS[0])),
+        (ValueError, "ids has shape", lambda: masks.documents(IDS[0]).check(B, H, M, M)),
         (ValueError, "kernel must be odd", lambda: masks.conv(2, 2, 2)),
         (ValueError, "w must be at least 1", lambda: masks.rows(2, 0)),
         (ValueError, "prefix must be at least 0", lambda: masks.columns(2, 2, -1)),

@@ -41,13 +41,14 @@ class AttentionProblem(NamedTuple):
     keys: bool = False
     documents: bool = False
     bits: bool = False
+    packed: bool = False  # B sequences laid end to end, of at most M queries and N keys
 
     def __str__(self) -> str:
         mask = [name for name in ("band", "prefix", "ranges", "keys", "documents", "bits") if getattr(self, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = f"B={self.B} H={self.H} M={self.M} N={self.N} D={self.D}"
         sizes += f" Hkv={self.Hkv}" * (self.Hkv != self.H) + f" Dv={self.Dv}" * (self.Dv != self.D)
-        return f"attention({sizes}, {dtype}, {self.device}, mask: {' & '.join(mask) or 'none'})"
+        return f"{'varlen_' * self.packed}attention({sizes}, {dtype}, {self.device}, mask: {' & '.join(mask) or 'none'})"
 
 
 def order(problem: AttentionProblem) -> tuple[str, ...]:
@@ -62,21 +63,26 @@ def order(problem: AttentionProblem) -> tuple[str, ...]:
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> AttentionProblem:
     B, H, M, D = q.shape
+    N = k.shape[2]
+    if mask.query_starts is not None:
+        B, M, N = mask.query_starts.shape[0] - 1, mask.max_queries, mask.max_keys
     return AttentionProblem(
-        q.device.type, q.dtype, B, H, M, k.shape[2], D, k.shape[1], v.shape[3],
+        q.device.type, q.dtype, B, H, M, N, D, k.shape[1], v.shape[3],
         band=mask.low is not None or mask.high is not None,
         prefix=mask.prefix is not None,
         ranges=mask.key_begin is not None or mask.key_end is not None or mask.query_end is not None,
         keys=mask.keys is not None,
         documents=mask.ids is not None,
         bits=mask.bits is not None,
+        packed=mask.query_starts is not None,
     )  # fmt: skip
 
 
 # The op. `exact_lse` says that the caller wants lse itself; without it only the backward reads it, and a backend may save work.
 
-_INTEGERS = ("low", "high", "prefix_high")
-_MASK = ", ".join(f"{'SymInt' if name in _INTEGERS else 'Tensor'}? {name}" for name in LoweredMask._fields)
+_TYPES = dict.fromkeys(("low", "high", "prefix_high", "max_queries", "max_keys"), "SymInt") | {"all_rows": "bool"}
+_MASK = ", ".join(f"{_TYPES.get(name, 'Tensor')}? {name}" for name in LoweredMask._fields)
+_TENSORS = tuple(name for name in LoweredMask._fields if name not in _TYPES)
 _REQUEST = f"{_MASK}, float scale, str backend"
 _NO_GRADIENTS = (None,) * (len(LoweredMask._fields) + 3)  # mask, scale, backend, exact_lse
 
@@ -95,7 +101,7 @@ def _forward_fake(q, k, v, *rest):
     return q.new_empty(B, M, H, v.shape[3]).transpose(1, 2), q.new_empty(B, H, M, dtype=lse_dtype)
 
 
-def _forward_autograd(*args):
+def forward_autograd(*args):
     if torch.compiler.is_dynamo_compiling():
         return _FORWARD(*args)  # stays one node of the graph; this function runs again beneath it
     if dispatch.wants_autograd(*args[:3]):
@@ -107,11 +113,13 @@ def _forward_autograd(*args):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        q, k, v, low, high, prefix_high, *tensors, scale, backend, _ = args
+        q, k, v, *fields, scale, backend, _ = args
+        mask = LoweredMask(*fields)
         with dispatch.below_autograd():
             out, lse = _FORWARD(*args)
-        ctx.save_for_backward(q, k, v, out, lse, *tensors)
-        ctx.integers, ctx.scale, ctx.backend = (low, high, prefix_high), scale, backend
+        ctx.save_for_backward(q, k, v, out, lse, *(getattr(mask, name) for name in _TENSORS))
+        ctx.mask = mask._replace(**dict.fromkeys(_TENSORS))
+        ctx.scale, ctx.backend = scale, backend
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -120,7 +128,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        mask = *ctx.integers, *tensors
+        mask = ctx.mask._replace(**dict(zip(_TENSORS, tensors, strict=True)))
         grads = dispatch.call_backward(_BACKWARD, dout, dlse, q, k, v, out, lse, *mask, ctx.scale, ctx.backend)
         return (*grads, *_NO_GRADIENTS)
 
@@ -145,7 +153,7 @@ def _backward_autograd(*args):
 
 _FORWARD = dispatch.define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_REQUEST}, bool exact_lse) -> (Tensor, Tensor)",
-    _forward, _forward_fake, _forward_autograd,
+    _forward, _forward_fake, forward_autograd,
 )  # fmt: skip
 _BACKWARD = dispatch.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -213,8 +221,8 @@ def attention(
 
     The algorithm is the online softmax of FlashAttention (Dao et al., 2022, arXiv:2205.14135).
     """
-    args = _arguments(q, k, v, mask, bias, scale, dropout, seed, backend)
-    out, lse = _forward_autograd(*args, return_lse)
+    args = op_arguments(q, k, v, mask, bias, scale, dropout, seed, backend)
+    out, lse = forward_autograd(*args, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -273,7 +281,7 @@ def explain(
     backends with kernels of their own, each kernel's config, the tiles that it visits under this mask, FLOPs and bytes beside the
     least possible, and the time that an H100 needs at least; for that it reads the mask's tensors.
     """
-    q, k, v, *lowered, _, _ = _arguments(q, k, v, mask, bias, scale, dropout, seed, backend)
+    q, k, v, *lowered, _, _ = op_arguments(q, k, v, mask, bias, scale, dropout, seed, backend)
     lowered_mask = LoweredMask(*lowered)
     problem = _problem(q, k, v, lowered_mask)
     notes = [
@@ -301,8 +309,8 @@ def _details(backend: str, problem: AttentionProblem, mask: LoweredMask) -> list
     return lines
 
 
-def _arguments(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple:
-    """The op's arguments from the public ones: checked, cast for autocast, defaults filled in, the mask lowered."""
+def op_arguments(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple:
+    """The op's arguments from the public ones: checked, cast for autocast, defaults filled in, the mask lowered if it is not."""
     if bias is not None or dropout != 0.0 or seed is not None:
         name = "bias" if bias is not None else "seed" if seed is not None else "dropout"
         raise NotImplementedError(f"{name} is not served yet: leave it at its default")
@@ -320,18 +328,26 @@ def _arguments(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple:
         scale = D**-0.5 if D else 1.0
     elif not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be a finite number, got {scale}")
-    lowered = LoweredMask() if mask is None else lower_mask(mask, B, H, M, N, q.device)
-    return (q, k, v, *lowered, scale, backend)
+    if mask is None:
+        mask = LoweredMask()
+    elif not isinstance(mask, LoweredMask):
+        mask = lower_mask(mask, B, H, M, N, q.device)
+    return (q, k, v, *mask, scale, backend)
 
 
 def lower_mask(mask: Mask | Tensor, B: int, H: int, M: int, N: int, device: torch.device) -> LoweredMask:
     """What kernels receive of a mask or a bool tensor. Raises if it does not fit (B, H, M, N) or lies on another device."""
-    if not isinstance(mask, Mask):
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask must be a masks.Mask, a bool tensor or None, got {type(mask).__name__}")
-        mask = masks.dense(mask)
+    mask = as_mask(mask)
     mask.check(B, H, M, N, device)
     return mask.lower(M, N, device)
+
+
+def as_mask(mask: Mask | Tensor) -> Mask:
+    if isinstance(mask, Mask):
+        return mask
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a masks.Mask, a bool tensor or None, got {type(mask).__name__}")
+    return masks.dense(mask)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

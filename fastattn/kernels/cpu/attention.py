@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.kernels.cpu import attention_packed
 from fastattn.kernels.cpu.attention_parts import HIDDEN_WORK, Block, Part, dead_rows, parts, unpacked
 from fastattn.lowering import LoweredMask
 
@@ -28,7 +29,8 @@ def unsupported(problem) -> list[str]:
 
 
 def notes(problem) -> list[str]:
-    found = ["computed by PyTorch's flash-attention kernel for CPUs, on real tokens alone where that pays"]
+    tokens = "on real tokens alone where that pays" if not problem.packed else "in calls for one sequence or some of one length"
+    found = [f"computed by PyTorch's flash-attention kernel for CPUs, {tokens}"]
     if problem.Dv != problem.D:
         wide, narrow = ("v", "q and k") if problem.Dv > problem.D else ("q and k", "v")
         found.append(f"{narrow} are copied to the width of {wide}".replace("v are", "v is"))
@@ -38,6 +40,8 @@ def notes(problem) -> list[str]:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool) -> tuple[Tensor, Tensor]:
+    if mask.query_starts is not None:
+        return attention_packed.forward(forward, q, k, v, mask, scale, exact_lse)
     if _in_single(q, k) or (exact_lse and q.dtype in HALF):
         # in half precision the kernel's exp is a polynomial that leaves lse 5e-5 off
         out, lse = forward(q.float(), k.float(), v.float(), mask, scale, exact_lse)
@@ -58,6 +62,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, ex
 
 
 def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    if mask.query_starts is not None:
+        return attention_packed.backward(backward, dout, dlse, q, k, v, out, lse, mask, scale)
     if _in_single(q, k):
         grads = backward(dout.float(), dlse, q.float(), k.float(), v.float(), out.float(), lse, mask, scale)
         dq, dk, dv = (_heads_inside(grad.to(q.dtype)) for grad in grads)

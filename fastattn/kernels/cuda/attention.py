@@ -32,6 +32,8 @@ def unsupported(problem) -> list[str]:
         reasons.append(f"v has head dimension {problem.Dv} and q {problem.D}: the CUDA kernels take equal ones")
     if max(problem.B, problem.H, problem.M, problem.N) > INT32_MAX:
         reasons.append("a size is beyond 2^31 - 1")
+    if problem.packed:
+        reasons.append("packed sequences are not served")
     return reasons
 
 

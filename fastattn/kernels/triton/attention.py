@@ -101,6 +101,8 @@ def unsupported(problem) -> list[str]:
     for name, length in (("queries", problem.M), ("keys", problem.N)):
         if length > LONGEST:
             reasons.append(f"{length} {name} are more than {LONGEST}")
+    if problem.packed:
+        reasons.append("packed sequences are not served")
     return reasons
 
 

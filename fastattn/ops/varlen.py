@@ -1,0 +1,90 @@
+"""`varlen_attention`: attention over packed sequences, by the ops of `attention`, to which a packing is a part of the mask."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from fastattn.lowering import LoweredMask
+from fastattn.masks import Mask, packed_fields
+from fastattn.ops.attention import as_mask, forward_autograd, op_arguments
+from fastattn.packing import Packing
+
+
+@overload
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, mask: Mask | Tensor | None = None, *, key_packing: Packing | None = None,
+    bias: Tensor | None = None, scale: float | None = None, dropout: float = 0.0, seed: int | Tensor | None = None,
+    return_lse: Literal[False] = False, backend: str = "auto",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, mask: Mask | Tensor | None = None, *, key_packing: Packing | None = None,
+    bias: Tensor | None = None, scale: float | None = None, dropout: float = 0.0, seed: int | Tensor | None = None,
+    return_lse: Literal[True], backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    mask: Mask | Tensor | None = None,
+    *,
+    key_packing: Packing | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of each sequence of a packed batch, of which nothing but its tokens is computed.
+
+    Args:
+        q: (Tq, H, D), k: (Tk, Hkv, D), v: (Tk, Hkv, Dv), with the rows that `packing.pack` makes; else as for `attention`.
+        packing: where the sequences of q lie.
+        key_packing: where those of k and v lie, as many as of q; None: as those of q, self-attention.
+        mask: as for `attention`, for B sequences of max_length queries and of the key packing's max_length keys. Queries and keys
+            count from 0 in each sequence, and N - M is the sequence's own. `documents` takes ids of tokens, (Tq,) and (Tk,).
+        bias, dropout, seed: not served yet; anything but the default raises NotImplementedError.
+        scale, return_lse, backend: as for `attention`; lse is (H, Tq).
+
+    Returns:
+        out (Tq, H, Dv), contiguous, or (out, lse). Rows of no sequence have output 0, lse -inf and gradients 0.
+
+    Raises:
+        As `attention` does.
+    """
+    if not isinstance(packing, Packing):
+        raise TypeError(f"packing must be a fastattn.Packing, got {type(packing).__name__}")
+    if key_packing is None:
+        key_packing = packing
+    for name, x, rows in (("q", q, packing), ("k", k, key_packing), ("v", v, key_packing)):
+        _check_rows(name, x, rows)
+    if key_packing.lengths.shape != packing.lengths.shape:
+        counts = f"{key_packing.lengths.numel()} sequences, but packing has {packing.lengths.numel()}"
+        raise ValueError(f"key_packing has {counts}")
+    if mask is None:
+        lowered = LoweredMask(**packed_fields(packing, key_packing))
+    else:
+        lowered = as_mask(mask).lower_packed(packing, key_packing, q.shape[1])
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out, lse = forward_autograd(*op_arguments(q, k, v, lowered, bias, scale, dropout, seed, backend), return_lse)
+    out = out[0].transpose(0, 1)
+    return (out, lse[0]) if return_lse else out
+
+
+def _check_rows(name: str, x: Tensor, packing: Packing) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dim() != 3:
+        raise ValueError(f"{name} must have 3 dimensions (rows, heads, head dimension), got shape {tuple(x.shape)}")
+    if packing.trusted and x.shape[0] != packing.capacity:
+        raise ValueError(f"{name} has {x.shape[0]} rows, but its packing {packing.capacity}")
+    if packing.cu_seqlens.device != x.device:
+        raise ValueError(f"{name} is on {x.device}, but its packing on {packing.cu_seqlens.device}")

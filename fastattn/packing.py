@@ -1,0 +1,197 @@
+"""`Packing`: where the real tokens of a padded batch go when they are laid end to end, and back.
+
+B, L, T: sequences, their padded length, rows of a packed tensor. Everything that kernels read is made here, on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Make one with `from_lengths`, `from_mask` or `from_cu_seqlens`. Immutable, and a pytree.
+
+    Sequence b has the rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1 of a packed tensor of `capacity` rows, in its own order;
+    rows after the last sequence are of none, and 0.
+    """
+
+    lengths: Tensor  # (B,) int32
+    cu_seqlens: Tensor  # (B + 1,) int32, from 0, never decreasing, at most `capacity`
+    indices: Tensor  # (capacity,) int64: row b * L + column of the padded tensor; B * L for a row of no sequence
+    overflowed: Tensor  # () bool: there were more tokens than `capacity`, and the last ones are left out
+    max_length: int  # L: no sequence is longer
+    capacity: int
+    known_total: int | None  # the number of tokens, where the host has read it
+    trusted: bool = True  # False: from `from_cu_seqlens(validate=False)`, where a tensor may have any number of rows
+
+    @classmethod
+    def from_lengths(cls, lengths: Tensor | Sequence[int], max_length: int, capacity: int | None = None) -> Packing:
+        """Sequence b of a padded batch (B, max_length) has its lengths[b] tokens at its start.
+
+        Args:
+            lengths: integers (B,), 0 included.
+            max_length: the padded length.
+            capacity: rows of a packed tensor. None: as many as there are tokens, which reads `lengths` on the host. With a
+                number nothing is read: shapes are static, as torch.compile and CUDA graphs need; lengths beyond 0..max_length
+                are cut, and `overflowed` says whether tokens had to be dropped.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit.
+        """
+        lengths = _integers(lengths, "lengths")
+        _check_sizes(max_length, capacity)
+        if capacity is None or _readable(lengths):
+            _check_range(lengths, max_length, "lengths")
+        return cls._of(_starts(lengths.clamp(0, max_length)), None, max_length, capacity)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, capacity: int | None = None) -> Packing:
+        """mask: bool (B, L), True = a real token; padding may be on the right, on the left or anywhere between.
+
+        `capacity` as for `from_lengths`. Raises TypeError or ValueError if the mask is none.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a bool tensor, got {got}; for a 0/1 attention_mask pass attention_mask.bool()")
+        if mask.dim() != 2:
+            raise ValueError(f"mask must have shape (B, L), got {tuple(mask.shape)}")
+        _check_sizes(mask.shape[1], capacity)
+        order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)  # the columns of real tokens first
+        return cls._of(_starts(mask.sum(1)), order, mask.shape[1], capacity)
+
+    @classmethod
+    def from_cu_seqlens(
+        cls, cu_seqlens: Tensor | Sequence[int], max_length: int, validate: bool = True, capacity: int | None = None
+    ) -> Packing:
+        """Sequence b has the rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1; its padded form is (B, max_length), tokens first.
+
+        Args:
+            cu_seqlens: integers (B + 1,), from 0, never decreasing.
+            max_length: at least the longest sequence.
+            validate: read the values on the host, and raise if they are not so. Without it nothing is read: values that are not
+                so are cut to such that are, and `varlen_attention` takes tensors of any number of rows, of which it reads and
+                writes none that is not there. Rows in no sequence are 0.
+            capacity: rows of what `pack` returns; None: cu_seqlens[-1], or B * max_length without `validate`.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit.
+        """
+        cu = _integers(cu_seqlens, "cu_seqlens")
+        _check_sizes(max_length, capacity)
+        if cu.numel() == 0:
+            raise ValueError("cu_seqlens must hold at least a 0")
+        if validate:
+            if int(cu[0]) != 0:
+                raise ValueError(f"cu_seqlens must begin with 0, got {int(cu[0])}")
+            _check_range(cu.diff(), max_length, "cu_seqlens: lengths")
+            return cls._of(cu, None, max_length, capacity)
+        cu = torch.cummax(cu.clamp(0, 2**31 - 1), 0)[0]
+        capacity = (cu.numel() - 1) * max_length if capacity is None else capacity
+        return cls._of(cu, None, max_length, capacity, trusted=False)
+
+    @classmethod
+    def _of(cls, cu: Tensor, order: Tensor | None, max_length: int, capacity: int | None, trusted: bool = True) -> Packing:
+        """cu: (B + 1,), never decreasing. order: (B, L), the column of the padded tensor of each token of a sequence, None: its
+        own place."""
+        total = None
+        if trusted and (capacity is None or _readable(cu)):
+            total = int(cu[-1])
+            capacity = total if capacity is None else capacity
+            total = min(total, capacity)
+        assert capacity is not None
+        B, overflowed, cu = cu.numel() - 1, cu[-1] > capacity, cu.clamp(max=capacity)
+        row = torch.arange(capacity, device=cu.device)
+        sequence = torch.searchsorted(cu[1:], row, right=True)
+        column = row - cu[sequence]
+        live = (column >= 0) & (column < max_length) & (row < cu[-1])
+        if order is not None and order.numel():
+            column = order[sequence.clamp(max=B - 1), column.clamp(0, max_length - 1)]
+        indices = torch.where(live, sequence * max_length + column, B * max_length)
+        lengths, cu = cu.diff().clamp(max=max_length).to(torch.int32), cu.to(torch.int32)
+        return cls(lengths, cu, indices, overflowed, max_length, capacity, total, trusted)
+
+    def __repr__(self) -> str:
+        rows = f"{self.lengths.numel()} sequences of at most {self.max_length} tokens in {self.capacity} rows"
+        return f"Packing({rows}, {self.lengths.device})"
+
+    @property
+    def total(self) -> int:
+        """The number of packed tokens. With a static capacity on a GPU the host waits for it."""
+        return int(self.lengths.sum()) if self.known_total is None else self.known_total
+
+    @property
+    def full(self) -> bool:
+        """Whether the host knows that every row of a packed tensor is a token."""
+        return self.known_total == self.capacity
+
+    @property
+    def positions(self) -> Tensor:
+        """(capacity,) int64: the column of each packed row in the padded tensor; 0 for a row of no sequence."""
+        return torch.where(self.indices == self._places, 0, self.indices % max(self.max_length, 1))
+
+    @property
+    def _places(self) -> int:
+        return self.lengths.numel() * self.max_length
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, L, ...) -> (capacity, ...), differentiable. What stands at padding is not read, NaN included."""
+        if tuple(x.shape[:2]) != (self.lengths.numel(), self.max_length):
+            expected = (self.lengths.numel(), self.max_length)
+            raise ValueError(f"x must begin with (sequences, max_length) = {expected}, got shape {tuple(x.shape)}")
+        if x.device != self.indices.device:
+            raise ValueError(f"x is on {x.device}, but the packing on {self.indices.device}")
+        if self.full:
+            return x.flatten(0, 1).index_select(0, self.indices)
+        if self._places == 0:
+            return x.new_zeros(self.capacity, *x.shape[2:])
+        taken = x.flatten(0, 1).index_select(0, self.indices.clamp(max=self._places - 1))
+        live = (self.indices < self._places).view(-1, *(1,) * (x.dim() - 2))
+        return torch.where(live, taken, 0)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(capacity, ...) -> (B, L, ...), differentiable. Padding is exactly 0."""
+        if x.dim() == 0 or x.shape[0] != self.capacity:
+            raise ValueError(f"x must have capacity = {self.capacity} rows, got shape {tuple(x.shape)}")
+        if x.device != self.indices.device:
+            raise ValueError(f"x is on {x.device}, but the packing on {self.indices.device}")
+        rows = self._places + (not self.full)  # the last one gathers rows of no sequence
+        padded = x.new_zeros(rows, *x.shape[1:]).index_copy_(0, self.indices, x)
+        return padded[: self._places].unflatten(0, (self.lengths.numel(), self.max_length))
+
+
+torch.export.register_dataclass(Packing)
+
+
+def _integers(x: Tensor | Sequence[int], name: str) -> Tensor:
+    """(B,) as int64."""
+    tensor = x if isinstance(x, Tensor) else torch.tensor(x or (), dtype=None if x else torch.int64)
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
+    if tensor.dim() != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {tuple(tensor.shape)}")
+    return tensor.long()
+
+
+def _check_sizes(max_length: int, capacity: int | None) -> None:
+    for name, size in (("max_length", max_length), ("capacity", capacity)):
+        if size is not None and size < 0:
+            raise ValueError(f"{name} must not be negative, got {size}")
+
+
+def _check_range(lengths: Tensor, max_length: int, name: str) -> None:
+    if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= max_length:
+        raise ValueError(f"{name} must be in 0..max_length = {max_length}, got {lengths.tolist()}")
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether the host reads it without waiting, and not for a trace."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))

@@ -1,0 +1,165 @@
+"""Packed sequences on every backend, against the fp64 specification of each sequence alone."""
+
+import dataclasses
+
+import pytest
+import torch
+from backends import BACKENDS, device_of, dtype_of, head_dim_of
+
+import fastattn
+from fastattn import Packing, masks
+from fastattn.masks import AnyOf, Dense, Mask
+from fastattn.testing import MASKS, assert_accurate, attention_inputs, attention_yardstick
+
+INF = float("inf")
+SELF = (40, 0, 70, 1, 70)
+CROSS = ((5, 0, 66, 17, 3), (66, 9, 0, 17, 1))
+
+
+def of_sequence(mask: Mask, b: int, M: int, N: int) -> Mask:
+    """The mask of one sequence of M queries and N keys, of a mask whose ids are (B, length)."""
+
+    def rows(x, *lengths):
+        if x is None:
+            return None
+        x = x[b : b + 1] if x.shape[0] > 1 else x
+        for dim, length in enumerate(lengths, x.dim() - len(lengths)):
+            x = x.narrow(dim, 0, length) if x.shape[dim] > 1 else x
+        return x
+
+    terms = []
+    for term in mask.terms:
+        if isinstance(term, Dense):
+            term = Dense(rows(term.keep, M, N))
+        elif isinstance(term, AnyOf):
+            term = AnyOf(tuple(of_sequence(part, b, M, N) for part in term.parts))
+        terms.append(term)
+    vectors = {name: rows(getattr(mask, name)) for name in masks.VECTORS}
+    matrices = {"keys": rows(mask.keys, N), "ids": rows(mask.ids, M), "key_ids": rows(mask.key_ids, N)}
+    return dataclasses.replace(mask, **vectors, **matrices, terms=tuple(terms))
+
+
+def padded_mask(mask: Mask | None, B: int, H: int, lengths, key_lengths, M: int, N: int) -> torch.Tensor:
+    visible = torch.zeros(B, H, M, N, dtype=torch.bool)
+    for b, (m, n) in enumerate(zip(lengths, key_lengths, strict=True)):
+        visible[b, :, :m, :n] = True if mask is None else of_sequence(mask, b, m, n).dense(1, H, m, n, "cpu")[0]
+    return visible
+
+
+def packed_ids(mask: Mask | None, packing: Packing, key_packing: Packing) -> Mask | None:
+    """The same mask with its documents as ids of tokens."""
+    if mask is None or mask.ids is None:
+        return mask
+    key_ids = None if mask.key_ids is None else key_packing.pack(mask.key_ids)
+    return dataclasses.replace(mask, ids=packing.pack(mask.ids), key_ids=key_ids)
+
+
+def check(backend, lengths, key_lengths, mask_name, dtype, H=2, Hkv=None, D=None, extra=None, dlse=False, mask=None):
+    """Values and gradients. `extra`: rows of the static capacity beyond those that are needed, with NaN in them."""
+    device, D = device_of(backend), head_dim_of(backend) if D is None else D
+    B, M, N = len(lengths), max(lengths), max(key_lengths or lengths)
+    x = attention_inputs(B, H, M, N, D, dtype, device, Hkv=Hkv, mask=mask_name, dlse=dlse)
+
+    def packed(some):
+        capacity = None if extra is None else sum(some) + extra
+        return Packing.from_lengths(torch.tensor(some, device=device), max(some), capacity)
+
+    packing = packed(lengths)
+    key_packing = None if key_lengths is None else packed(key_lengths)
+    keys = packing if key_packing is None else key_packing
+
+    def rows(x, packing):
+        x = packing.pack(x.transpose(1, 2)).detach()
+        if extra:
+            x[packing.total :] = float("nan")
+        return x
+
+    q, dout = rows(x.q, packing), rows(x.dout, packing)
+    k, v = rows(x.k, keys), rows(x.v, keys)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    mask = packed_ids(x.mask, packing, keys)
+    out, lse = fastattn.varlen_attention(*leaves, packing, mask, key_packing=key_packing, return_lse=True, backend=backend)
+    assert out.is_contiguous()
+    dlse = None if x.dlse is None else packing.pack(x.dlse.transpose(1, 2)).transpose(0, 1)
+    grads = torch.autograd.grad([out, lse], leaves, [dout, torch.zeros_like(lse) if dlse is None else dlse])
+    if extra is not None:
+        assert (lse[:, packing.total :] == -INF).all()
+        for name, t, p in zip(("out", "dq", "dk", "dv"), (out, *grads), (packing, packing, keys, keys), strict=True):
+            assert torch.equal(t[p.total :], torch.zeros_like(t[p.total :])), name
+
+    def padded(x, packing):
+        return packing.unpack(x).transpose(1, 2)
+
+    live = torch.arange(M, device=device) < packing.lengths[:, None]
+    lse = torch.where(live[:, None], padded(lse.mT, packing), -INF)
+    results = {"out": padded(out, packing), "lse": lse}
+    results |= {name: padded(g, p) for name, g, p in zip(("dq", "dk", "dv"), grads, (packing, keys, keys), strict=True)}
+    visible = padded_mask(x.mask, B, H, lengths, key_lengths or lengths, M, N).to(device)
+    x = dataclasses.replace(x, mask=masks.dense(visible))
+    assert_accurate({n: t.detach() for n, t in results.items()}, attention_yardstick(x), cpu_half_gradients=backend == "cpu")
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_self_attention(backend, mask):
+    check(backend, SELF, None, mask, dtype_of(backend), H=1, dlse=mask in ("causal", "dense", "documents"))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cross_attention(backend, mask):
+    """N - M is each sequence's own."""
+    check(backend, *CROSS, mask, dtype_of(backend), H=1)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("mask", ["none", "causal_padding", "documents", "dense"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_static_capacity(backend, mask):
+    """Rows of no sequence hold NaN, and have results of 0."""
+    check(backend, SELF, None, mask, dtype_of(backend), H=1, extra=9)
+    check(backend, *CROSS, mask, dtype_of(backend), H=1, extra=5, dlse=True)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("mask", ["none", "prefix_lm", "holes"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grouped_heads_and_half_precision(backend, mask):
+    check(backend, (33, 0, 129), None, mask, torch.bfloat16, H=4, Hkv=2)
+    check(backend, (7, 40), (40, 3), mask, torch.float16, H=2, Hkv=1, D=64)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_neighbours(backend):
+    """What some backends compute in one call."""
+    check(backend, (16, 16, 16, 5, 16), None, "none", dtype_of(backend))
+    check(backend, (16, 16, 5), (9, 9, 9), "causal_top_left", dtype_of(backend))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("cu", [[0, 3, 2**31 - 1], [-5, 4, 2], [7, 7, 7], [4, 9, 100], [0, 50, 60]])
+@pytest.mark.parametrize("mask", [None, "documents"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wrong_offsets_stay_inside(backend, mask, cu):
+    """Unvalidated offsets: no element that is not there is read or written, and what is there is right or 0."""
+    device, dtype, D, T = device_of(backend), dtype_of(backend), head_dim_of(backend), 9
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(T, 1, D, generator=g).to(device, dtype).requires_grad_() for _ in range(3))
+    packing = Packing.from_cu_seqlens(torch.tensor(cu, device=device), 8, validate=False)
+    mask = None if mask is None else masks.documents(torch.zeros(T, dtype=torch.int32, device=device))
+    out, lse = fastattn.varlen_attention(q, k, v, packing, mask, return_lse=True, backend=backend)
+    grads = torch.autograd.grad(out.sum(), [q, k, v])
+    assert all(torch.isfinite(t).all() for t in (out, *grads))
+    expected, dead = torch.zeros_like(out), torch.ones(T, dtype=torch.bool)
+    starts = [min(max(c, 0), T) for c in torch.tensor(cu).clamp(min=0).cummax(0)[0].tolist()]
+    for begin, end in zip(starts, starts[1:], strict=False):
+        end = min(end, begin + 8)
+        one = [t.detach()[begin:end].transpose(0, 1)[None] for t in (q, k, v)]
+        if end > begin:
+            expected[begin:end] = fastattn.attention(*one, backend="eager")[0].transpose(0, 1)
+            dead[begin:end] = False
+    assert torch.allclose(out, expected, atol=2e-3 if dtype == torch.float16 else 1e-5)
+    assert torch.equal(lse[0].cpu() == -INF, dead)
