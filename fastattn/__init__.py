@@ -1,6 +1,7 @@
 """Fused masked multi-head attention and FFN for encoders: BERT, CLIP, ViT and their kin."""
 
 from fastattn import masks
+from fastattn.integrations.accelerate import accelerate
 from fastattn.integrations.torch_sdpa import sdpa_override
 from fastattn.kernels.cpu.ffn import clear_packed
 from fastattn.ops.attention import attention, explain, scaled_dot_product_attention
@@ -14,6 +15,7 @@ from fastattn.version import __version__
 __all__ = [
     "Packing",
     "__version__",
+    "accelerate",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
