@@ -291,7 +291,7 @@ class Shifted:
     mask: Mask
     delta: Tensor
 
-    def pairs(self, M: int, N: int, device: torch.device | None) -> Tensor:
+    def pairs(self, M: int, N: int, device: torch.device | None, delta: Tensor | None = None) -> Tensor:
         return self.mask.pairs(M, N, device, self.delta)
 
     def device(self) -> torch.device:

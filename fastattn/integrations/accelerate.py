@@ -69,6 +69,7 @@ class Settings:
     report: Report
     strict: bool
     capacity: int | None
+    overflowed: Tensor | None = None  # of the last packed call
 
 
 class Handle:
@@ -77,6 +78,12 @@ class Handle:
     def __init__(self, report: Report) -> None:
         self.report = report
         self._replaced: list[nn.Module] = []
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether the last call had more real tokens than `capacity` in an encoder, so that some were dropped. Waits for a GPU."""
+        found = (vars(module)["forward"].settings for module in self._replaced)
+        return any(bool(x.overflowed) for x in found if isinstance(x, Settings) and x.overflowed is not None)
 
     def restore(self) -> None:
         """Give the model back as it was. A second call does nothing."""
@@ -110,19 +117,20 @@ class Handle:
 def accelerate(model: nn.Module, strict: bool = False, *, capacity: int | None = None) -> Handle:
     """Let the encoders inside `model` compute real tokens alone, with fused attention, FFN and add + LayerNorm.
 
-    Serves transformers' BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, CLIP (text, vision, both) and ViT, alone, with
-    any head on top, or inside another module such as a SentenceTransformer. Outputs at real tokens, hidden states, pooled outputs and
-    gradients are those of the model, up to rounding; hidden states at padding are 0. Only the given model is changed.
+    Serves transformers' BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, CLIP (text, vision, both) and ViT: alone,
+    with any head on top, or inside another module such as a SentenceTransformer. Outputs at real tokens, hidden states and
+    gradients are those of the model, up to rounding; hidden states at padding are 0, and so is what a pooler takes from there
+    (the first token of a sequence that is padded on the left). Only the given model is changed.
 
     Args:
         model: any module; what is not served in it is left as it is and named in the report.
         strict: raise where something would be left, and where a call would have to run the model's own code.
         capacity: rows of packed batches, for static shapes: with it nothing is read on the host, so that a call can be traced by
-            torch.compile or captured in a CUDA graph without padding. Tokens beyond it are dropped. None: as many as there are;
-            a traced or captured call then keeps its padding.
+            torch.compile or captured in a CUDA graph without padding. Tokens beyond it are dropped, and `overflowed` says so.
+            None: as many as there are; a traced or captured call then keeps its padding.
 
     Returns:
-        A handle with `report`, `restore()` and `refresh()`, which is a context manager too.
+        A handle with `report`, `overflowed`, `restore()` and `refresh()`, which is a context manager too.
 
     Raises:
         ValueError: the model is accelerated already, or `strict` and there is nothing that is served.
@@ -140,7 +148,7 @@ def accelerate(model: nn.Module, strict: bool = False, *, capacity: int | None =
         family = family_of(module)
         assert family is not None
         try:
-            parts = [family.describe(layer) for layer in family.layers(module)]
+            parts = [family.describe(layer) for layer in family.layers_of(module)]
         except NotImplementedError as error:
             report.left[name] = str(error)
             continue
@@ -148,7 +156,7 @@ def accelerate(model: nn.Module, strict: bool = False, *, capacity: int | None =
         handle._replace(module, _model_forward, settings)
         if family.encoder is not None:
             handle._replace(getattr(module, family.encoder), _encoder_forward, settings)
-        for layer, of_layer in zip(family.layers(module), parts, strict=True):
+        for layer, of_layer in zip(family.layers_of(module), parts, strict=True):
             handle._replace(layer, _layer_forward, of_layer)
         padding = "real tokens alone, " if family.encoder is not None else ""
         report.accelerated[name] = f"{type(module).__name__}, {len(parts)} layers: {padding}fused attention, FFN and norms"
@@ -233,6 +241,7 @@ def _batch(settings: Settings, mask: Tensor | None) -> Batch:
     traced = torch.compiler.is_compiling() or (keep.is_cuda and torch.cuda.is_current_stream_capturing())
     if settings.family.encoder is not None and (settings.capacity is not None or not traced):
         packing = Packing.from_mask(keep, settings.capacity)
+        settings.overflowed = packing.overflowed
         return Batch(None, causal) if packing.known_total == keep.numel() else Batch(packing, causal)
     padding = masks.key_padding(keep)
     return Batch(None, padding if causal is None else padding & causal)

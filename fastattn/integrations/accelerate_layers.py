@@ -115,7 +115,7 @@ def compute(parts: Parts, x: Tensor, batch: Batch, training: bool) -> Tensor:
     return x + y if parts.pre_norm else _norm(second, y, x)
 
 
-def _norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None) -> Tensor:
+def _norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None) -> Any:
     return add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps)
 
 
@@ -137,10 +137,13 @@ def _attended(parts: Parts, x: Tensor, batch: Batch) -> Tensor:
 
 
 class Family(NamedTuple):
-    layers: Callable[[Any], list[nn.Module]]
+    layers: str  # the list of them, as an attribute path
     describe: Callable[[Any], Parts]
     encoder: str | None = None  # the module between embeddings and pooler, where padding is taken out; None: there is none
     causal: bool = False
+
+    def layers_of(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.get_submodule(self.layers).children())
 
 
 def _bert(layer: Any) -> Parts:
@@ -179,17 +182,17 @@ def _vit(layer: Any) -> Parts:
     )  # fmt: skip
 
 
-_BERT = Family(lambda model: model.encoder.layer, _bert, "encoder")
+_BERT = Family("encoder.layer", _bert, "encoder")
 FAMILIES = {
     "BertModel": _BERT,
     "RobertaModel": _BERT,
     "XLMRobertaModel": _BERT,
     "CamembertModel": _BERT,
     "ElectraModel": _BERT,
-    "DistilBertModel": Family(lambda model: model.transformer.layer, _distilbert, "transformer"),
-    "CLIPTextModel": Family(lambda model: model.encoder.layers, _clip, "encoder", causal=True),
-    "CLIPVisionModel": Family(lambda model: model.encoder.layers, _clip, "encoder"),
-    "ViTModel": Family(lambda model: model.layers, _vit),
+    "DistilBertModel": Family("transformer.layer", _distilbert, "transformer"),
+    "CLIPTextModel": Family("encoder.layers", _clip, "encoder", causal=True),
+    "CLIPVisionModel": Family("encoder.layers", _clip, "encoder"),
+    "ViTModel": Family("layers", _vit),
 }
 
 

@@ -65,6 +65,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> AttentionPro
     B, H, M, D = q.shape
     N = k.shape[2]
     if mask.query_starts is not None:
+        assert mask.max_queries is not None and mask.max_keys is not None
         B, M, N = mask.query_starts.shape[0] - 1, mask.max_queries, mask.max_keys
     return AttentionProblem(
         q.device.type, q.dtype, B, H, M, N, D, k.shape[1], v.shape[3],
