@@ -7,7 +7,7 @@ key j, and a = N - M (`align="bottom_right"`, the last query beside the last key
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,35 +89,34 @@ class Mask:
         device = self.device() or device
         if torch.compiler.is_compiling():
             return bounds._replace(**_bits_and_tiles(bounds, terms, M, N, device))
-        key = (M, N, device)
-        if key not in self._bits:
+        made = self._bits.get((M, N, device))
+        if made is None:
             with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed by a backward pass
                 made = _bits_and_tiles(bounds, terms, M, N, device)
-            if not _may_keep(made.values()):
-                return bounds._replace(**made)
-            if len(self._bits) >= CACHED_SHAPES:
-                self._bits.clear()
-            self._bits[key] = made
-        return bounds._replace(**self._bits[key])
+            self._keep((M, N, device), made, made.values())
+        return bounds._replace(**made)
 
     def lower_packed(self, packing: Packing, key_packing: Packing, H: int) -> LoweredMask:
         """The mask for packed sequences, whose queries and keys count from 0 in each. Raises ValueError if it does not fit."""
-        key = (packing, key_packing)
-        mask = self._bits.get(key)
+        S, M, N, device = packing.lengths.numel(), packing.max_length, key_packing.max_length, packing.cu_seqlens.device
+        mask = self._bits.get((packing, key_packing))
         if mask is None:
             mask = self._by_rank(packing, key_packing)
-            S, M, N = packing.lengths.numel(), packing.max_length, key_packing.max_length
-            mask.check(S, H, M, N, packing.cu_seqlens.device)
+            mask.check(S, H, M, N, device)
             if packing is not key_packing:
                 mask = mask._shifted((key_packing.lengths - packing.lengths).long()[:, None, None, None])
-            if mask.terms or mask.ids is not None:  # tiles beyond the end of a sequence are not to be visited
-                mask = mask & padding(key_packing.lengths, packing.lengths)
-            if not torch.compiler.is_compiling() and _may_keep([*vars(packing).values(), *vars(key_packing).values()]):
-                if len(self._bits) >= CACHED_SHAPES:
-                    self._bits.clear()
-                self._bits[key] = mask
-        lowered = mask.lower(packing.max_length, key_packing.max_length, packing.cu_seqlens.device)
-        return lowered._replace(**packed_fields(packing, key_packing))
+            if mask.terms or mask.ids is not None:
+                mask = mask & padding(key_packing.lengths, packing.lengths)  # tiles beyond a sequence are not to be visited
+                self._keep((packing, key_packing), mask, [packing.cu_seqlens, key_packing.cu_seqlens])
+        return mask.lower(M, N, device)._replace(**packed_fields(packing, key_packing))
+
+    def _keep(self, key: tuple, made: Any, tensors: Iterable[Tensor | None]) -> None:
+        """Unless the tensors are those of a trace, or in the memory of a CUDA graph that is being captured."""
+        if torch.compiler.is_compiling() or not _may_keep(tensors):
+            return
+        if len(self._bits) >= CACHED_SHAPES:
+            self._bits.clear()
+        self._bits[key] = made
 
     def _by_rank(self, packing: Packing, key_packing: Packing) -> Mask:
         """With ids of packed tokens, (T,), as ids of ranks, (S, max_length); -1 beyond the end of a sequence."""

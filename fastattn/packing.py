@@ -150,8 +150,8 @@ class Packing:
         if self._places == 0:
             return x.new_zeros(self.capacity, *x.shape[2:])
         taken = x.flatten(0, 1).index_select(0, self.indices.clamp(max=self._places - 1))
-        live = (self.indices < self._places).view(-1, *(1,) * (x.dim() - 2))
-        return torch.where(live, taken, 0)
+        dead = (self.indices == self._places).view(-1, *(1,) * (x.dim() - 2))
+        return taken.masked_fill(dead, 0)
 
     def unpack(self, x: Tensor) -> Tensor:
         """(capacity, ...) -> (B, L, ...), differentiable. Padding is exactly 0."""

@@ -81,7 +81,7 @@ class Handle:
 
     @property
     def overflowed(self) -> bool:
-        """Whether the last call had more real tokens than `capacity` in an encoder, so that some were dropped. Waits for a GPU."""
+        """Whether an encoder had more real tokens than `capacity` in its last call, and some were dropped. Waits for a GPU."""
         found = (vars(module)["forward"].settings for module in self._replaced)
         return any(bool(x.overflowed) for x in found if isinstance(x, Settings) and x.overflowed is not None)
 
