@@ -343,3 +343,24 @@ def test_which_masks_stay_two_dimensional():
         mask(use_vmap=True),
     ):
         assert pairs.dim() == 4
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "clip_text"])
+def test_sequences_end_to_end(name):
+    """Flattened to (1, total) with their offsets, as transformers' padding-free collator gives them."""
+    (model,) = build(name, "eager")
+    batch = inputs(name)
+    keep = batch["attention_mask"].bool()
+    expected = model(**batch, output_hidden_states=True).hidden_states[-1][keep]
+    model.set_attn_implementation("fastattn")
+    positions = torch.arange(9).expand(3, 9)[keep] + (2 if name == "roberta" else 0)
+    lengths = keep.sum(1)
+    cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    packed = {"input_ids": batch["input_ids"][keep][None], "position_ids": positions[None]}
+    offsets = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 9, "max_length_k": 9}
+    out = model(**packed, **offsets, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(out[0], expected, rtol=2e-5, atol=2e-5)
+    with pytest.raises(ValueError, match="need max_length_q"):
+        model(**packed, cu_seq_lens_q=cu)
+    with pytest.raises(ValueError, match="cu_seqlens: lengths must be in"):
+        model(**packed, **{**offsets, "max_length_q": 5})

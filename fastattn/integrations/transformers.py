@@ -24,6 +24,8 @@ from transformers.utils.import_utils import is_tracing
 from fastattn import masks
 from fastattn.masks import Mask
 from fastattn.ops.attention import attention
+from fastattn.ops.varlen import varlen_attention
+from fastattn.packing import Packing
 
 NAME = "fastattn"
 
@@ -32,7 +34,6 @@ HARMLESS = frozenset({
     "cache_position", "deterministic", "interpolate_pos_encoding", "logits_to_keep", "num_items_in_batch",
     "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "use_cache",
 })  # fmt: skip
-_PACKED = "sequences packed end to end"
 NOT_SERVED = {
     "position_bias": "an additive bias on the scores",
     "softcap": "a soft cap on the scores",
@@ -43,11 +44,7 @@ NOT_SERVED = {
     "layer_head_mask": "a factor per head",
     "indices": "a choice of keys per query",
     "block_indices": "a choice of key blocks per query",
-    "cu_seq_lens_q": _PACKED,
-    "cu_seq_lens_k": _PACKED,
-    "max_length_q": _PACKED,
-    "max_length_k": _PACKED,
-    "seq_idx": _PACKED,
+    "seq_idx": "sequences packed end to end without their offsets",
 }
 _INSTEAD = 'load the model with attn_implementation="sdpa" or "eager" for that'
 
@@ -62,6 +59,10 @@ def attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query (B, H, M, D), key and value (B, H, N, D), any strides -> (B, M, H, D), None.
@@ -69,6 +70,9 @@ def attention_forward(
     attention_mask is None, a bool (B, H or 1, M or 1, N) that says everything, or a bool (B, N) of real keys, beside which
     causality is `is_causal`, else the module's. A causal (B, N) is aligned at the bottom right (the queries are the last
     tokens of a cache), a causal None at the top left, as in transformers' own "sdpa".
+
+    With cu_seq_lens_q and max_length_q, as DataCollatorWithFlattening gives them, B is 1 and sequences lie end to end: they are
+    told apart by their offsets, and attention_mask is not looked at. Those of the keys are the queries' own by default.
 
     Raises:
         NotImplementedError: for every argument that changes the result and is not served, in a sentence that names it.
@@ -83,6 +87,13 @@ def attention_forward(
         raise NotImplementedError(f"fastattn does not serve grouped heads (num_key_value_groups > 1) yet: {_INSTEAD}")
     _check_keywords(kwargs)
     _check_window(sliding_window, attention_mask, query.shape[2], key.shape[2])
+    if cu_seq_lens_q is not None:
+        packing = _packing(cu_seq_lens_q, max_length_q, query)
+        same = cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q
+        key_packing = packing if same else _packing(cu_seq_lens_k, max_length_k, key)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        causal = masks.causal() if _causal(module, is_causal) else None
+        return varlen_attention(q, k, v, packing, causal, key_packing=key_packing, scale=scaling)[None], None
     mask = _mask(module, attention_mask, is_causal, query.shape[2])
     out = attention(query, key, value, mask, scale=scaling)
     assert isinstance(out, Tensor)
@@ -142,6 +153,16 @@ def check(model: PreTrainedModel) -> None:
     if not parts:
         _check_class(type(model))
         raise ValueError(f'{type(model).__name__} does not use fastattn: call model.set_attn_implementation("{NAME}") first')
+
+
+def _packing(cu_seqlens: Tensor | None, max_length: int | None, x: Tensor) -> Packing:
+    """Offsets are validated where the host can read them without waiting."""
+    if cu_seqlens is None or max_length is None:
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k need max_length_q and max_length_k")
+    if x.shape[0] != 1:
+        raise ValueError(f"with cu_seq_lens_q the batch size must be 1, got {x.shape[0]}")
+    readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+    return Packing.from_cu_seqlens(cu_seqlens, int(max_length), validate=readable, capacity=x.shape[2])
 
 
 def _check_keywords(kwargs: dict[str, Any]) -> None:
