@@ -25,6 +25,7 @@ import fastattn
 from fastattn import masks, reference
 from fastattn.lowering import LoweredMask
 from fastattn.masks import Mask
+from fastattn.packing import Packing
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 HALF = (torch.float16, torch.bfloat16)
@@ -133,6 +134,22 @@ def run_attention(x: AttentionInputs, backend: str) -> dict[str, Tensor]:
         out = fastattn.attention(q, k, v, x.mask, scale=x.scale, backend=backend)
         grads = torch.autograd.grad(out, [q, k, v], x.dout)
     return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads), strict=True))
+
+
+def run_varlen_attention(x: AttentionInputs, lengths: Tensor, backend: str) -> dict[str, Tensor]:
+    """out, lse and every gradient of the packed function for the first lengths[b] queries and keys, as padded tensors.
+
+    Their yardstick is that of the padded inputs under `padding(lengths, lengths)` and the same mask.
+    """
+    packing = Packing.from_lengths(lengths, x.q.shape[2])
+    q, k, v = (packing.pack(t.transpose(1, 2)).detach().requires_grad_() for t in (x.q, x.k, x.v))
+    out, lse = fastattn.varlen_attention(q, k, v, packing, x.mask, scale=x.scale, return_lse=True, backend=backend)
+    dlse = torch.zeros_like(lse) if x.dlse is None else packing.pack(x.dlse.mT).mT
+    grads = torch.autograd.grad([out, lse], [q, k, v], [packing.pack(x.dout.transpose(1, 2)), dlse])
+    found = dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
+    dead = torch.arange(x.q.shape[2], device=lse.device) >= packing.lengths[:, None]
+    padded = {name: packing.unpack(t).transpose(1, 2) for name, t in found.items()}
+    return {**padded, "lse": packing.unpack(lse.detach().mT).mT.masked_fill(dead[:, None], float("-inf"))}
 
 
 def attention_yardstick(x: AttentionInputs) -> Yardstick:

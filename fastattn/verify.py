@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fastattn import testing
+from fastattn import masks, testing
 from fastattn.activations import ACTIVATIONS
 from fastattn.info import info
 from fastattn.ops import attention, ffn, norm
 
 ATTENTION_SHAPES = [(2, 2, 64, 64, 64), (2, 2, 77, 77, 64), (2, 2, 129, 129, 32), (2, 2, 197, 197, 80), (2, 2, 65, 130, 128)]
+PACKED_MASKS = ("none", "causal", "window", "dense")
 EPS = 1e-5
 
 
@@ -35,7 +36,7 @@ class Row:
     def __str__(self) -> str:
         figures = " ".join(f"{name} {error:5.2f}" for name, error in self.errors.items())
         answer = self.failure or (f"--  {self.refusal}" if self.refusal else f"ok  {figures}")
-        return f"{self.op:14} {self.backend:7} {self.dtype} {self.kind:16} {answer}"
+        return f"{self.op:16} {self.backend:7} {self.dtype} {self.kind:16} {answer}"
 
 
 def main(as_json: bool) -> int:
@@ -65,6 +66,8 @@ def requests(device: str) -> Iterator[tuple[Row, list[Case]]]:
             slow = backend in ("triton", "cuda") and device == "cpu"  # interpreted or emulated
             shapes = ATTENTION_SHAPES[:2] if slow else ATTENTION_SHAPES
             yield Row(device, "attention", backend, dtype, mask), [_attention(backend, dtype, mask, device, s) for s in shapes]
+        for mask in PACKED_MASKS:
+            yield Row(device, "varlen_attention", backend, dtype, mask), [_packed(backend, dtype, mask, device)]
     for backend, dtype in itertools.product(_backends(ffn.BACKENDS, device), testing.DTYPES):
         for op, activation in itertools.product(("linear", "ffn"), ACTIVATIONS):
             make = _linear if op == "linear" else _ffn
@@ -99,6 +102,18 @@ def _attention(backend: str, dtype: str, mask: str, device: str, shape: tuple[in
         x = testing.attention_inputs(*shape, testing.DTYPES[dtype], device, mask=mask)
         result, yardstick = testing.run_attention(x, backend), testing.attention_yardstick(x)
         return testing.assert_accurate(result, yardstick, cpu_half_gradients=backend == "cpu")
+
+    return case
+
+
+def _packed(backend: str, dtype: str, mask: str, device: str) -> Case:
+    def case() -> dict[str, float]:
+        x = testing.attention_inputs(4, 2, 77, 77, 64, testing.DTYPES[dtype], device, mask=mask)
+        lengths = torch.tensor([77, 0, 40, 1], device=device)
+        result = testing.run_varlen_attention(x, lengths, backend)
+        padding = masks.padding(lengths, lengths)
+        x = replace(x, mask=padding if x.mask is None else padding & x.mask)
+        return testing.assert_accurate(result, testing.attention_yardstick(x), cpu_half_gradients=backend == "cpu")
 
     return case
 
