@@ -1,7 +1,7 @@
 """all-MiniLM-L6-v2 through sentence-transformers' own `encode`, plain and accelerated: `python -m benchmarks.encode`.
 
-The texts are ragged English prose in the order in which they stand. `encode` sorts them by length itself, makes batches, tokenizes
-and pools, all of which is in the time. Embeddings must agree before anything is timed.
+The texts are ragged English prose as it stands. `encode` sorts them by length itself, makes batches, tokenizes and pools, all of
+which is in the time. Embeddings must agree before anything is timed.
 """
 
 from __future__ import annotations

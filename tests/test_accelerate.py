@@ -312,6 +312,31 @@ def test_what_is_not_plain_is_left_and_named():
     assert "hooks" in fastattn.accelerate(model).report.left[""]
 
 
+def test_what_is_put_in_later_is_not_passed_over():
+    """An adapter or a hook that comes after `accelerate`, and a dropout that is changed."""
+    model = build("bert").eval()
+    plain = copy.deepcopy(model)
+    handle = fastattn.accelerate(model)
+    for m in (model, plain):
+        own = m.encoder.layer[1].attention.self
+        twice = Doubled(32, 32)
+        twice.load_state_dict(own.query.state_dict())
+        own.query = twice
+    torch.testing.assert_close(model(**text()).last_hidden_state, plain(**text()).last_hidden_state)
+    assert handle.report.fallbacks == {"query is a Doubled, not a plain Linear": 1}
+    model = build("bert")
+    handle = fastattn.accelerate(model)
+    called = []
+    model.encoder.layer[0].output.dense.register_forward_hook(lambda *_: called.append(1))
+    model(**text())
+    assert called and handle.report.fallbacks == {"down has hooks, which would not run": 1}
+    model = build("bert")
+    handle = fastattn.accelerate(model)
+    model.encoder.layer[0].attention.self.dropout.p = 0.1
+    model(**text())
+    assert handle.report.fallbacks == {"attention dropout in training": 1}
+
+
 def test_restore_leaves_nothing():
     model = build("bert")
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
@@ -413,6 +438,31 @@ def test_compile(capacity):
     with torch.no_grad():
         for inputs in (text(), text("left", (3, 20, 1, 9, 2))):
             torch.testing.assert_close(result(compiled, inputs), result(model, inputs), rtol=2e-5, atol=2e-5)
+
+
+class Traceable(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+@pytest.mark.parametrize("how", ["export", "trace"])
+def test_a_traced_model_keeps_its_padding(how):
+    """Lengths of another batch than the one it was traced with."""
+    model = build("bert").eval()
+    ours = copy.deepcopy(model)
+    fastattn.accelerate(ours, strict=True)
+    inputs, others = text(), text("left", (3, 20, 1, 9, 2))
+    with torch.no_grad():
+        if how == "export":
+            traced = torch.export.export(Traceable(ours), tuple(inputs.values())).module()
+        else:
+            traced = torch.jit.trace(Traceable(ours), tuple(inputs.values()))
+        keep = others["attention_mask"][..., None]
+        torch.testing.assert_close(traced(*others.values()) * keep, result(model, others), rtol=2e-5, atol=2e-5)
 
 
 def test_compiled_training():

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import masks
-from fastattn.integrations.accelerate_layers import FAMILIES, Batch, Family, Parts, compute, family_of
+from fastattn.integrations.accelerate_layers import FAMILIES, Batch, Family, Layer, Parts, compute, family_of
 from fastattn.kernels.cpu.ffn import clear_packed
+from fastattn.masks import Mask
 from fastattn.packing import Packing
 
 KEYWORD = "fastattn_batch"
@@ -28,7 +29,7 @@ PADDING_ALONE = "only a padding mask (batch, length) is served, got"
 
 
 class Replaced:
-    """What stands as `forward` on a module: `function(module, parts, *args, **kwargs)`.
+    """What stands as `forward` on a module: `function(module, settings, *args, **kwargs)`.
 
     An object rather than a bound method, so that a copied or unpickled module has one that belongs to it.
     """
@@ -65,7 +66,8 @@ class Settings:
     """Of one encoder."""
 
     family: Family
-    parts: list[Parts]
+    names: list[str]  # of the model's inputs
+    layers: list[Layer]
     report: Report
     strict: bool
     capacity: int | None
@@ -99,8 +101,8 @@ class Handle:
         """
         for module in self._replaced:
             settings = vars(module)["forward"].settings
-            for parts in settings.parts if isinstance(settings, Settings) else [settings]:
-                parts.forget()
+            if isinstance(settings, Layer):
+                settings.forget()
         clear_packed()
 
     def __enter__(self) -> Handle:
@@ -147,19 +149,20 @@ def accelerate(model: nn.Module, strict: bool = False, *, capacity: int | None =
     for name, module in _encoders(model):
         family = family_of(module)
         assert family is not None
-        try:
-            parts = [family.describe(layer) for layer in family.layers_of(module)]
-        except NotImplementedError as error:
-            report.left[name] = str(error)
+        layers = family.layers_of(module)
+        refusal = next((parts for layer in layers if isinstance(parts := family.parts(layer), str)), None)
+        if refusal is not None:
+            report.left[name] = refusal
             continue
-        settings = Settings(family, parts, report, strict, capacity)
+        inputs = list(inspect.signature(module.forward).parameters)
+        settings = Settings(family, inputs, [Layer(index) for index in range(len(layers))], report, strict, capacity)
         handle._replace(module, _model_forward, settings)
         if family.encoder is not None:
             handle._replace(getattr(module, family.encoder), _encoder_forward, settings)
-        for layer, of_layer in zip(family.layers_of(module), parts, strict=True):
-            handle._replace(layer, _layer_forward, of_layer)
+        for layer, known in zip(layers, settings.layers, strict=True):
+            handle._replace(layer, _layer_forward, known)
         padding = "real tokens alone, " if family.encoder is not None else ""
-        report.accelerated[name] = f"{type(module).__name__}, {len(parts)} layers: {padding}fused attention, FFN and norms"
+        report.accelerated[name] = f"{type(module).__name__}, {len(layers)} layers: {padding}fused attention, FFN and norms"
     if strict and (report.left or not report.accelerated):
         handle.restore()
         why = "; ".join(f"{name or 'model'}: {reason}" for name, reason in report.left.items())
@@ -180,20 +183,17 @@ def _encoders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _model_forward(model: nn.Module, settings: Settings, *args: Any, **kwargs: Any) -> Any:
     own = type(model).forward
-    named = inspect.signature(own).bind_partial(model, *args, **kwargs).arguments
-    extra = named.get("kwargs", {})
-    why = _unserved(model, settings, {**named, **extra})
+    inputs = {**dict(zip(settings.names, args, strict=False)), **kwargs}
+    parts = [settings.family.parts(layer) for layer in settings.family.layers_of(model)]
+    why = _unserved(model, inputs, parts)
     if why is not None:
         if settings.strict:
             raise NotImplementedError(f"strict=True, but this call is not served: {why}")
         settings.report.fallbacks[why] += 1
         return own(model, *args, **kwargs)
-    inputs = {name: value for name, value in named.items() if name not in ("self", "kwargs")}
-    inputs.update(extra)
-    mask = inputs.pop("attention_mask", None)
-    batch = _batch(settings, mask)
-    outputs = own(model, **inputs, **{KEYWORD: batch})
-    return outputs if batch.packing is None else _unpacked(outputs, batch.packing)
+    packing, mask = _tokens(settings, inputs.pop("attention_mask", None))
+    outputs = own(model, **inputs, **{KEYWORD: Batch(packing, mask, parts, settings.family.pre_norm)})  # type: ignore[arg-type]  # none was refused
+    return outputs if packing is None else _unpacked(outputs, packing)
 
 
 def _encoder_forward(encoder: nn.Module, settings: Settings, *args: Any, **kwargs: Any) -> Any:
@@ -208,19 +208,22 @@ def _encoder_forward(encoder: nn.Module, settings: Settings, *args: Any, **kwarg
     return outputs
 
 
-def _layer_forward(layer: nn.Module, parts: Parts, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _layer_forward(module: nn.Module, layer: Layer, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     batch = kwargs.get(KEYWORD)
     if batch is None:
-        return type(layer).forward(layer, hidden_states, *args, **kwargs)
-    return compute(parts, hidden_states, batch, layer.training)
+        return type(module).forward(module, x, *args, **kwargs)
+    return compute(layer, x, batch, module.training)
 
 
-def _unserved(model: nn.Module, settings: Settings, inputs: dict[str, Any]) -> str | None:
+def _unserved(model: Any, inputs: dict[str, Any], parts: list[Parts | str]) -> str | None:
     """Why a call cannot be served, or None."""
-    config = model.config
+    for found in parts:
+        if isinstance(found, str):
+            return found
+        if model.training and found.attention_dropout > 0:
+            return "attention dropout in training"
     for name in ("output_attentions", "use_cache"):
-        asked = inputs.get(name)
-        if asked or (asked is None and name == "output_attentions" and getattr(config, name, False)):
+        if inputs.get(name) or (name == "output_attentions" and inputs.get(name, model.config.output_attentions)):
             return f"{name}=True"
     for name in ("past_key_values", "encoder_hidden_states", "encoder_attention_mask", "head_mask"):
         if inputs.get(name) is not None:
@@ -228,23 +231,23 @@ def _unserved(model: nn.Module, settings: Settings, inputs: dict[str, Any]) -> s
     mask = inputs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         return f"{PADDING_ALONE} {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
-    if model.training and any(parts.attention_dropout > 0 for parts in settings.parts):
-        return "attention dropout in training"
     return None
 
 
-def _batch(settings: Settings, mask: Tensor | None) -> Batch:
+def _tokens(settings: Settings, mask: Tensor | None) -> tuple[Packing | None, Mask | None]:
+    """Where the tokens of a call lie if padding is taken out, and what hides them from one another."""
     causal = masks.causal() if settings.family.causal else None
     if mask is None:
-        return Batch(None, causal)
+        return None, causal
     keep = mask.bool()
-    traced = torch.compiler.is_compiling() or (keep.is_cuda and torch.cuda.is_current_stream_capturing())
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = traced or (keep.is_cuda and torch.cuda.is_current_stream_capturing())
     if settings.family.encoder is not None and (settings.capacity is not None or not traced):
         packing = Packing.from_mask(keep, settings.capacity)
         settings.overflowed = packing.overflowed
-        return Batch(None, causal) if packing.known_total == keep.numel() else Batch(packing, causal)
+        return (None if packing.known_total == keep.numel() else packing), causal
     padding = masks.key_padding(keep)
-    return Batch(None, padding if causal is None else padding & causal)
+    return None, padding if causal is None else padding & causal
 
 
 def _unpacked(outputs: Any, packing: Packing) -> Any:

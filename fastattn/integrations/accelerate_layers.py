@@ -5,8 +5,7 @@ B, L, C, T: sequences, padded length, hidden size, real tokens. x is (T, C) of a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,16 +33,12 @@ ACTIVATION_CLASSES = {
 }
 
 
-class Batch(NamedTuple):
-    """How the tokens of a call lie, and what beside that hides one from another."""
-
-    packing: Packing | None
-    mask: Mask | None
+LINEARS, NORMS = ("query", "key", "value", "out", "up", "down"), ("first_norm", "second_norm")
 
 
-@dataclass(eq=False)
-class Parts:
-    """One layer. Post-norm: y = LN(x + attention(x)), LN(y + ffn(y)); pre-norm: y = x + attention(LN(x)), y + ffn(LN(y))."""
+class Parts(NamedTuple):
+    """What a layer is made of. Post-norm: y = LN(x + attention(x)), LN(y + ffn(y)); pre-norm: y = x + attention(LN(x)),
+    y + ffn(LN(y))."""
 
     query: nn.Linear
     key: nn.Linear
@@ -55,73 +50,90 @@ class Parts:
     down: nn.Linear
     activation: nn.Module
     heads: int
-    pre_norm: bool
     attention_dropout: float
-    attention_output_dropout: float  # of what attention adds
-    ffn_output_dropout: float
-    _joined: tuple[Any, Tensor, Tensor | None] | None = field(default=None, repr=False)
+    attention_output_dropout: float = 0.0  # of what attention adds
+    ffn_output_dropout: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Raise NotImplementedError where a part is not what its name says: wrapped, quantized, hooked."""
-        for name, kind in (("query", nn.Linear), ("key", nn.Linear), ("value", nn.Linear), ("out", nn.Linear), ("up", nn.Linear),
-                           ("down", nn.Linear), ("first_norm", nn.LayerNorm), ("second_norm", nn.LayerNorm)):  # fmt: skip
-            part = getattr(self, name)
-            if type(part) is not kind:
-                raise NotImplementedError(f"{name} is a {type(part).__name__}, not a plain {kind.__name__}")
-            if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
-                raise NotImplementedError(f"{name} has hooks, which would not run")
+    def refusal(self) -> str | None:
+        """Why a layer cannot be computed from its weights: a part is wrapped, quantized, has hooks; None if it can."""
+        for names, kind in ((LINEARS, nn.Linear), (NORMS, nn.LayerNorm)):
+            for name in names:
+                part = getattr(self, name)
+                if type(part) is not kind:
+                    return f"{name} is a {type(part).__name__}, not a plain {kind.__name__}"
+                if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+                    return f"{name} has hooks, which would not run"
         if type(self.activation).__name__ not in ACTIVATION_CLASSES:
-            raise NotImplementedError(f"activation {type(self.activation).__name__} is not served")
+            return f"activation {type(self.activation).__name__} is not served"
+        return None
+
+
+class Batch(NamedTuple):
+    """Of one call: how its tokens lie, what beside that hides one from another, and what each layer is made of."""
+
+    packing: Packing | None
+    mask: Mask | None
+    parts: list[Parts]
+    pre_norm: bool
+
+
+class Layer:
+    """A layer by its number, and the copies of its weights that inference keeps."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self._joined: tuple[Any, Tensor, Tensor | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_joined": None}  # a copy of weights is not saved
+        return {**vars(self), "_joined": None}  # copies of weights are not saved
 
     def forget(self) -> None:
         self._joined = None
 
-    def joined(self) -> tuple[Tensor, Tensor | None] | None:
+    def joined(self, parts: Parts) -> tuple[Tensor, Tensor | None] | None:
         """Weight (3C, C) and bias of query, key and value as one, kept while theirs stay as they are; inference alone."""
-        projections = self.query, self.key, self.value
-        biases = [part.bias for part in projections]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or (None in biases and biases != [None] * 3):
+        projections = parts.query, parts.key, parts.value
+        weights = [part.weight for part in projections]
+        biases = [part.bias for part in projections if part.bias is not None]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(biases) not in (0, 3):
             return None
-        tensors = [x for part in projections for x in (part.weight, part.bias) if x is not None]
-        if any(x.is_inference() for x in tensors):  # it has no version to tell whether it was changed
+        if any(x.is_inference() for x in weights + biases):  # it has no version to tell whether it was changed
             return None
-        state = [(x.data_ptr(), x._version, x.dtype, x.device) for x in tensors]
+        state = [(x.data_ptr(), x._version, x.dtype, x.device) for x in weights + biases]
         if self._joined is None or self._joined[0] != state:
             with torch.inference_mode(False):  # for packed copies, which need a version too
-                weight = torch.cat([part.weight.detach() for part in projections])
-                bias = None if None in biases else torch.cat([x.detach() for x in biases])
-            self._joined = state, weight, bias
+                weight, *bias = (torch.cat([x.detach() for x in some]) for some in (weights, biases) if some)
+            self._joined = state, weight, bias[0] if bias else None
         return self._joined[1:]
 
 
-def compute(parts: Parts, x: Tensor, batch: Batch, training: bool) -> Tensor:
+def compute(layer: Layer, x: Tensor, batch: Batch, training: bool) -> Tensor:
+    parts, pre_norm = batch.parts[layer.index], batch.pre_norm
+
     def dropped(y: Tensor, p: float) -> Tensor:
         return F.dropout(y, p, training) if p > 0 else y
 
     first, second, up, down = parts.first_norm, parts.second_norm, parts.up, parts.down
     activation = ACTIVATION_CLASSES[type(parts.activation).__name__]
-    normal = _norm(first, x, None) if parts.pre_norm else x
-    attended = linear(_attended(parts, normal, batch), parts.out.weight, parts.out.bias)
+    normal = _norm(first, x, None) if pre_norm else x
+    attended = linear(_attended(layer, parts, normal, batch), parts.out.weight, parts.out.bias)
     attended = dropped(attended, parts.attention_output_dropout)
-    if parts.pre_norm:
+    if pre_norm:
         normal, x = add_layer_norm(attended, x, second.weight, second.bias, eps=second.eps, return_sum=True)
     else:
         normal = x = _norm(first, attended, x)
     y = ffn(normal, up.weight, up.bias, down.weight, down.bias, activation=activation)
     y = dropped(y, parts.ffn_output_dropout)
-    return x + y if parts.pre_norm else _norm(second, y, x)
+    return x + y if pre_norm else _norm(second, y, x)
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None) -> Any:
     return add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps)
 
 
-def _attended(parts: Parts, x: Tensor, batch: Batch) -> Tensor:
+def _attended(layer: Layer, parts: Parts, x: Tensor, batch: Batch) -> Tensor:
     """What attention gives each token before the last projection: x's shape, (..., H D)."""
-    joined = parts.joined()
+    joined = layer.joined(parts)
     if joined is not None:
         q, k, v = linear(x, *joined).unflatten(-1, (3, parts.heads, -1)).unbind(-3)
     else:
@@ -137,62 +149,69 @@ def _attended(parts: Parts, x: Tensor, batch: Batch) -> Tensor:
 
 
 class Family(NamedTuple):
-    layers: str  # the list of them, as an attribute path
-    describe: Callable[[Any], Parts]
+    """Attribute paths: of the list of layers in a model, and of each part in a layer."""
+
+    layers: str
+    names: tuple[str, ...]  # in the order of Parts
+    pre_norm: bool
     encoder: str | None = None  # the module between embeddings and pooler, where padding is taken out; None: there is none
     causal: bool = False
 
     def layers_of(self, model: nn.Module) -> list[nn.Module]:
         return list(model.get_submodule(self.layers).children())
 
-
-def _bert(layer: Any) -> Parts:
-    own, out, last = layer.attention.self, layer.attention.output, layer.output
-    if layer.is_decoder or layer.add_cross_attention:
-        raise NotImplementedError("decoders are not served")
-    if getattr(own, "position_embedding_type", "absolute") != "absolute":
-        raise NotImplementedError("relative positions are not served")
-    return Parts(
-        own.query, own.key, own.value, out.dense, out.LayerNorm, last.LayerNorm, layer.intermediate.dense, last.dense,
-        layer.intermediate.intermediate_act_fn, own.num_attention_heads, False, own.dropout.p, out.dropout.p, last.dropout.p,
-    )  # fmt: skip
+    def parts(self, layer: nn.Module) -> Parts | str:
+        """As they are now (an adapter may have been put in, dropout been changed), or why the layer is not served."""
+        if getattr(layer, "is_decoder", False) or getattr(layer, "add_cross_attention", False):
+            return "decoders are not served"
+        parts = Parts(*operator.attrgetter(*self.names)(layer))
+        return parts.refusal() or parts
 
 
-def _distilbert(layer: Any) -> Parts:
-    own, mlp = layer.attention, layer.ffn
-    return Parts(
-        own.q_lin, own.k_lin, own.v_lin, own.out_lin, layer.sa_layer_norm, layer.output_layer_norm, mlp.lin1, mlp.lin2,
-        mlp.activation, own.n_heads, False, own.dropout.p, 0.0, mlp.dropout.p,
-    )  # fmt: skip
-
-
-def _clip(layer: Any) -> Parts:
-    own, mlp = layer.self_attn, layer.mlp
-    return Parts(
-        own.q_proj, own.k_proj, own.v_proj, own.out_proj, layer.layer_norm1, layer.layer_norm2, mlp.fc1, mlp.fc2,
-        mlp.activation_fn, own.num_heads, True, own.dropout, 0.0, 0.0,
-    )  # fmt: skip
-
-
-def _vit(layer: Any) -> Parts:
-    own, mlp, p = layer.attention, layer.mlp, layer.dropout.p
-    return Parts(
-        own.q_proj, own.k_proj, own.v_proj, own.o_proj, layer.layernorm_before, layer.layernorm_after, mlp.fc1, mlp.fc2,
-        mlp.activation_fn, own.num_attention_heads, True, own.attention_dropout, p, p,
-    )  # fmt: skip
-
-
-_BERT = Family("encoder.layer", _bert, "encoder")
+_BERT = Family(
+    "encoder.layer",
+    (
+        *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+        *("attention.output.LayerNorm", "output.LayerNorm", "intermediate.dense", "output.dense"),
+        *("intermediate.intermediate_act_fn", "attention.self.num_attention_heads", "attention.self.dropout.p"),
+        *("attention.output.dropout.p", "output.dropout.p"),
+    ),
+    pre_norm=False,
+    encoder="encoder",
+)
+_DISTILBERT = Family(
+    "transformer.layer",
+    (
+        *("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "sa_layer_norm", "output_layer_norm"),
+        *("ffn.lin1", "ffn.lin2", "ffn.activation", "attention.n_heads", "attention.dropout.p"),
+    ),
+    pre_norm=False,
+    encoder="transformer",
+)
+_CLIP = Family(
+    "encoder.layers",
+    (
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "layer_norm1", "layer_norm2"),
+        *("mlp.fc1", "mlp.fc2", "mlp.activation_fn", "self_attn.num_heads", "self_attn.dropout"),
+    ),
+    pre_norm=True,
+    encoder="encoder",
+)
+_VIT = Family(
+    "layers",
+    (
+        *("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "layernorm_before", "layernorm_after"),
+        *("mlp.fc1", "mlp.fc2", "mlp.activation_fn", "attention.num_attention_heads", "attention.attention_dropout"),
+        *("dropout.p", "dropout.p"),
+    ),
+    pre_norm=True,
+)
 FAMILIES = {
-    "BertModel": _BERT,
-    "RobertaModel": _BERT,
-    "XLMRobertaModel": _BERT,
-    "CamembertModel": _BERT,
-    "ElectraModel": _BERT,
-    "DistilBertModel": Family("transformer.layer", _distilbert, "transformer"),
-    "CLIPTextModel": Family("encoder.layers", _clip, "encoder", causal=True),
-    "CLIPVisionModel": Family("encoder.layers", _clip, "encoder"),
-    "ViTModel": Family("layers", _vit),
+    **dict.fromkeys(("BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel", "ElectraModel"), _BERT),
+    "DistilBertModel": _DISTILBERT,
+    "CLIPTextModel": _CLIP._replace(causal=True),
+    "CLIPVisionModel": _CLIP,
+    "ViTModel": _VIT,
 }
 
 
