@@ -3,9 +3,6 @@
 import copy
 import inspect
 import io
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -426,98 +423,3 @@ def test_gradient_checkpointing():
     fastattn.accelerate(ours, strict=True)
     ours.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same(model, ours, text())
-
-
-@pytest.mark.parametrize("capacity", [None, 64])
-def test_compile(capacity):
-    """Without a capacity the traced call keeps its padding; with one it does not, and shapes are static."""
-    model = build("bert").eval()
-    ours = copy.deepcopy(model)
-    fastattn.accelerate(ours, capacity=capacity, strict=True)
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        for inputs in (text(), text("left", (3, 20, 1, 9, 2))):
-            torch.testing.assert_close(result(compiled, inputs), result(model, inputs), rtol=2e-5, atol=2e-5)
-
-
-class Traceable(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask):
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-
-
-@pytest.mark.parametrize("how", ["export", "trace"])
-def test_a_traced_model_keeps_its_padding(how):
-    """Lengths of another batch than the one it was traced with."""
-    model = build("bert").eval()
-    ours = copy.deepcopy(model)
-    fastattn.accelerate(ours, strict=True)
-    inputs, others = text(), text("left", (3, 20, 1, 9, 2))
-    with torch.no_grad():
-        if how == "export":
-            traced = torch.export.export(Traceable(ours), tuple(inputs.values())).module()
-        else:
-            traced = torch.jit.trace(Traceable(ours), tuple(inputs.values()))
-        keep = others["attention_mask"][..., None]
-        torch.testing.assert_close(traced(*others.values()) * keep, result(model, others), rtol=2e-5, atol=2e-5)
-
-
-def test_compiled_training():
-    model = build("bert")
-    ours = copy.deepcopy(model)
-    fastattn.accelerate(ours, capacity=64, strict=True)
-    ours.compile(backend="aot_eager")
-    assert_same(model, ours, text())
-
-
-def test_capacity_in_eager():
-    model = build("bert")
-    ours = copy.deepcopy(model)
-    handle = fastattn.accelerate(ours, capacity=50, strict=True)
-    assert_same(model, ours, text())
-    assert not handle.overflowed
-    out = ours(**text(lengths=(24, 24, 1, 8, 3))).last_hidden_state
-    assert handle.overflowed
-    live = out.abs().sum(-1) > 0
-    assert live.sum(1).tolist() == [24, 24, 1, 1, 0]
-
-
-def test_distributed_data_parallel(tmp_path):
-    """Two processes train as one does on both halves of the batch."""
-    program = """
-        import copy, os, sys
-        import torch, torch.distributed as dist
-        sys.path.insert(0, sys.argv[3])
-        import fastattn
-        from test_accelerate import build, text
-        rank = int(sys.argv[1])
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-        plain = build("bert")
-        ours = copy.deepcopy(plain)
-        fastattn.accelerate(ours, strict=True)
-        model = torch.nn.parallel.DistributedDataParallel(ours, find_unused_parameters=True)
-        inputs = text(lengths=(24, 7, 1, 13))
-        half = {name: x[rank * 2 : rank * 2 + 2] for name, x in inputs.items()}
-        ((model(**half).last_hidden_state * half["attention_mask"][..., None]).square().sum()).backward()
-        (0.5 * (plain(**inputs).last_hidden_state * inputs["attention_mask"][..., None]).square().sum()).backward()
-        for (name, p), q in zip(plain.named_parameters(), ours.parameters()):
-            if p.grad is not None:
-                assert (p.grad - q.grad).abs().max() <= 2e-5 * p.grad.abs().max().clamp(min=1), name
-        print("equal")
-    """
-    path = tmp_path / "train.py"
-    path.write_text(textwrap.dedent(program))
-    arguments = [str(tmp_path / "rendezvous"), str(Path(__file__).parent)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(path), str(rank), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        out, error = process.communicate(timeout=120)
-        assert process.returncode == 0 and "equal" in out, error[-2000:]

@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastattn import masks
-from fastattn.integrations.accelerate_layers import FAMILIES, Batch, Family, Layer, Parts, compute, family_of
+from fastattn.integrations.accelerate_layers import FAMILIES, Batch, Family, Layer, Parts, compute, family_of, traced
 from fastattn.kernels.cpu.ffn import clear_packed
 from fastattn.masks import Mask
 from fastattn.packing import Packing
@@ -240,9 +239,7 @@ def _tokens(settings: Settings, mask: Tensor | None) -> tuple[Packing | None, Ma
     if mask is None:
         return None, causal
     keep = mask.bool()
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    traced = traced or (keep.is_cuda and torch.cuda.is_current_stream_capturing())
-    if settings.family.encoder is not None and (settings.capacity is not None or not traced):
+    if settings.family.encoder is not None and (settings.capacity is not None or not traced(keep)):
         packing = Packing.from_mask(keep, settings.capacity)
         settings.overflowed = packing.overflowed
         return (None if packing.known_total == keep.numel() else packing), causal

@@ -68,6 +68,13 @@ class Parts(NamedTuple):
         return None
 
 
+def traced(x: Tensor) -> bool:
+    """Whether what happens now will be run again without this code: nothing may be read on the host or kept."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class Batch(NamedTuple):
     """Of one call: how its tokens lie, what beside that hides one from another, and what each layer is made of."""
 
@@ -95,7 +102,7 @@ class Layer:
         projections = parts.query, parts.key, parts.value
         weights = [part.weight for part in projections]
         biases = [part.bias for part in projections if part.bias is not None]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(biases) not in (0, 3):
+        if torch.is_grad_enabled() or traced(weights[0]) or len(biases) not in (0, 3):
             return None
         if any(x.is_inference() for x in weights + biases):  # it has no version to tell whether it was changed
             return None
