@@ -14,6 +14,7 @@ from graphs import assert_replay_follows
 
 import fastattn
 from fastattn import masks
+from fastattn.lowering import LoweredMask
 from fastattn.testing import COLD, HOT, MASKS, assert_accurate, attention_inputs, attention_yardstick, run_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -338,8 +339,9 @@ def test_extreme_scores_stay_finite(backend, value):
 def test_grid_beyond_65535_programs(backend):
     from fastattn.kernels.triton import attention
 
-    q = torch.empty(70_000, 1, 1, 16, device="meta")
-    assert attention._programs(q, 64) == 70_000  # on the first axis of the grid, which ends at 2^31 - 1
+    q, lse = torch.empty(70_000, 1, 1, 16, device="meta"), torch.empty(70_000, 1, 1, device="meta")
+    launch = attention.forward_launch(q, q, q, q, lse, LoweredMask(), 1.0, 90)
+    assert launch.programs == 70_000  # on the first axis of the grid, which ends at 2^31 - 1
 
 
 def test_only_query_gets_a_gradient():

@@ -4,6 +4,9 @@
 `_attention_backward_kernel` in attention_backward.py. No atomics, so results are deterministic. Lengths, strides, heads and the
 mask's values are run-time arguments; what is compiled in is the dtype, D and Dv, which mask fields there are, and whether rows
 start at multiples of 16 bytes.
+
+Packed sequences, q (1, H, Tq, D) beside k (1, Hkv, Tk, D), take the same kernels and tiles, with B the number of sequences, M and
+N the most queries and keys of one: each program then looks up where its own sequence begins and how long it is.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from fastattn.kernels.triton.launch import Launch, capability, precision, refusa
 from fastattn.lowering import LoweredMask
 from fastattn.plans import KernelPlan, tensor_bytes
 
+MASK_FIELDS = ("low", "high", "prefix_high", "prefix", "key_begin", "key_end", "query_end", "keys", "ids", "key_ids", "bits")
 LONGEST = 2**29  # queries or keys: sums of a place, a bound and a tile stay below 2^31
 
 
@@ -101,21 +105,19 @@ def unsupported(problem) -> list[str]:
     for name, length in (("queries", problem.M), ("keys", problem.N)):
         if length > LONGEST:
             reasons.append(f"{length} {name} are more than {LONGEST}")
-    if problem.packed:
-        reasons.append("packed sequences are not served")
     return reasons
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool) -> tuple[Tensor, Tensor]:
     B, H, M, _ = q.shape
-    out = q.new_empty(B, M, H, v.shape[3]).transpose(1, 2)
-    lse = q.new_empty(B, H, M, dtype=torch.float32)
+    out = _result(q, (B, M, H, v.shape[3]), mask).transpose(1, 2)
+    lse = _result(q, (B, H, M), mask, float("-inf"), torch.float32)
     run(forward_launch(q, k, v, out, lse, mask, scale, capability(q.device)))
     return out, lse
 
 
 def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
+    dq, dk, dv = (_result(x, (x.shape[0], x.shape[2], x.shape[1], x.shape[3]), mask).transpose(1, 2) for x in (q, k, v))
     dlse = None if dlse is None else dlse.contiguous()
     sm = capability(q.device)
     for launch in backward_launches(dout, dlse, q, k, v, out, lse.contiguous(), dq, dk, dv, mask, scale, sm):
@@ -126,26 +128,27 @@ def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> 
 def forward_launch(q, k, v, out, lse, mask: LoweredMask, scale: float, sm: int) -> Launch:
     config = configs(sm, q.dtype, _block(max(q.shape[3], v.shape[3])), mask.key_tiles is not None)[0]
     arguments = {**_shared({"q": q, "k": k, "v": v, "out": out}, mask, mask.key_tiles, scale), "lse": lse}
-    return Launch(_attention_forward_kernel, _programs(q, config.BLOCK_M), arguments, config)
+    B, M, _ = _sizes(q, k, mask)
+    return Launch(_attention_forward_kernel, _programs(B * q.shape[1], M, config.BLOCK_M), arguments, config)
 
 
 def backward_launches(dout, dlse, q, k, v, out, lse, dq, dk, dv, mask: LoweredMask, scale: float, sm: int) -> list[Launch]:
     """One kernel for short sequences; else dq first: it also makes delta = rowsum(dO * O) - dlse, which dkdv reads."""
-    rows = q.shape[1] // max(k.shape[1], 1) * q.shape[2]
+    (B, M, N), H, Hkv = _sizes(q, k, mask), q.shape[1], k.shape[1]
     block_d, listed = _block(max(q.shape[3], v.shape[3])), mask.key_tiles is not None
-    config = single_config(sm, q.dtype, block_d, rows, k.shape[2], listed)
+    config = single_config(sm, q.dtype, block_d, H // max(Hkv, 1) * M, N, listed)
     if config is not None:
         tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
         arguments = {**_shared(tensors, mask, None, scale), "lse": lse, "dlse": dlse}
-        return [Launch(_attention_backward_kernel, k.shape[0] * k.shape[1], arguments, config)]
+        return [Launch(_attention_backward_kernel, B * Hkv, arguments, config)]
     _, dq_config, dkdv_config = configs(sm, q.dtype, block_d, listed)
     delta = torch.empty_like(lse)
     tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq}
     arguments = {**_shared(tensors, mask, mask.key_tiles, scale), "lse": lse, "dlse": dlse, "delta": delta}
-    first = Launch(_attention_dq_kernel, _programs(q, dq_config.BLOCK_M), arguments, dq_config)
+    first = Launch(_attention_dq_kernel, _programs(B * H, M, dq_config.BLOCK_M), arguments, dq_config)
     tensors = {"q": q, "k": k, "v": v, "dout": dout, "dk": dk, "dv": dv}
     arguments = {**_shared(tensors, mask, mask.query_tiles, scale), "lse": lse, "delta": delta}
-    return [first, Launch(_attention_dkdv_kernel, _programs(k, dkdv_config.BLOCK_N), arguments, dkdv_config)]
+    return [first, Launch(_attention_dkdv_kernel, _programs(B * Hkv, N, dkdv_config.BLOCK_N), arguments, dkdv_config)]
 
 
 def plan(problem, backward: bool) -> list[KernelPlan]:
@@ -178,14 +181,16 @@ def plan(problem, backward: bool) -> list[KernelPlan]:
 def _shared(tensors: dict[str, Tensor], mask: LoweredMask, tiles: Tensor | None, scale: float) -> dict[str, Any]:
     """Arguments that all kernels take: the (B, H, L, D) tensors with their strides, the mask, sizes, what is compiled in."""
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
-    unit = vector(q.element_size(), list(tensors.values()), [stride for x in tensors.values() for stride in x.stride()[:3]])
+    packed = mask.query_starts is not None
+    strides = {name: (0 if packed else x.stride(0), x.stride(1), x.stride(2)) for name, x in tensors.items()}
+    unit = vector(q.element_size(), list(tensors.values()), [stride for some in strides.values() for stride in some])
     arguments: dict[str, Any] = dict(tensors)
-    for name, x in tensors.items():
-        b, h, length = (stride // unit for stride in x.stride()[:3])
-        arguments.update({f"{name}_b": b, f"{name}_h": h, f"{name}_l": length})
-    arguments.update(_mask_arguments(mask, tiles), scale=scale)
-    H, Hkv = q.shape[1], k.shape[1]
-    arguments.update(H=H, group=H // max(Hkv, 1), M=q.shape[2], N=k.shape[2])
+    for name, (b, h, length) in strides.items():
+        arguments.update({f"{name}_b": b // unit, f"{name}_h": h // unit, f"{name}_l": length // unit})
+    arguments.update(_mask_arguments(mask, tiles), query_starts=mask.query_starts, key_starts=mask.key_starts)
+    arguments.update(total_queries=q.shape[2] if packed else None, total_keys=k.shape[2] if packed else None)
+    H, Hkv, (_, M, N) = q.shape[1], k.shape[1], _sizes(q, k, mask)
+    arguments.update(scale=scale, H=H, group=H // max(Hkv, 1), M=M, N=N)
     arguments.update(D=q.shape[3], BLOCK_D=_block(q.shape[3]), DV=v.shape[3], BLOCK_DV=_block(v.shape[3]))
     arguments.update(VECTOR=unit, PRECISION=precision(q.dtype))
     return arguments
@@ -193,7 +198,7 @@ def _shared(tensors: dict[str, Tensor], mask: LoweredMask, tiles: Tensor | None,
 
 def _mask_arguments(mask: LoweredMask, tiles: Tensor | None) -> dict[str, Any]:
     """The mask's fields and strides, 0 for a size of 1. low and high are both None or both numbers: one means no bound."""
-    arguments: dict[str, Any] = {name: x for name, x in mask._asdict().items() if not name.endswith("_tiles")}
+    arguments: dict[str, Any] = {name: getattr(mask, name) for name in MASK_FIELDS}
     if mask.low is not None or mask.high is not None or mask.prefix is not None:
         low, high = -LONGEST if mask.low is None else mask.low, LONGEST if mask.high is None else mask.high
         arguments.update(low=_clamp(low), high=_clamp(high))
@@ -221,6 +226,21 @@ def _block(columns: int) -> int:
     return max(16, triton.next_power_of_2(columns))
 
 
-def _programs(x: Tensor, block: int) -> int:
+def _sizes(q: Tensor, k: Tensor, mask: LoweredMask) -> tuple[int, int, int]:
+    """Sequences, and the most queries and keys of one."""
+    if mask.query_starts is None:
+        return q.shape[0], q.shape[2], k.shape[2]
+    assert mask.max_queries is not None and mask.max_keys is not None
+    return mask.query_starts.shape[0] - 1, mask.max_queries, mask.max_keys
+
+
+def _result(x: Tensor, sizes: tuple[int, ...], mask: LoweredMask, dead: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a result, on x's device and by default in its dtype; `dead` in rows of no sequence, which no kernel writes."""
+    if mask.query_starts is None or mask.all_rows:
+        return x.new_empty(sizes, dtype=dtype)
+    return x.new_full(sizes, dead, dtype=dtype)
+
+
+def _programs(heads: int, length: int, block: int) -> int:
     """One program per head and block of rows, all on the grid's first axis: the others end at 65,535."""
-    return x.shape[0] * x.shape[1] * triton.cdiv(x.shape[2], block)
+    return heads * triton.cdiv(length, block)

@@ -23,6 +23,7 @@ from fastattn.kernels.triton.tiles import (
     mask_bounds,
     partial_place,
     query_run,
+    sequence,
     tile_start,
     visible_pairs,
 )
@@ -41,7 +42,7 @@ def _attention_dq_kernel(
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l, dout_b, dout_h, dout_l, dq_b, dq_h, dq_l,
     low, high, prefix_high, prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, tiles,
     keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n, tiles_b, tiles_h, tiles_t,
-    scale, H, group, M, N,
+    query_starts, key_starts, total_queries, total_keys, scale, H, group, M, N,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     VECTOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -58,25 +59,34 @@ def _attention_dq_kernel(
     dq += b * dq_b * VECTOR + h * dq_h * VECTOR
     q_l, k_l, v_l = q_l * VECTOR, k_l * VECTOR, v_l * VECTOR
     out_l, dout_l, dq_l = out_l * VECTOR, dout_l * VECTOR, dq_l * VECTOR
+    if query_starts is not None:
+        q_begin, M = sequence(query_starts, b, total_queries, M)
+        k_begin, N = sequence(key_starts, b, total_keys, N)
+        q, out = q + q_begin * q_l, out + q_begin * out_l
+        dout, dq = dout + q_begin * dout_l, dq + q_begin * dq_l
+        k, v = k + k_begin * k_l, v + k_begin * v_l
 
     prefix_end, begin, end, first, rows = mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, b, M, N)
     bounds = low, high, prefix_high, prefix_end, begin, end, first, rows
     terms = b, keys, keys_b, keys_n, ids, ids_b, ids_m, key_ids, key_ids_b, key_ids_n, bits, bits_b, bits_h, bits_m, bits_n
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_live, row_id = live_queries(m, bounds, terms)
-    lse_tile = tl.load(lse + head * M + m, mask=row_live, other=float("-inf"))
+    lse_row = head * M  # of lse, dlse and delta
+    if query_starts is not None:
+        lse_row = h * total_queries + q_begin
+    lse_tile = tl.load(lse + lse_row + m, mask=row_live, other=float("-inf"))
     row_live &= lse_tile > float("-inf")
     q_tile = rows_of(q, m, q_l, row_live, D, BLOCK_D)
     do_tile = rows_of(dout, m, dout_l, row_live, DV, BLOCK_DV)
-    delta_tile = _delta(do_tile, out, m, out_l, dlse, head * M, row_live, DV, BLOCK_DV)
-    tl.store(delta + head * M + m, delta_tile, mask=m < M)
+    delta_tile = _delta(do_tile, out, m, out_l, dlse, lse_row, row_live, DV, BLOCK_DV)
+    tl.store(delta + lse_row + m, delta_tile, mask=m < M)
     shift = tl.where(row_live, lse_tile * LOG2_E, float("inf"))
 
     row = list_row(b, h, block, tiles_b, tiles_h, tiles_t, BLOCK_M)
     if tiles is None:
         start, before, full, partial = key_run(block * BLOCK_M, bounds, keys, BLOCK_M, BLOCK_N)
     else:
-        start, before, full, partial = listed_run(tiles + row, N, BLOCK_N)
+        start, before, full, partial = listed_run(tiles + row, N, BLOCK_N, query_starts is not None)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for t in range(full):
         n = tile_start(before + t, start, tiles, row, BLOCK_N) + tl.arange(0, BLOCK_N)
@@ -103,7 +113,7 @@ def _attention_dkdv_kernel(
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, dout_b, dout_h, dout_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     low, high, prefix_high, prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, tiles,
     keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n, tiles_b, tiles_h, tiles_t,
-    scale, H, group, M, N,
+    query_starts, key_starts, total_queries, total_keys, scale, H, group, M, N,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     VECTOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -117,6 +127,12 @@ def _attention_dkdv_kernel(
     dv += b * dv_b * VECTOR + kv_head * dv_h * VECTOR
     q_l, k_l, v_l = q_l * VECTOR, k_l * VECTOR, v_l * VECTOR
     dout_l, dk_l, dv_l = dout_l * VECTOR, dk_l * VECTOR, dv_l * VECTOR
+    if query_starts is not None:
+        q_begin, M = sequence(query_starts, b, total_queries, M)
+        k_begin, N = sequence(key_starts, b, total_keys, N)
+        q, dout = q + q_begin * q_l, dout + q_begin * dout_l
+        k, v = k + k_begin * k_l, v + k_begin * v_l
+        dk, dv = dk + k_begin * dk_l, dv + k_begin * dv_l
 
     prefix_end, begin, end, first, rows = mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, b, M, N)
     bounds = low, high, prefix_high, prefix_end, begin, end, first, rows
@@ -129,6 +145,8 @@ def _attention_dkdv_kernel(
     v_tile = rows_of(v, n, v_l, key_live, DV, BLOCK_DV)
     for h in range(kv_head * group, kv_head * group + group):
         row = (b * H + h) * M  # of lse and delta
+        if query_starts is not None:
+            row = h * total_queries + q_begin
         q_head = q + b * q_b * VECTOR + h * q_h * VECTOR
         dout_head = dout + b * dout_b * VECTOR + h * dout_h * VECTOR
         listed = list_row(b, h, block, tiles_b, tiles_h, tiles_t, BLOCK_N)
@@ -174,7 +192,7 @@ def _attention_backward_kernel(
     dq_b, dq_h, dq_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     low, high, prefix_high, prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, tiles,
     keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n, tiles_b, tiles_h, tiles_t,
-    scale, H, group, M, N,
+    query_starts, key_starts, total_queries, total_keys, scale, H, group, M, N,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     VECTOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -187,6 +205,13 @@ def _attention_backward_kernel(
     dv += b * dv_b * VECTOR + kv_head * dv_h * VECTOR
     q_l, k_l, v_l, out_l = q_l * VECTOR, k_l * VECTOR, v_l * VECTOR, out_l * VECTOR
     dout_l, dq_l, dk_l, dv_l = dout_l * VECTOR, dq_l * VECTOR, dk_l * VECTOR, dv_l * VECTOR
+    if query_starts is not None:
+        q_begin, M = sequence(query_starts, b, total_queries, M)
+        k_begin, N = sequence(key_starts, b, total_keys, N)
+        q, out = q + q_begin * q_l, out + q_begin * out_l
+        dout, dq = dout + q_begin * dout_l, dq + q_begin * dq_l
+        k, v = k + k_begin * k_l, v + k_begin * v_l
+        dk, dv = dk + k_begin * dk_l, dv + k_begin * dv_l
 
     prefix_end, begin, end, first, rows = mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, b, M, N)
     bounds = low, high, prefix_high, prefix_end, begin, end, first, rows
@@ -201,6 +226,8 @@ def _attention_backward_kernel(
     visited = full + partial
     for h in range(kv_head * group, kv_head * group + group):
         row = (b * H + h) * M  # of lse and dlse
+        if query_starts is not None:
+            row = h * total_queries + q_begin
         q_head = q + b * q_b * VECTOR + h * q_h * VECTOR
         out_head = out + b * out_b * VECTOR + h * out_h * VECTOR
         dout_head = dout + b * dout_b * VECTOR + h * dout_h * VECTOR

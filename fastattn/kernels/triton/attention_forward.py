@@ -18,6 +18,7 @@ from fastattn.kernels.triton.tiles import (
     live_queries,
     mask_bounds,
     partial_place,
+    sequence,
     tile_start,
     visible_pairs,
 )
@@ -25,7 +26,8 @@ from fastattn.kernels.triton.tiles import (
 # integers that must not be compiled in: a new length or stride is not a new kernel
 MASK_RUNTIME = [
     *("low", "high", "prefix_high", "keys_b", "keys_n", "ids_b", "ids_m", "key_ids_b", "key_ids_n"),
-    *("bits_b", "bits_h", "bits_m", "bits_n", "tiles_b", "tiles_h", "tiles_t", "H", "group", "M", "N"),
+    *("bits_b", "bits_h", "bits_m", "bits_n", "tiles_b", "tiles_h", "tiles_t"),
+    *("total_queries", "total_keys", "H", "group", "M", "N"),
 ]
 RUNTIME = [
     *("q_b", "q_h", "q_l", "k_b", "k_h", "k_l", "v_b", "v_h", "v_l", "out_b", "out_h", "out_l"),
@@ -39,7 +41,7 @@ def _attention_forward_kernel(
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l,
     low, high, prefix_high, prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, tiles,
     keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n, tiles_b, tiles_h, tiles_t,
-    scale, H, group, M, N,
+    query_starts, key_starts, total_queries, total_keys, scale, H, group, M, N,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     VECTOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -54,6 +56,11 @@ def _attention_forward_kernel(
     out += b * out_b * VECTOR + h * out_h * VECTOR
     q_l, k_l = q_l * VECTOR, k_l * VECTOR
     v_l, out_l = v_l * VECTOR, out_l * VECTOR
+    if query_starts is not None:
+        q_begin, M = sequence(query_starts, b, total_queries, M)
+        k_begin, N = sequence(key_starts, b, total_keys, N)
+        q, out = q + q_begin * q_l, out + q_begin * out_l
+        k, v = k + k_begin * k_l, v + k_begin * v_l
 
     prefix_end, begin, end, first, rows = mask_bounds(low, high, prefix_high, prefix, key_begin, key_end, query_end, b, M, N)
     bounds = low, high, prefix_high, prefix_end, begin, end, first, rows
@@ -69,7 +76,7 @@ def _attention_forward_kernel(
     if tiles is None:
         start, before, full, partial = key_run(block * BLOCK_M, bounds, keys, BLOCK_M, BLOCK_N)
     else:
-        start, before, full, partial = listed_run(tiles + row, N, BLOCK_N)
+        start, before, full, partial = listed_run(tiles + row, N, BLOCK_N, query_starts is not None)
     scale *= LOG2_E
     for t in range(full):
         n = tile_start(before + t, start, tiles, row, BLOCK_N) + tl.arange(0, BLOCK_N)
@@ -88,7 +95,10 @@ def _attention_forward_kernel(
     acc = tl.where(dead[:, None], 0.0, acc / tl.where(dead, 1.0, total)[:, None])
     store_rows(out, m, out_l, m < M, acc, DV, BLOCK_DV)
     lse_tile = tl.where(dead, float("-inf"), (top + tl.log2(tl.where(dead, 1.0, total))) * LN_2)
-    tl.store(lse + head.to(tl.int64) * M + m, lse_tile, mask=m < M)
+    lse_row = head.to(tl.int64) * M
+    if query_starts is not None:
+        lse_row = h * total_queries + q_begin
+    tl.store(lse + lse_row + m, lse_tile, mask=m < M)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ Two tuples of what a kernel is given go through all of it. Any of their pointers
 Triton before 3.7 takes no None back from a function, so the kernels put them together:
 - `bounds`: low, high, prefix_high, and the five numbers of `mask_bounds`;
 - `terms`: the sequence b, then keys, ids, key_ids and bits, each followed by its strides.
+Of packed sequences, M and N are those of the program's own sequence, and all places count from 0 in it.
 All scalars of bounds are int32: `unsupported` refuses lengths that would overflow, and the host clamps low, high and prefix_high
 accordingly.
 """
@@ -21,6 +22,17 @@ import triton.language as tl
 from fastattn.lowering import TILE
 
 LISTED = tl.constexpr(TILE)  # queries and keys of a listed tile
+
+
+@triton.jit
+def sequence(starts, b, total, longest):
+    """The first row, int64, of packed sequence b, and how many rows it has, at most `longest`.
+
+    Whatever `starts` holds, they are among the `total` rows that there are.
+    """
+    begin = tl.minimum(tl.maximum(tl.load(starts + b), 0), total)
+    end = tl.maximum(tl.minimum(tl.load(starts + b + 1), total), begin)
+    return begin.to(tl.int64), tl.minimum(end - begin, longest).to(tl.int32)
 
 
 @triton.jit
@@ -121,14 +133,18 @@ def query_run(n0, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def listed_run(tiles, length, BLOCK: tl.constexpr):
+def listed_run(tiles, length, BLOCK: tl.constexpr, CUT: tl.constexpr = False):
     """The same four numbers for a row of the host's lists: `before` counts its partial tiles, and there is no start.
 
     A listed tile is walked in steps of BLOCK. The last full one may reach beyond `length`, so it is visited as a partial one.
+    CUT says that it may lie beyond altogether, as it does where a packed tensor has fewer rows than its offsets say: then none
+    is taken for full.
     """
     partial, full = tl.load(tiles), tl.load(tiles + 1)
     last = tl.load(tiles + 1 + partial + full, mask=full > 0, other=-1)
     ragged = tl.where((last + 1) * LISTED > length, 1, 0)
+    if CUT:
+        ragged = tl.where(last * LISTED >= length, full, ragged)
     STEPS: tl.constexpr = LISTED // BLOCK
     return 0, partial * STEPS, (full - ragged) * STEPS, (partial + ragged) * STEPS
 
