@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastattn import masks
+from fastattn import Packing, masks
 from fastattn.kernels.triton import attention, ffn, norm
 from fastattn.kernels.triton.launch import Launch
 
@@ -28,33 +29,43 @@ POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp
 
 
 def attention_launches(
-    dtype: torch.dtype, D: int, mask: str, L: int = 640, inside: bool = True, sm: int = 90, Dv: int | None = None, group: int = 1
-) -> list[Launch]:
-    """The launches of a request, on tensors that hold no data worth computing with. `inside`: (B, L, H, D) memory."""
-    B, H = 2, 2
+    dtype: torch.dtype, D: int, mask: str, L: int = 640, inside: bool = True, sm: int = 90, Dv: int | None = None, group: int = 1,
+    packed: bool = False,
+) -> list[Launch]:  # fmt: skip
+    """The launches of a request, on tensors that hold no data worth computing with. `inside`: (B, L, H, D) memory; `packed`:
+    sequences of up to L tokens end to end, (T, H, D)."""
+    lengths = [L, L // 2, L // 3] if packed else [L, L]
+    packing = Packing.from_lengths(lengths, L)
+    B, rows, H = (1, packing.total, 2) if packed else (2, L, 2)
 
     def empty(heads: int, width: int) -> Tensor:
-        shape = (B, L, heads, width) if inside else (B, heads, L, width)
+        shape = (B, rows, heads, width) if inside else (B, heads, rows, width)
         x = torch.zeros(shape, dtype=dtype)
         return x.transpose(1, 2) if inside else x
 
     Dv = D if Dv is None else Dv
     q, dq, out, dout = empty(H * group, D), empty(H * group, D), empty(H * group, Dv), empty(H * group, Dv)
     k, dk, v, dv = empty(H, D), empty(H, D), empty(H, Dv), empty(H, Dv)
-    lse = torch.zeros(B, H * group, L)
-    lengths = torch.zeros(B, dtype=torch.int32)
-    lowered = {
-        "none": masks.full(),
-        "causal": masks.causal(),
-        "padding": masks.padding(lengths),
-        "causal_padding": masks.causal() & masks.padding(lengths),
-        "prefix": masks.prefix_lm(lengths),
-        "keys": masks.key_padding(torch.ones(B, L, dtype=torch.bool)),
-        "documents": masks.documents(torch.zeros(B, L, dtype=torch.int32)),
-        "bits": masks.dense(torch.ones(B, H * group, L, L, dtype=torch.bool)),
-    }[mask].lower(L, L)
+    lse = torch.zeros(B, H * group, rows)
+    made = _mask(mask, len(lengths), H * group, L, packing if packed else None)
+    lowered = made.lower_packed(packing, packing, H * group) if packed else made.lower(L, L)
     forward = attention.forward_launch(q, k, v, out, lse, lowered, D**-0.5, sm)
     return [forward, *attention.backward_launches(dout, None, q, k, v, out, lse, dq, dk, dv, lowered, D**-0.5, sm)]
+
+
+def _mask(name: str, B: int, H: int, L: int, packing: Packing | None) -> masks.Mask:
+    lengths = torch.zeros(B, dtype=torch.int32)
+    ids = torch.zeros((B, L) if packing is None else (packing.total,), dtype=torch.int32)
+    return {
+        "none": masks.full,
+        "causal": masks.causal,
+        "padding": lambda: masks.padding(lengths),
+        "causal_padding": lambda: masks.causal() & masks.padding(lengths),
+        "prefix": lambda: masks.prefix_lm(lengths),
+        "keys": lambda: masks.key_padding(torch.ones(B, L, dtype=torch.bool)),
+        "documents": lambda: masks.documents(ids),
+        "bits": lambda: masks.dense(torch.ones(B, H, L, L, dtype=torch.bool)),
+    }[name]()
 
 
 def linear_launches(dtype: torch.dtype, activation: str, M: int, K: int, N: int) -> list[Launch]:
@@ -112,7 +123,8 @@ def held(kernel) -> dict[str, int]:
     return found
 
 
-# dtype, head dimension, mask, and options: length (longer than the one backward kernel takes by default), Dv, heads of a group
+# dtype, head dimension, mask, and options: length (longer than the one backward kernel takes by default), Dv, heads of a group,
+# whether sequences are packed
 ATTENTION = [
     (torch.float16, 64, "none", {}),
     (torch.bfloat16, 64, "causal_padding", {}),
@@ -121,6 +133,10 @@ ATTENTION = [
     (torch.float16, 80, "causal_padding", {}),
     (torch.float16, 64, "documents", {}),
     (torch.float32, 64, "causal_padding", {}),
+    (torch.float16, 64, "none", {"packed": True}),
+    (torch.bfloat16, 64, "causal_padding", {"packed": True}),
+    (torch.float16, 64, "documents", {"packed": True}),
+    (torch.float16, 64, "none", {"L": 128, "packed": True}),
 ]
 MORE_ATTENTION = [  # with the above, every row of the config tables
     (torch.float16, 16, "causal_padding", {}),
@@ -137,6 +153,12 @@ MORE_ATTENTION = [  # with the above, every row of the config tables
     *itertools.product([torch.float16], [32, 128], ["documents"], [{}]),
     *itertools.product([torch.float32], [16, 32, 80, 128], ["causal_padding"], [{}]),
     *itertools.product([torch.float32], [16, 32, 64, 128], ["bits"], [{}]),
+    *itertools.product([torch.float16], [32, 80, 128], ["none", "causal_padding", "bits"], [{"packed": True}]),
+    *itertools.product([torch.float16], [64], ["keys", "bits"], [{"packed": True}]),
+    *itertools.product([torch.float32], [64], ["none", "causal_padding", "bits", "documents"], [{"packed": True}]),
+    *itertools.product([torch.float16], [32, 64], ["none", "keys"], [{"L": 64, "packed": True}]),
+    *itertools.product([torch.float16], [32, 64], ["keys"], [{"L": 128, "packed": True}]),
+    *itertools.product([torch.float16], [128], ["causal_padding", "keys"], [{"L": 64, "packed": True}]),
 ]
 # dtype, activation, (rows, inputs, outputs): three kernels each. The sizes lead to large tiles, to small ones, to those of rows
 # that are no multiple of 16 bytes
@@ -215,17 +237,18 @@ class _NoDriver:
         return GPUTarget("cuda", 90, 32)
 
 
-def lengths() -> dict[str, int]:
-    """How many variants of each kernel 30 lengths compile, of attention in the two memory layouts that models use."""
+def lengths(packed: bool) -> dict[str, int]:
+    """How many variants of each kernel 30 lengths compile, of attention in the two memory layouts that models use; or, of
+    attention alone, 30 batches of packed sequences."""
     triton.runtime.driver.set_active(_NoDriver())
     kernels = {}
     for L in range(50, 650, 20):
         rows = L + L % 7
-        requests = [attention_launches(torch.float16, 64, "causal_padding", rows, inside) for inside in (True, False)]
-        requests += [
-            linear_launches(torch.float16, "gelu", 8 * rows, 768, 3072),
-            norm_launches(torch.float16, 768, False, 8 * rows),
-        ]
+        case = torch.float16, 64, "causal_padding", rows
+        requests = [attention_launches(*case, inside, packed=packed) for inside in (True, False)]
+        if not packed:
+            requests.append(linear_launches(torch.float16, "gelu", 8 * rows, 768, 3072))
+            requests.append(norm_launches(torch.float16, 768, False, 8 * rows))
         for launch in itertools.chain(*requests):
             launch.kernel.warmup(grid=(1,), **launch.arguments, **launch.config._asdict())
             kernels[launch.kernel.__name__.strip("_")] = launch.kernel
@@ -233,4 +256,4 @@ def lengths() -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(lengths()))
+    print(json.dumps(lengths("packed" in sys.argv[1:])))

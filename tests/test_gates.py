@@ -152,6 +152,7 @@ def test_fp32_is_ieee(rows):
 
 
 @pytest.mark.slow
-def test_thirty_lengths_compile_at_most_two_variants():
-    counts = program("aot.py")
-    assert len(counts) == 9 and all(1 <= n <= 2 for n in counts.values()), counts
+@pytest.mark.parametrize(("sequences", "kernels"), [("padded", 9), ("packed", 4)])
+def test_thirty_lengths_compile_at_most_two_variants(sequences, kernels):
+    counts = program("aot.py", sequences)
+    assert len(counts) == kernels and all(1 <= n <= 2 for n in counts.values()), counts
