@@ -9,13 +9,14 @@ import mmap
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastattn
-from fastattn import masks
+from fastattn import Packing, masks
 
 libc = ctypes.CDLL(None, use_errno=True)
 mappings = []  # kept alive
@@ -49,6 +50,32 @@ def attention() -> None:
             fastattn.attention(q, k, v, mask, backend="triton").backward(dout)
 
 
+def packed() -> None:
+    """Sequences whose last one ends where the tensors do, and offsets and lengths that reach far beyond."""
+    for lengths, longest, D, Dv, group, dtype in (
+        ([33, 0, 70], 70, 16, 16, 1, torch.float32),
+        ([5, 66], 66, 40, 24, 2, torch.float16),
+        ([20, 60], 60, 64, 64, 1, torch.float16),  # one backward kernel
+        ([20, 2**30], 200, 16, 16, 2, torch.float32),  # tiles that are full by the offsets have no rows
+        ([20, 90], 100, 64, 64, 1, torch.float16),
+    ):
+        cu = torch.tensor([0, *lengths]).cumsum(0)
+        T = min(int(cu[-1]), 83)
+        packing = Packing.from_cu_seqlens(cu, longest, validate=bool(cu[-1] == T))
+        packing = replace(packing, cu_seqlens=guarded(packing.cu_seqlens))
+        q, dout = (guarded(torch.randn(T, group, width).to(dtype)) for width in (D, Dv))
+        k, v = (guarded(torch.randn(T, 1, width).to(dtype)) for width in (D, Dv))
+        keep = guarded(torch.rand(len(lengths), longest) < 0.7)
+        pairs = guarded(torch.rand(len(lengths), group, longest, longest) < 0.7)
+        ids = guarded(torch.arange(T, dtype=torch.int32) // 9)
+        whole = guarded(torch.ones(1, 1, longest, longest, dtype=torch.bool))
+        listed = masks.documents(ids), masks.dense(pairs), masks.dense(whole)
+        ends = guarded(torch.tensor([longest - 2] * len(lengths), dtype=torch.int32))
+        for mask in (None, masks.causal() & masks.padding(ends), masks.prefix_lm(ends), masks.key_padding(keep), *listed):
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            fastattn.varlen_attention(q, k, v, packing, mask, backend="triton").backward(dout)
+
+
 def ffn() -> None:
     for rows, inputs, hidden in ((17, 33, 65), (5, 64, 24)):
         sizes = ((rows, inputs), (hidden, inputs), (hidden,), (inputs, hidden), (inputs,))
@@ -80,5 +107,5 @@ def assert_no_read_beyond_the_end(op: str) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    {"attention": attention, "ffn": ffn, "norm": norm}[(sys.argv[1:] or ["attention"])[0]]()
+    {"attention": attention, "packed": packed, "ffn": ffn, "norm": norm}[(sys.argv[1:] or ["attention"])[0]]()
     print("no read beyond the end")

@@ -1,16 +1,13 @@
 """Every backend of attention against the fp64 specification: values, gradients, hidden NaN, strides, sizes."""
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from backends import BACKENDS, CUDA, TRITON, device_of, dtype_of, head_dim_of
 from graphs import assert_replay_follows
+from guarded import assert_no_read_beyond_the_end
 
 import fastattn
 from fastattn import masks
@@ -351,14 +348,10 @@ def test_only_query_gets_a_gradient():
     assert q.grad is not None and k.grad is None
 
 
+@pytest.mark.parametrize("op", ["attention", "packed"])
 @pytest.mark.parametrize("backend", [TRITON])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="guard pages are a matter of CPU memory")
-def test_no_read_beyond_the_end(backend):
-    command = [sys.executable, str(Path(__file__).with_name("guarded.py"))]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
-    assert "no read beyond the end" in done.stdout
+def test_no_read_beyond_the_end(backend, op):
+    assert_no_read_beyond_the_end(op)
 
 
 @pytest.mark.gpu

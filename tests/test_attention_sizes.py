@@ -7,7 +7,7 @@ import torch
 from backends import BACKENDS, CUDA, TRITON, device_of, dtype_of, head_dim_of
 
 import fastattn
-from fastattn import masks
+from fastattn import Packing, masks
 from fastattn.lowering import LoweredMask, pack_bits, tile_lists, tile_status
 
 FAR = 2**31 + 16  # elements between two sequences
@@ -22,16 +22,20 @@ def unmapped():
 
 
 def far_apart(x: torch.Tensor) -> torch.Tensor:
-    """x (2, ...) with its two halves FAR elements apart, in memory of which only what is written takes space."""
-    size = (FAR + x[0].numel()) * x.element_size()
+    """x (2, ...) with its two halves FAR elements apart."""
+    return memory(x, FAR + x[0].numel()).as_strided(x.shape, (FAR, *x[0].contiguous().stride())).copy_(x)
+
+
+def memory(x: torch.Tensor, elements: int) -> torch.Tensor:
+    """On x's device and in its dtype; without a GPU only what is written takes space."""
+    size = elements * x.element_size()
     if x.device.type == "cuda":
         buffer = torch.empty(size, dtype=torch.uint8, device=x.device)
     else:
         mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         mappings.append(mapping)
         buffer = torch.frombuffer(mapping, dtype=torch.uint8)
-    view = buffer.view(x.dtype).as_strided(x.shape, (FAR, *x[0].contiguous().stride()))
-    return view.copy_(x)
+    return buffer.view(x.dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -64,6 +68,41 @@ def test_tensors_that_span_more_than_2_to_the_31_elements(backend, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "new_empty", far_new_empty)
     for actual, wanted in zip(run(far, *(far_apart(x) for x in (q, k, v, dout))), expected, strict=True):
         assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("backend", [TRITON])
+def test_packed_sequence_beyond_2_to_the_31_elements(backend, single, monkeypatch):
+    """The step from row to row is less, that from the first sequence to the second more."""
+    from fastattn.kernels.triton import attention
+
+    rows, step, D, ends = 2050, 2**20 + 16, 32, [0, 1, -2, -1]
+    near = [torch.randn(4, 1, D, device=device_of(backend), dtype=torch.float16) for _ in range(4)]
+    if not single:
+        monkeypatch.setattr(attention, "single_config", lambda *request: None)
+
+    def far_rows(x: torch.Tensor) -> torch.Tensor:
+        """(rows, 1, D), `step` elements from row to row."""
+        return memory(x, (rows - 1) * step + D).as_strided((rows, 1, D), (step, D, 1))
+
+    def run(cu, q, k, v, dout):
+        packing = Packing.from_cu_seqlens(torch.tensor(cu, device=q.device), 2, validate=False, capacity=q.shape[0])
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = fastattn.varlen_attention(*leaves, packing, backend=backend)
+        return [x[ends] for x in (out, *torch.autograd.grad(out, leaves, dout))]
+
+    far = [far_rows(x) for x in near]
+    for x, some in zip(far, near, strict=True):
+        x[ends] = some
+    expected = run([0, 2, 4], *near)
+    honest = torch.Tensor.new_full
+
+    def far_new_full(x, size, *value, **options):  # so that results span as much as the arguments
+        return far_rows(x)[None] if len(size) == 4 else honest(x, size, *value, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_full", far_new_full)
+    for actual, wanted in zip(run([0, rows - 2, rows], *far), expected, strict=True):
+        assert torch.equal(actual, wanted) and wanted.abs().max() > 0
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])

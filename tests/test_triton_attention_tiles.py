@@ -1,6 +1,8 @@
 """The tiles that a Triton attention program visits, and those it takes for full, against the mask's dense form."""
 
 # ruff: noqa: E402  (without triton nothing below can be imported)
+import itertools
+
 import pytest
 import torch
 
@@ -10,7 +12,16 @@ from backends import TRITON, device_of
 
 from fastattn import masks
 from fastattn.kernels.triton.attention import _mask_arguments
-from fastattn.kernels.triton.tiles import key_run, list_row, listed_run, mask_bounds, partial_place, query_run, tile_start
+from fastattn.kernels.triton.tiles import (
+    key_run,
+    list_row,
+    listed_run,
+    mask_bounds,
+    partial_place,
+    query_run,
+    sequence,
+    tile_start,
+)
 from fastattn.lowering import TILE
 from fastattn.testing import MASKS
 
@@ -150,3 +161,25 @@ def test_full_tiles_are_found():
     assert counts.tolist() == [[[2, 2, 1, 0, 0]] * 3, [[2, 2, 2, 2, 1]] * 3]
     counts = visits(masks.padding(lengths).lower(130, 130), 130, 130, False, 32, 64)[0, 0]
     assert counts.tolist() == [[2, 2, 0]] * 5
+
+
+@triton.jit
+def _sequence_kernel(starts, found, total, longest):
+    b = tl.program_id(0)
+    begin, length = sequence(starts, b, total, longest)
+    tl.store(found + 2 * b, begin)
+    tl.store(found + 2 * b + 1, length)
+
+
+@pytest.mark.parametrize("backend", [TRITON])
+def test_rows_of_a_sequence_are_rows_that_there_are(backend):
+    """Whatever int32 its offsets are."""
+    some = [-(2**31), -1, 0, 3, 8, 9, 10, 11, 2**31 - 1]
+    starts = [x for pair in itertools.product(some, some) for x in pair]
+    for total, longest in ((10, 5), (0, 5), (10, 0), (10, 2**29)):
+        given = torch.tensor(starts, dtype=torch.int32, device=device_of(backend))
+        found = torch.zeros(len(starts) - 1, 2, dtype=torch.int64, device=given.device)
+        _sequence_kernel[(len(found),)](given, found, total, longest)
+        for start, end, (begin, length) in zip(starts, starts[1:], found.tolist(), strict=False):
+            assert begin == min(max(start, 0), total)
+            assert length == min(max(min(end, total) - begin, 0), longest)
