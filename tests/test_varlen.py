@@ -177,12 +177,13 @@ def test_one_backward_kernel(backend, mask, monkeypatch):
     check(backend, *CROSS, "none" if mask == "causal_left" else mask, torch.float32, H=1, extra=5)
 
 
-@pytest.mark.parametrize("backend", [TRITON])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_full_tiles_of_rows_that_are_not_there(backend):
     """By its offsets a sequence fills tiles of which the tensors have some rows or none."""
-    device = device_of(backend)
+    device, dtype, D = device_of(backend), dtype_of(backend), head_dim_of(backend)
+    tolerance = 4e-3 if dtype == torch.float16 else 1e-5
     for T in (10, 70, 128, 150):
-        q, k, v, dout = (torch.randn(T, 2, 16, device=device) for _ in range(4))
+        q, k, v, dout = (torch.randn(T, 2, D, device=device, dtype=dtype) for _ in range(4))
         packing = Packing.from_cu_seqlens(torch.tensor([0, 5, 1000], device=device), 200, validate=False)
         dense = torch.ones(1, 1, 200, 200, dtype=torch.bool, device=device)
         results = []
@@ -191,4 +192,4 @@ def test_full_tiles_of_rows_that_are_not_there(backend):
             out = fastattn.varlen_attention(*leaves, packing, mask, backend=backend)
             results.append((out, *torch.autograd.grad(out, leaves, dout)))
         for listed, plain in zip(*results, strict=True):
-            assert torch.allclose(listed, plain, atol=1e-5)
+            assert torch.allclose(listed, plain, rtol=tolerance, atol=tolerance)

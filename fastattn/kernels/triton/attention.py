@@ -66,8 +66,8 @@ BEFORE_HOPPER = {  # with mma.sync both accumulators of 64 keys and the products
 }
 
 # sm -> BLOCK_D -> the tiles of the one backward kernel, for at most BLOCK_N keys: those that compile into 255 registers and the
-# 99 KB of shared memory of sm_89 with at most 16 bytes spilled. It moves 8 rows of D a token where two kernels move 12, and
-# multiplies 5 times a tile in place of 7. On sm_90 128 keys of D = 128 spill 32 bytes, 256 keys of D = 64 spill 96.
+# 99 KB of shared memory of sm_89 with at most 16 bytes spilled, 24 for packed sequences. It moves 8 rows of D a token where two
+# kernels move 12, and multiplies 5 times a tile, not 7. On sm_90 128 keys of D = 128 spill 32 bytes, 256 keys of D = 64 spill 96.
 SINGLE = {
     80: {
         32: (Config(32, 64, 4, 1), Config(16, 128, 4, 1)),
