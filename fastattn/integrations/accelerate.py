@@ -13,7 +13,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -191,7 +191,8 @@ def _model_forward(model: nn.Module, settings: Settings, *args: Any, **kwargs: A
         settings.report.fallbacks[why] += 1
         return own(model, *args, **kwargs)
     packing, mask = _tokens(settings, inputs.pop("attention_mask", None))
-    outputs = own(model, **inputs, **{KEYWORD: Batch(packing, mask, parts, settings.family.pre_norm)})  # type: ignore[arg-type]  # none was refused
+    batch = Batch(packing, mask, cast(list[Parts], parts), settings.family.pre_norm)
+    outputs = own(model, **inputs, **{KEYWORD: batch})
     return outputs if packing is None else _unpacked(outputs, packing)
 
 
