@@ -1,6 +1,6 @@
 """Fused masked multi-head attention and FFN for encoders: BERT, CLIP, ViT and their kin."""
 
-from fastattn import masks
+from fastattn import batching, masks
 from fastattn.integrations.accelerate import accelerate
 from fastattn.integrations.torch_sdpa import sdpa_override
 from fastattn.kernels.cpu.ffn import clear_packed
@@ -20,6 +20,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_weights",
+    "batching",
     "clear_packed",
     "explain",
     "explain_linear",

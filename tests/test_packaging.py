@@ -63,6 +63,7 @@ def imported(path):
         ("lowering.py", ()),
         ("masks.py", ("lowering",)),
         ("activations.py", ()),
+        ("batching.py", ()),
         ("plans.py", ("lowering",)),
         ("reference.py", ("lowering", "activations")),
         ("ops/*.py", ("masks", "lowering", "plans", "activations", "ops")),
