@@ -23,17 +23,21 @@ T* pointer(uintptr_t address) {
 }
 
 using HeadsArgument = std::array<int64_t, 4>;   // address; strides of batch, head, row
+using LseArgument = std::array<int64_t, 3>;     // address; strides of batch, head
 using MatrixArgument = std::array<int64_t, 2>;  // address; stride of a row
 
 Heads heads(const HeadsArgument& x) { return {pointer<void>(x[0]), x[1], x[2], x[3]}; }
 
-// Every field of LoweredMask, in its order: integers or None; (address, strides...) of tensors, with address 0 for None.
-using MaskArgument = std::tuple<std::optional<int>, std::optional<int>, std::optional<int>, uintptr_t, uintptr_t, uintptr_t,
-                                uintptr_t, std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<int64_t, 3>,
-                                std::array<int64_t, 5>, std::array<int64_t, 4>, std::array<int64_t, 4>>;
+// Every field of LoweredMask that kernels read, in its order: integers or None; (address, strides...) of tensors, with address 0
+// for None. Of packed sequences the addresses of the starts, then how many rows of queries and of keys there are.
+using MaskArgument =
+    std::tuple<std::optional<int>, std::optional<int>, std::optional<int>, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+               std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<int64_t, 5>,
+               std::array<int64_t, 4>, std::array<int64_t, 4>, uintptr_t, uintptr_t, int, int>;
 
 Mask mask(const MaskArgument& x) {
-  auto [low, high, prefix_high, prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, key_tiles, query_tiles] = x;
+  auto [low, high, prefix_high, prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, key_tiles, query_tiles,
+        query_starts, key_starts, query_rows, key_rows] = x;
   Mask m{};
   m.has_low = low.has_value(), m.low = low.value_or(0);
   m.has_high = high.has_value(), m.high = high.value_or(0);
@@ -47,15 +51,17 @@ Mask mask(const MaskArgument& x) {
   m.bits_batch = bits[1], m.bits_head = bits[2], m.bits_row = bits[3], m.bits_word = bits[4];
   m.key_tiles = {pointer<int32_t>(key_tiles[0]), key_tiles[1], key_tiles[2], key_tiles[3]};
   m.query_tiles = {pointer<int32_t>(query_tiles[0]), query_tiles[1], query_tiles[2], query_tiles[3]};
+  m.query_starts = {pointer<int32_t>(query_starts), query_rows};
+  m.key_starts = {pointer<int32_t>(key_starts), key_rows};
   return m;
 }
 
 void py_attention_forward(const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& out,
-                          uintptr_t lse, const MaskArgument& mask_argument, float scale, const std::array<int, 6>& sizes,
+                          const LseArgument& lse, const MaskArgument& mask_argument, float scale, const std::array<int, 6>& sizes,
                           bool bfloat16, bool aligned, uintptr_t stream) {
   AttentionForward p{};
   p.q = heads(q), p.k = heads(k), p.v = heads(v), p.out = heads(out);
-  p.lse = pointer<float>(lse);
+  p.lse = pointer<float>(lse[0]), p.lse_batch = lse[1], p.lse_head = lse[2];
   p.mask = mask(mask_argument);
   p.scale = scale;
   p.B = sizes[0], p.H = sizes[1], p.Hkv = sizes[2], p.M = sizes[3], p.N = sizes[4], p.D = sizes[5];
@@ -68,12 +74,13 @@ using Backward = void(const AttentionBackward&, uintptr_t);
 template <Backward backward>
 void py_attention_backward(const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& out,
                            const HeadsArgument& dout, const HeadsArgument& dq, const HeadsArgument& dk, const HeadsArgument& dv,
-                           uintptr_t lse, uintptr_t dlse, uintptr_t delta, const MaskArgument& mask_argument, float scale,
-                           const std::array<int, 6>& sizes, bool bfloat16, bool aligned, uintptr_t stream) {
+                           const LseArgument& lse, uintptr_t dlse, uintptr_t delta, const MaskArgument& mask_argument,
+                           float scale, const std::array<int, 6>& sizes, bool bfloat16, bool aligned, uintptr_t stream) {
   AttentionBackward p{};
   p.q = heads(q), p.k = heads(k), p.v = heads(v), p.out = heads(out), p.dout = heads(dout);
   p.dq = heads(dq), p.dk = heads(dk), p.dv = heads(dv);
-  p.lse = pointer<float>(lse), p.dlse = pointer<float>(dlse), p.delta = pointer<float>(delta);
+  p.lse = pointer<float>(lse[0]), p.lse_batch = lse[1], p.lse_head = lse[2];
+  p.dlse = pointer<float>(dlse), p.delta = pointer<float>(delta);
   p.mask = mask(mask_argument);
   p.scale = scale;
   p.B = sizes[0], p.H = sizes[1], p.Hkv = sizes[2], p.M = sizes[3], p.N = sizes[4], p.D = sizes[5];

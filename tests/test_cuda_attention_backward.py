@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import test_varlen
 import torch
 from backends import CUDA, device_of
 
 from fastattn import masks
 from fastattn.kernels.cuda import attention, emulator, library
+from fastattn.lowering import LoweredMask
 from fastattn.testing import MASKS, assert_accurate, attention_inputs, attention_yardstick, run_attention
 
 KERNELS = {"one": "attention_backward_single", "two": "attention_backward"}
@@ -198,3 +200,44 @@ def test_sizes_of_zero(backend, kernels):
         x = attention_inputs(B, 4, M, N, 32, torch.float16, device_of("cuda"), Hkv=2, dlse=True)
         for name, gradient in run_attention(x, backend).items():
             assert name in ("out", "lse") or (gradient == 0).all()
+
+
+@pytest.mark.usefixtures("poisoned", "alone")
+@pytest.mark.parametrize("mask", MASKS)
+def test_packed_sequences_in_two_kernels(backend, launched, monkeypatch, mask):
+    """`test_varlen` has them in one."""
+    monkeypatch.setattr(attention, "one_kernel", lambda *sizes: False)
+    turn = list(MASKS).index(mask)
+    D, Hkv, extra = (32, 64, 128)[turn % 3], 1 + turn % 2, (None, 5)[turn // 2 % 2]
+    test_varlen.check(backend, *test_varlen.CROSS, mask, torch.float16, Hkv=Hkv, D=D, extra=extra, dlse=turn % 3 == 0)
+    assert set(launched) == {KERNELS["two"]}
+
+
+@pytest.mark.usefixtures("poisoned", "alone")
+@pytest.mark.parametrize(("kernels", "longest"), [("one", 8), ("two", 8), ("two", 300)])
+def test_wrong_starts_stay_inside(backend, monkeypatch, kernels, longest):
+    """Kernels clamp what they are given, whatever made it: five sequences of 0, 5, 4, 0 and 0 of the nine rows."""
+    monkeypatch.setattr(attention, "one_kernel", lambda *sizes: kernels == "one")
+    device, T, D = device_of("cuda"), 9, 32
+    x = attention_inputs(1, 2, T, T, D, torch.float16, device, Hkv=1, dlse=True)
+
+    def results(starts):
+        starts = torch.tensor(starts, dtype=torch.int32, device=device)
+        mask = LoweredMask(high=1, query_starts=starts, key_starts=starts, max_queries=longest, max_keys=longest, all_rows=False)
+        out, lse = attention.forward(x.q, x.k, x.v, mask, x.scale, True)
+        return out, lse, *attention.backward(x.dout, x.dlse, x.q, x.k, x.v, out, lse, mask, x.scale)
+
+    wrong, right = results([9, -3, 5, 2**31 - 1, -(2**31), -1]), results([0, 0, 5, 9, 9, 9])
+    assert all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(wrong, right, strict=True))
+
+
+def test_packed_sequences_of_nothing(backend):
+    """No sequence, none with a query, none with a key: nothing is launched, or nothing is seen."""
+    device = device_of("cuda")
+    for T, starts, M, N in ((0, [0], 4, 4), (3, [0], 4, 4), (3, [0, 0, 0], 0, 4), (3, [0, 3], 3, 0), (0, [0, 0], 3, 3)):
+        x = attention_inputs(1, 2, T, T, 32, torch.float16, device)
+        rows = torch.tensor(starts, dtype=torch.int32, device=device)
+        mask = LoweredMask(query_starts=rows, key_starts=rows, max_queries=M, max_keys=N, all_rows=False)
+        out, lse = attention.forward(x.q, x.k, x.v, mask, x.scale, True)
+        gradients = attention.backward(x.dout, None, x.q, x.k, x.v, out, lse, mask, x.scale)
+        assert (lse == float("-inf")).all() and all((t == 0).all() for t in (out, *gradients))

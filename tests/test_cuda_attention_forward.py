@@ -1,9 +1,11 @@
 """The CUDA attention forward: which kernel serves a request, which blocks of pairs it multiplies, and lengths at their edges."""
 
 import pytest
+import test_varlen
 import torch
 from backends import CUDA, device_of
 
+from fastattn import Packing, masks
 from fastattn.kernels.cuda import attention, emulator
 from fastattn.lowering import LoweredMask
 from fastattn.testing import MASKS, assert_accurate, attention_inputs, attention_yardstick
@@ -17,9 +19,12 @@ def module():
     return attention.library.module() if GPU else emulator.module()
 
 
-def visits(mask, B, H, M, N, D=64, limit=SM_90):
-    """Bool (B, H, M, N) twice: a product visits the pair, and does so without a mask; and the number of pairs multiplied."""
-    argument, _ = attention._mask(mask)
+def visits(mask, B, H, M, N, D=64, limit=SM_90, rows=None):
+    """Bool (B, H, M, N) twice: a product visits the pair, and does so without a mask; and the number of pairs multiplied.
+
+    rows: of q and of k, where they are packed.
+    """
+    argument, _ = attention._mask(mask, *(rows or (M, N)))
     visited, full = (torch.zeros(B, H, M + 15, N + 15, dtype=torch.bool) for _ in range(2))
     pairs = 0
     for b, h, m, n, keys, masked in module().attention_forward_blocks(argument, (B, H, H, M, N, D), limit):
@@ -80,6 +85,39 @@ def test_multiplies_little_more_than_the_pairs(L, most):
     assert L * L <= pairs <= most * L * L
 
 
+UNALIGNED = ["none", "causal_top_left", "padding", "padding_queries", "left", "holes"]  # no bound depends on N - M
+
+
+@pytest.mark.parametrize(
+    ("lengths", "key_lengths", "mask"),
+    [
+        *(((5, 0, 70, 200), None, mask) for mask in MASKS),
+        *(((3, 300, 66), None, mask) for mask in MASKS),
+        *(((5, 0, 70, 200), (66, 9, 0, 130), mask) for mask in UNALIGNED),
+        *(((5, 66, 70), (300, 64, 0), mask) for mask in UNALIGNED),
+    ],
+)
+def test_packed_sequences_visit_what_each_alone_does(lengths, key_lengths, mask):
+    """In heads held on chip, and in streamed ones."""
+    B, H, M, N = len(lengths), 2, max(lengths), max(key_lengths or lengths)
+    packing = keys = Packing.from_lengths(torch.tensor(lengths), M)
+    if key_lengths is not None:
+        keys = Packing.from_lengths(torch.tensor(key_lengths), N)
+    mask = attention_inputs(B, H, M, N, 4, torch.float32, mask=mask).mask
+    tokens = test_varlen.packed_ids(mask, packing, keys) or masks.full()
+    lowered = tokens.lower_packed(packing, keys, H)
+    visited, full, pairs = visits(lowered, B, H, M, N, rows=(packing.total, keys.total))
+    alone = 0
+    for b, (m, n) in enumerate(zip(lengths, key_lengths or lengths, strict=True)):
+        one = LoweredMask() if mask is None else test_varlen.of_sequence(mask, b, m, n).lower(m, n, torch.device("cpu"))
+        expected, expected_full, count = visits(one, 1, H, m, n, limit=SM_90 if N <= 288 else 0)
+        assert torch.equal(visited[b, :, :m, :n], expected[0])
+        wrong = full[b, :, :m, :n] & ~expected_full[0]  # lists tell of tiles of the longest sequence: fewer are known to be full
+        assert not wrong.any() and (lowered.key_tiles is not None or torch.equal(full[b, :, :m, :n], expected_full[0]))
+        alone += count
+    assert pairs == alone, "pairs beyond the end of a sequence are multiplied"
+
+
 def test_causal_multiplies_half():
     lowered = MASKS["causal"](1, 1, 256, 256, None, "cpu").lower(256, 256, torch.device("cpu"))
     assert visits(lowered, 1, 1, 256, 256)[2] == 16 * 17 // 2 * 256
@@ -123,3 +161,22 @@ def test_edges_and_grouped_heads(backend, M, N):
         x = attention_inputs(1, H, M, N, D, dtype, device_of(backend), Hkv=Hkv, mask=mask, seed=i)
         out, lse = attention.forward(x.q, x.k, x.v, x.lowered(), x.scale, True)
         assert_accurate({"out": out, "lse": lse}, attention_yardstick(x))
+
+
+# bounds, a range of keys, holes, documents, bits of each sequence's own N - M
+@pytest.mark.usefixtures("poisoned", "alone")
+@pytest.mark.parametrize("mask", ["none", "causal", "window_prefix", "padding_queries", "holes", "documents_causal", "dense"])
+@pytest.mark.parametrize("backend", [CUDA])
+def test_packed_sequences_with_many_keys(backend, mask):
+    """K and V stream through shared memory; the backward takes two kernels."""
+    turn = len(mask) % 3
+    dtype, D, Hkv = (torch.float16, torch.bfloat16)[turn % 2], (32, 64, 128)[turn], 1 + turn % 2
+    test_varlen.check(backend, (20, 0, 70, 1), (300, 5, 64, 130), mask, dtype, Hkv=Hkv, D=D, extra=turn, dlse=turn == 0)
+    test_varlen.check(backend, (3, 290, 0), None, mask, torch.float16, H=1, D=32)
+
+
+@pytest.mark.usefixtures("poisoned", "alone")
+@pytest.mark.parametrize("backend", [CUDA])
+def test_packed_sequences_in_several_blocks(backend):
+    """More queries than one block of resident keys takes: others than the first end early or have no query at all."""
+    test_varlen.check(backend, (330, 5, 0, 170), (24, 24, 24, 7), "causal_top_left", torch.float16, H=1, D=32)

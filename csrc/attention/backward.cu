@@ -59,19 +59,21 @@ attention_dq_kernel(KERNEL_ARGUMENT AttentionBackward p) {
   unsigned char *q_tile = shared, *do_tile = shared + TILE, *k_tiles = shared + 2 * TILE, *v_tiles = shared + 4 * TILE;
   float *shift = reinterpret_cast<float*>(shared + 6 * TILE), *delta = shift + BLOCK;
 
-  int blocks = (p.M + BLOCK - 1) / BLOCK, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int64_t head = blockIdx.x / blocks;
-  int m0 = static_cast<int>(blockIdx.x % blocks) * BLOCK, m = m0 + warp * 16;
+  int parts = (p.M + BLOCK - 1) / BLOCK, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int64_t head = blockIdx.x / parts;
+  int m0 = static_cast<int>(blockIdx.x % parts) * BLOCK, m = m0 + warp * 16;
   int b = static_cast<int>(head / p.H), h = static_cast<int>(head % p.H), kv = h / (p.H / p.Hkv);
-  const T* k = static_cast<const T*>(p.k.data) + b * p.k.batch + kv * p.k.head;
-  const T* v = static_cast<const T*>(p.v.data) + b * p.v.batch + kv * p.v.head;
-  Bounds r = bounds(p.mask, b, p.M, p.N);
+  Span queries = span(p.mask.query_starts, b, p.M), keys = span(p.mask.key_starts, b, p.N);
+  if (m0 >= queries.count) return;  // the grid is of the longest sequence
+  const T* k = static_cast<const T*>(p.k.data) + b * p.k.batch + kv * p.k.head + keys.first * p.k.row;
+  const T* v = static_cast<const T*>(p.v.data) + b * p.v.batch + kv * p.v.head + keys.first * p.v.row;
+  Bounds r = bounds(p.mask, b, queries.count, keys.count);
   Run run{0, 0, 0, 0};
   if (m0 < r.rows) run = key_run(p.mask, r, m0, min(m0 + BLOCK, r.rows) - 1);
   Visits<BLOCK> tiles = visits<BLOCK>(p.mask.key_tiles, b, h, m0 / BLOCK, run.first, run.last);
 
   auto load_queries = [&](unsigned char* tile, const Heads& x) {
-    const T* rows = static_cast<const T*>(x.data) + b * x.batch + h * x.head + m0 * x.row;
+    const T* rows = static_cast<const T*>(x.data) + b * x.batch + h * x.head + (queries.first + m0) * x.row;
     load_tile<T, BLOCK, D, THREADS>(tile, rows, x.row, p.aligned, [&](int row, int) { return m0 + row < r.rows ? 8 : 0; });
   };
   auto load_keys = [&](int tile) {
@@ -86,15 +88,16 @@ attention_dq_kernel(KERNEL_ARGUMENT AttentionBackward p) {
   load_queries(out_tile, p.out);
   if (tiles.count > 0) load_keys(0);
   cp_async_commit();
-  bool mine = lane < 16 && m + lane < p.M;
-  float lse = mine ? p.lse[head * p.M + m + lane] : -INF;
-  float dlse = mine && p.dlse != nullptr ? p.dlse[head * p.M + m + lane] : 0.0f;
+  bool mine = lane < 16 && m + lane < queries.count;
+  int64_t row = b * p.lse_batch + h * p.lse_head + queries.first + m + lane;
+  float lse = mine ? p.lse[row] : -INF;
+  float dlse = mine && p.dlse != nullptr ? p.dlse[row] : 0.0f;
   cp_async_wait<0>();
   block_barrier();
   q_tile += warp * ROWS, do_tile += warp * ROWS, shift += warp * 16, delta += warp * 16;  // to the warp's own rows
   prepare<T, D>(q_tile, do_tile, out_tile + warp * ROWS, shift, delta, lse, dlse, 0, 256 / D, 16);
   block_barrier();
-  if (mine) p.delta[head * p.M + m + lane] = delta[lane];
+  if (mine) p.delta[row] = delta[lane];
 
   float acc[D / 8][4];
 #pragma unroll
@@ -106,7 +109,7 @@ attention_dq_kernel(KERNEL_ARGUMENT AttentionBackward p) {
     cp_async_commit();
     cp_async_wait<1>();
     block_barrier();
-    int n0 = tiles.start(tile), stage = tile % 2 * TILE, key_blocks = (p.N - n0 + 15) / 16;
+    int n0 = tiles.start(tile), stage = tile % 2 * TILE, key_blocks = (r.end - n0 + 15) / 16;
     Kind visible = kind<BLOCK>(p.mask, r, m, n0, tiles.listed(tile, p.mask));
     if (visible != EMPTY) {
       float weight[BLOCK / 8][4], ds[BLOCK / 8][4];
@@ -119,8 +122,9 @@ attention_dq_kernel(KERNEL_ARGUMENT AttentionBackward p) {
     block_barrier();  // before the copy of the tile after next overwrites this stage
   }
   cp_async_wait<0>();
-  T* dq = static_cast<T*>(p.dq.data) + b * p.dq.batch + h * p.dq.head;
-  store_rows<T, D>(dq + m * p.dq.row, p.dq.row, acc, p.scale, p.M - m);
+  queries = span(p.mask.query_starts, b, p.M);
+  T* dq = static_cast<T*>(p.dq.data) + b * p.dq.batch + h * p.dq.head + (queries.first + m) * p.dq.row;
+  store_rows<T, D>(dq, p.dq.row, acc, p.scale, queries.count - m);
 }
 
 constexpr int KEYS = 16;  // of a warp
@@ -141,22 +145,24 @@ attention_dkdv_kernel(KERNEL_ARGUMENT AttentionBackward p) {
   unsigned char *k_tile = shared, *v_tile = shared + TILE, *stages = shared + 2 * TILE, *turned = stages + 2 * STAGE;
   float* statistics = reinterpret_cast<float*>(turned + WARPS * 2 * TURNED);
 
-  int blocks = (p.N + BLOCK - 1) / BLOCK, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int64_t kv_head = blockIdx.x / blocks;
-  int n0 = static_cast<int>(blockIdx.x % blocks) * BLOCK, n = n0 + warp * KEYS;
+  int parts = (p.N + BLOCK - 1) / BLOCK, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int64_t kv_head = blockIdx.x / parts;
+  int n0 = static_cast<int>(blockIdx.x % parts) * BLOCK, n = n0 + warp * KEYS;
   int b = static_cast<int>(kv_head / p.Hkv), kv = static_cast<int>(kv_head % p.Hkv), group = p.H / p.Hkv;
-  Bounds r = bounds(p.mask, b, p.M, p.N);
+  Span queries = span(p.mask.query_starts, b, p.M), keys = span(p.mask.key_starts, b, p.N);
+  if (n0 >= keys.count) return;  // the grid is of the longest sequence
+  Bounds r = bounds(p.mask, b, queries.count, keys.count);
   int begin = max(n0, r.begin), end = min(n0 + BLOCK, r.end);
   Run run{0, 0, 0, 0};
   if (begin < end) run = query_run(p.mask, r, begin, end - 1);
 
   auto load_keys = [&](unsigned char* tile, const Heads& x) {
-    const T* rows = static_cast<const T*>(x.data) + b * x.batch + kv * x.head + n0 * x.row;
+    const T* rows = static_cast<const T*>(x.data) + b * x.batch + kv * x.head + (keys.first + n0) * x.row;
     load_tile<T, BLOCK, D, THREADS>(tile, rows, x.row, p.aligned,
                                     [&](int row, int) { return live_key(p.mask, r, b, n0 + row) ? 8 : 0; });
   };
   auto load_queries = [&](unsigned char* tile, const Heads& x, int h, int m0) {
-    const T* rows = static_cast<const T*>(x.data) + b * x.batch + h * x.head + m0 * x.row;
+    const T* rows = static_cast<const T*>(x.data) + b * x.batch + h * x.head + queries.first * x.row + m0 * x.row;
     load_tile<T, BLOCK_Q, D, THREADS>(tile, rows, x.row, p.aligned, [&](int row, int) { return m0 + row < r.rows ? 8 : 0; });
   };
   auto visit = [&](int h) { return visits<BLOCK_Q>(p.mask.query_tiles, b, h, n0 / BLOCK, run.first, run.last); };
@@ -175,8 +181,8 @@ attention_dkdv_kernel(KERNEL_ARGUMENT AttentionBackward p) {
     unsigned char* q = stages + stage * STAGE;
     float* shift = statistics + stage * 2 * BLOCK_Q;
     int m = at.tiles.start(at.index) + lane;
-    int64_t row = (static_cast<int64_t>(b) * p.H + at.head) * p.M + m;
-    float lse = m < p.M ? p.lse[row] : -INF, delta = m < p.M ? p.delta[row] : 0.0f;
+    int64_t row = b * p.lse_batch + at.head * p.lse_head + span(p.mask.query_starts, b, p.M).first + m;
+    float lse = m < r.rows ? p.lse[row] : -INF, delta = m < r.rows ? p.delta[row] : 0.0f;
     prepare<T, D>(q, q + STAGE / 2, nullptr, shift, shift + BLOCK_Q, lse, delta, warp * (256 / D), WARPS * (256 / D), BLOCK_Q);
   };
 
@@ -215,10 +221,11 @@ attention_dkdv_kernel(KERNEL_ARGUMENT AttentionBackward p) {
     prepare_rows(next, stage ^ 1);
     at = next;
   }
-  T* dk = static_cast<T*>(p.dk.data) + b * p.dk.batch + kv * p.dk.head + n * p.dk.row;
-  T* dv = static_cast<T*>(p.dv.data) + b * p.dv.batch + kv * p.dv.head + n * p.dv.row;
-  store_rows<T, D>(dk, p.dk.row, slab.dk[0], p.scale, p.N - n);
-  store_rows<T, D>(dv, p.dv.row, slab.dv[0], 1.0f, p.N - n);
+  keys = span(p.mask.key_starts, b, p.N);
+  T* dk = static_cast<T*>(p.dk.data) + b * p.dk.batch + kv * p.dk.head + (keys.first + n) * p.dk.row;
+  T* dv = static_cast<T*>(p.dv.data) + b * p.dv.batch + kv * p.dv.head + (keys.first + n) * p.dv.row;
+  store_rows<T, D>(dk, p.dk.row, slab.dk[0], p.scale, keys.count - n);
+  store_rows<T, D>(dv, p.dv.row, slab.dv[0], 1.0f, keys.count - n);
 }
 
 template <class T, int D>

@@ -9,14 +9,16 @@
 namespace fastattn {
 
 struct AttentionBackward {
-  Heads q, k, v, out, dout;  // q, out, dout: (B, H, M, D); k, v: (B, Hkv, N, D)
-  Heads dq, dk, dv;          // as q and k; rows start at multiples of 16 bytes
-  const float* lse;          // (B, H, M)
-  const float* dlse;         // (B, H, M) or null
-  float* delta;              // (B, H, M), workspace of the two kernels: rowsum(dO * O) - dlse; null for the single one
+  Heads q, k, v, out, dout;     // q, out, dout: (B, H, M, D); k, v: (B, Hkv, N, D)
+  Heads dq, dk, dv;             // as q and k; rows start at multiples of 16 bytes
+  const float* lse;             // (B, H, M)
+  int64_t lse_batch, lse_head;  // strides of lse, and of dlse and delta
+  const float* dlse;            // (B, H, M) or null
+  float* delta;                 // (B, H, M), workspace of the two kernels: rowsum(dO * O) - dlse; null for the single one
   Mask mask;
   float scale;
   int B, H, Hkv, M, N, D;  // query head h reads head h / (H / Hkv) of k and v
+                           // packed: B sequences of at most M queries and N keys, and strides of the batch are 0
   bool bfloat16;
   bool aligned;  // rows of q, k, v, out and dout start at multiples of 16 bytes
 };

@@ -96,41 +96,45 @@ attention_backward_single_kernel(KERNEL_ARGUMENT AttentionBackward p) {
   SHARED_MEMORY(shared);
   constexpr int KEYS = SLAB_KEYS<D>, ROWS = 16 * D * 2, DS_TILE = BLOCK_Q * KEYS * 2;
   int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, n0 = warp * KEYS;
-  unsigned char *k_tile = shared, *v_tile = k_tile + warps * KEYS * D * 2, *queries = v_tile + warps * KEYS * D * 2;
-  unsigned char *out_tile = queries + 4 * TILE<D>, *ds_tiles = out_tile + TILE<D>;
+  unsigned char *k_tile = shared, *v_tile = k_tile + warps * KEYS * D * 2, *query_tiles = v_tile + warps * KEYS * D * 2;
+  unsigned char *out_tile = query_tiles + 4 * TILE<D>, *ds_tiles = out_tile + TILE<D>;
   unsigned char* p_tile = ds_tiles + warps * DS_TILE + warp * DS_TILE / 2;
   float* statistics = reinterpret_cast<float*>(ds_tiles + warps * (DS_TILE + DS_TILE / 2));
-  auto q_tile = [&](int stage) { return queries + stage * 2 * TILE<D>; };
+  auto q_tile = [&](int stage) { return query_tiles + stage * 2 * TILE<D>; };
   auto do_tile = [&](int stage) { return q_tile(stage) + TILE<D>; };
   auto shift = [&](int stage) { return statistics + stage * 2 * BLOCK_Q; };
   auto delta = [&](int stage) { return shift(stage) + BLOCK_Q; };
 
   int b = static_cast<int>(blockIdx.x) / p.Hkv, kv = static_cast<int>(blockIdx.x) % p.Hkv, group = p.H / p.Hkv;
-  Bounds r = bounds(p.mask, b, p.M, p.N);
+  Span queries = span(p.mask.query_starts, b, p.M), keys = span(p.mask.key_starts, b, p.N);
+  Bounds r = bounds(p.mask, b, queries.count, keys.count);
   Run run{0, 0, 0, 0};
   if (r.begin < r.end) run = query_run(p.mask, r, r.begin, r.end - 1);
   int first = run.first / BLOCK_Q * BLOCK_Q, tiles = max(run.last - first + BLOCK_Q - 1, 0) / BLOCK_Q, steps = group * tiles;
 
   auto head_of = [&](int step) { return kv * group + step / tiles; };
   auto rows_of = [&](int step) { return first + step % tiles * BLOCK_Q; };
-  auto rows = [&](const Heads& x, int h, int row) { return static_cast<T*>(x.data) + b * x.batch + h * x.head + row * x.row; };
+  auto rows = [&](const Heads& x, const Span& of, int h, int row) {
+    return static_cast<T*>(x.data) + b * x.batch + h * x.head + (of.first + row) * x.row;
+  };
   auto load_keys = [&](unsigned char* tile, const Heads& x) {
-    load_rows<T, D>(tile, rows(x, kv, 0), x.row, warps * KEYS, p.aligned, [&](int row) { return live_key(p.mask, r, b, row); });
+    load_rows<T, D>(tile, rows(x, keys, kv, 0), x.row, warps * KEYS, p.aligned,
+                    [&](int row) { return live_key(p.mask, r, b, row); });
   };
   auto load_queries = [&](int step) {
     int h = head_of(step), m0 = rows_of(step);
     auto live = [&](int row) { return m0 + row < r.rows; };
-    load_rows<T, D>(q_tile(step % 2), rows(p.q, h, m0), p.q.row, BLOCK_Q, p.aligned, live);
-    load_rows<T, D>(do_tile(step % 2), rows(p.dout, h, m0), p.dout.row, BLOCK_Q, p.aligned, live);
-    load_rows<T, D>(out_tile, rows(p.out, h, m0), p.out.row, BLOCK_Q, p.aligned, live);
+    load_rows<T, D>(q_tile(step % 2), rows(p.q, queries, h, m0), p.q.row, BLOCK_Q, p.aligned, live);
+    load_rows<T, D>(do_tile(step % 2), rows(p.dout, queries, h, m0), p.dout.row, BLOCK_Q, p.aligned, live);
+    load_rows<T, D>(out_tile, rows(p.out, queries, h, m0), p.out.row, BLOCK_Q, p.aligned, live);
   };
   // lse and dlse of a tile's rows, one in each lane of every warp
   float lse = -INF, dlse = 0;
   auto load_statistics = [&](int step) {
     int m = rows_of(step) + lane;
-    int64_t row = (static_cast<int64_t>(b) * p.H + head_of(step)) * p.M + m;
-    lse = m < p.M ? p.lse[row] : -INF;
-    dlse = m < p.M && p.dlse != nullptr ? p.dlse[row] : 0.0f;
+    int64_t row = b * p.lse_batch + head_of(step) * p.lse_head + queries.first + m;
+    lse = m < r.rows ? p.lse[row] : -INF;
+    dlse = m < r.rows && p.dlse != nullptr ? p.dlse[row] : 0.0f;
   };
   auto prepare_rows = [&](int stage) {
     prepare<T, D>(q_tile(stage), do_tile(stage), out_tile, shift(stage), delta(stage), lse, dlse, warp * (256 / D),
@@ -164,7 +168,7 @@ attention_backward_single_kernel(KERNEL_ARGUMENT AttentionBackward p) {
       Queries x{q_tile(stage) + block * ROWS, do_tile(stage) + block * ROWS, shift(stage) + block * 16,
                 delta(stage) + block * 16};
       add_queries<T, D, KEYS>(slab, x, k_tile + n0 * D * 2, v_tile + n0 * D * 2, p_tile,
-                              ds_tiles + warp * DS_TILE + block * 16 * KEYS * 2, (p.N - n0 + 15) / 16, p.scale,
+                              ds_tiles + warp * DS_TILE + block * 16 * KEYS * 2, (r.end - n0 + 15) / 16, p.scale,
                               [&](float (&weight)[KEYS / 8][4]) {
                                 if ((slabs.full >> warp & 1) == 0) hide<KEYS>(weight, p.mask, r, b, h, m, n0);
                               });
@@ -175,21 +179,24 @@ attention_backward_single_kernel(KERNEL_ARGUMENT AttentionBackward p) {
     for (int task = warp; task < 2 * (D / 16); task += warps) {
       int block = task / (D / 16), column = task % (D / 16) * 16;
       float acc[2][4];
-      query_gradient<T, D>(acc, ds_tiles + block * 16 * KEYS * 2, k_tile, block == 0 ? visited[0] : visited[1], column / 8, p.N);
+      query_gradient<T, D>(acc, ds_tiles + block * 16 * KEYS * 2, k_tile, block == 0 ? visited[0] : visited[1], column / 8,
+                           r.end);
       int m = m0 + block * 16;
-      store_rows<T, 16>(rows(p.dq, h, m) + column, p.dq.row, acc, p.scale, p.M - m);
+      store_rows<T, 16>(rows(p.dq, queries, h, m) + column, p.dq.row, acc, p.scale, r.rows - m);
     }
     if (step + 1 < steps) prepare_rows(stage ^ 1);
   }
+  queries = span(p.mask.query_starts, b, p.M), keys = span(p.mask.key_starts, b, p.N);
   for (int h = kv * group; h < (kv + 1) * group; h++) {  // queries that see no key by the bounds
-    clear_rows<T, D>(rows(p.dq, h, 0), p.dq.row, 0, min(first, p.M));
-    clear_rows<T, D>(rows(p.dq, h, 0), p.dq.row, first + tiles * BLOCK_Q, p.M);
+    T* dq = rows(p.dq, queries, h, 0);
+    clear_rows<T, D>(dq, p.dq.row, 0, min(first, queries.count));
+    clear_rows<T, D>(dq, p.dq.row, min(first + tiles * BLOCK_Q, max(r.rows, 0)), queries.count);
   }
 #pragma unroll
   for (int j = 0; j < KEYS / 16; j++) {
     int n = n0 + j * 16;
-    store_rows<T, D>(rows(p.dk, kv, n), p.dk.row, slab.dk[j], p.scale, p.N - n);
-    store_rows<T, D>(rows(p.dv, kv, n), p.dv.row, slab.dv[j], 1.0f, p.N - n);
+    store_rows<T, D>(rows(p.dk, keys, kv, n), p.dk.row, slab.dk[j], p.scale, keys.count - n);
+    store_rows<T, D>(rows(p.dv, keys, kv, n), p.dv.row, slab.dv[j], 1.0f, keys.count - n);
   }
 }
 

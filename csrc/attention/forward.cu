@@ -49,9 +49,10 @@ std::vector<AttentionForwardBlock> attention_forward_blocks(const AttentionForwa
   bool resident = attention_forward_config(p.D, p.M, p.N, shared_limit).capacity > 0;
   std::vector<AttentionForwardBlock> found;
   for (int b = 0; b < p.B; b++)
-    for (int h = 0; h < p.H; h++)
-      for (int m = 0; m < p.M; m += BLOCK) {
-        Bounds r = bounds(p.mask, b, p.M, p.N);
+    for (int h = 0; h < p.H; h++) {
+      Span queries = span(p.mask.query_starts, b, p.M), keys = span(p.mask.key_starts, b, p.N);
+      for (int m = 0; m < queries.count; m += BLOCK) {
+        Bounds r = bounds(p.mask, b, queries.count, keys.count);
         Run run = block_run(p.mask, r, m, BLOCK);
         auto add = [&](const Blocks& blocks, int first) {
           for (int i = 0; i < 32; i++)
@@ -67,6 +68,7 @@ std::vector<AttentionForwardBlock> attention_forward_blocks(const AttentionForwa
           for (int i = 0; i < tiles.count; i++) add(tile_blocks(p.mask, tiles, i, run), tile_at(tiles, i) * MASK_TILE);
         }
       }
+    }
   return found;
 }
 

@@ -215,13 +215,15 @@ DEVICE void accumulate(Softmax<D>& state, const float (*s)[4], const float (&shi
     }
 }
 
-// Divide by the sum of weights; write out and lse of the 16 rows from m0 on, dead from `rows` on. They go through `tile`, 16 x D
-// of this warp's, for 16-byte stores.
+// Divide by the sum of weights; write out and lse of the sequence's 16 rows from m0 on, dead from `rows` on. They go through
+// `tile`, 16 x D of this warp's, for 16-byte stores.
 template <class T, int D>
 DEVICE void finish(const AttentionForward& p, const Softmax<D>& state, float factor, unsigned char* tile, int b, int h, int m0,
                    int rows) {
   int lane = threadIdx.x % 32;
   warp_barrier();  // what the tile held has been read by all lanes
+  Span queries = span(p.mask.query_starts, b, p.M);
+  float* lse = p.lse + b * p.lse_batch + h * p.lse_head + queries.first;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     int row = half * 8 + lane / 4, m = m0 + row;
@@ -230,8 +232,7 @@ DEVICE void finish(const AttentionForward& p, const Softmax<D>& state, float fac
     total += shuffle_xor(total, 2);
     bool dead = m >= rows || total == 0.0f;
     float inverse = dead ? 0.0f : 1.0f / total;
-    if (lane % 4 == 0 && m < p.M)
-      p.lse[(static_cast<int64_t>(b) * p.H + h) * p.M + m] = dead ? -INF : (state.top[half] * factor + log2f(total)) * LN_2;
+    if (lane % 4 == 0 && m < queries.count) lse[m] = dead ? -INF : (state.top[half] * factor + log2f(total)) * LN_2;
 #pragma unroll
     for (int i = 0; i < D / 8; i++) {
       float low = dead ? 0.0f : state.out[i][half * 2] * inverse, high = dead ? 0.0f : state.out[i][half * 2 + 1] * inverse;
@@ -239,11 +240,11 @@ DEVICE void finish(const AttentionForward& p, const Softmax<D>& state, float fac
     }
   }
   warp_barrier();
-  T* out = static_cast<T*>(p.out.data) + b * p.out.batch + h * p.out.head;
+  T* out = static_cast<T*>(p.out.data) + b * p.out.batch + h * p.out.head + queries.first * p.out.row;
 #pragma unroll
   for (int i = 0; i < 16 * D / 8 / 32; i++) {
     int index = i * 32 + lane, row = index / (D / 8), chunk = index % (D / 8);
-    if (m0 + row < p.M)
+    if (m0 + row < queries.count)
       *reinterpret_cast<uint4*>(out + (m0 + row) * p.out.row + chunk * 8) =
           *reinterpret_cast<const uint4*>(tile + chunk_offset<D / 8>(row, chunk));
   }

@@ -9,11 +9,13 @@
 namespace fastattn {
 
 struct AttentionForward {
-  Heads q, k, v, out;  // q, out: (B, H, M, D); k, v: (B, Hkv, N, D). out's rows start at multiples of 16 bytes.
-  float* lse;          // (B, H, M)
+  Heads q, k, v, out;           // q, out: (B, H, M, D); k, v: (B, Hkv, N, D). out's rows start at multiples of 16 bytes.
+  float* lse;                   // (B, H, M)
+  int64_t lse_batch, lse_head;  // its strides
   Mask mask;
   float scale;
   int B, H, Hkv, M, N, D;  // query head h reads head h / (H / Hkv) of k and v
+                           // packed: B sequences of at most M queries and N keys, and strides of the batch are 0
   bool bfloat16;
   bool aligned;  // rows of q, k and v start at multiples of 16 bytes
 };

@@ -117,14 +117,16 @@ attention_forward_resident_kernel(KERNEL_ARGUMENT Arguments arguments) {
   int parts = (p.M - 1) / arguments.rows + 1;
   int head = static_cast<int>(blockIdx.x / parts), b = head / p.H, h = head % p.H, kv = h / (p.H / p.Hkv);
   int m_block = static_cast<int>(blockIdx.x % parts) * arguments.rows;
-  int tiles = (min(arguments.rows, p.M - m_block) + BLOCK - 1) / BLOCK;
-  const T* q = static_cast<const T*>(p.q.data) + b * p.q.batch + h * p.q.head + m_block * p.q.row;
-  const T* k = static_cast<const T*>(p.k.data) + b * p.k.batch + kv * p.k.head;
-  const T* v = static_cast<const T*>(p.v.data) + b * p.v.batch + kv * p.v.head;
-  int keys = (p.N + BLOCK - 1) / BLOCK * BLOCK;
-  unsigned char *k_tile = shared, *v_tile = k_tile + keys * D * 2, *q_tile = v_tile + keys * D * 2;
+  Span queries = span(p.mask.query_starts, b, p.M), keys = span(p.mask.key_starts, b, p.N);
+  if (m_block >= queries.count) return;  // the grid is of the longest sequence
+  int tiles = (min(arguments.rows, queries.count - m_block) + BLOCK - 1) / BLOCK;
+  const T* q = static_cast<const T*>(p.q.data) + b * p.q.batch + h * p.q.head + (queries.first + m_block) * p.q.row;
+  const T* k = static_cast<const T*>(p.k.data) + b * p.k.batch + kv * p.k.head + keys.first * p.k.row;
+  const T* v = static_cast<const T*>(p.v.data) + b * p.v.batch + kv * p.v.head + keys.first * p.v.row;
+  int room = (p.N + BLOCK - 1) / BLOCK * BLOCK;
+  unsigned char *k_tile = shared, *v_tile = k_tile + room * D * 2, *q_tile = v_tile + room * D * 2;
 
-  Bounds r = bounds(p.mask, b, p.M, p.N);
+  Bounds r = bounds(p.mask, b, queries.count, keys.count);
   Run run = block_run(p.mask, r, m_block, tiles * BLOCK);
   int first = run.first / BLOCK * BLOCK, last = (run.last + BLOCK - 1) / BLOCK * BLOCK;
   auto live = [&](int n) { return live_key(p.mask, r, b, n); };
@@ -145,7 +147,8 @@ attention_forward_resident_kernel(KERNEL_ARGUMENT Arguments arguments) {
     Softmax<D> state;
     clear(state);
     RowBlocks blocks{0, 0, -1};
-    if (tile < tiles) blocks = row_blocks(p.mask, block_run(p.mask, r, m0, BLOCK), b, h, m0);
+    bool mine = tile * BLOCK < arguments.rows;  // beyond the sequence's end it visits nothing and stores nothing
+    if (mine) blocks = row_blocks(p.mask, block_run(p.mask, r, m0, BLOCK), b, h, m0);
     if (blocks.visited != 0 || blocks.tail >= 0) {
       Pairs<KEYS> pairs = row_pairs<KEYS>(p.mask, mask_rows(p.mask, r, b, h, m0 + threadIdx.x % 32 / 4), blocks);
       uint32_t q_fragments[D / 16][4];
@@ -163,7 +166,7 @@ attention_forward_resident_kernel(KERNEL_ARGUMENT Arguments arguments) {
       weigh<T>(weight, state, tail, shift, factor);
       tail_accumulate<T, D>(state, weight, v_tile, blocks.tail);
     }
-    if (tile < tiles) finish<T, D>(p, state, factor, q_rows, b, h, m0, r.rows);
+    if (mine) finish<T, D>(p, state, factor, q_rows, b, h, m0, r.rows);
   }
 }
 

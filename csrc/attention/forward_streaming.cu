@@ -46,14 +46,16 @@ attention_forward_streaming_kernel(KERNEL_ARGUMENT AttentionForward p) {
   constexpr int TILE = BLOCK_N * D * 2;
   unsigned char *q_tile = shared, *k_tiles = shared + TILE, *v_tiles = shared + 3 * TILE;
 
-  int blocks = (p.M - 1) / BLOCK_M + 1;
-  int64_t head = blockIdx.x / blocks;
-  int m0 = static_cast<int>(blockIdx.x % blocks) * BLOCK_M;
+  int parts = (p.M - 1) / BLOCK_M + 1;
+  int64_t head = blockIdx.x / parts;
+  int m0 = static_cast<int>(blockIdx.x % parts) * BLOCK_M;
   int b = static_cast<int>(head / p.H), h = static_cast<int>(head % p.H), kv = h / (p.H / p.Hkv);
-  const T* q = static_cast<const T*>(p.q.data) + b * p.q.batch + h * p.q.head;
-  const T* k = static_cast<const T*>(p.k.data) + b * p.k.batch + kv * p.k.head;
-  const T* v = static_cast<const T*>(p.v.data) + b * p.v.batch + kv * p.v.head;
-  Bounds r = bounds(p.mask, b, p.M, p.N);
+  Span queries = span(p.mask.query_starts, b, p.M), keys = span(p.mask.key_starts, b, p.N);
+  if (m0 >= queries.count) return;  // the grid is of the longest sequence
+  const T* q = static_cast<const T*>(p.q.data) + b * p.q.batch + h * p.q.head + queries.first * p.q.row;
+  const T* k = static_cast<const T*>(p.k.data) + b * p.k.batch + kv * p.k.head + keys.first * p.k.row;
+  const T* v = static_cast<const T*>(p.v.data) + b * p.v.batch + kv * p.v.head + keys.first * p.v.row;
+  Bounds r = bounds(p.mask, b, queries.count, keys.count);
   Run run = block_run(p.mask, r, m0, BLOCK_M);
   KeyTiles tiles = key_tiles(p.mask, run, b, h, m0);
 
@@ -84,14 +86,14 @@ attention_forward_streaming_kernel(KERNEL_ARGUMENT AttentionForward p) {
     block_barrier();
     if (i == 0) load_queries<D>(q_fragments, q_rows, p.scale);
     int stage = i % 2 * TILE;
-    Blocks keys = tile_blocks(p.mask, tiles, i, warp_run);
-    if (keys.visited != 0) {
-      uint32_t pairs = tile_pairs(p.mask, rows, tile_at(tiles, i) * BLOCK_N, keys);
+    Blocks blocks = tile_blocks(p.mask, tiles, i, warp_run);
+    if (blocks.visited != 0) {
+      uint32_t pairs = tile_pairs(p.mask, rows, tile_at(tiles, i) * BLOCK_N, blocks);
       float s[BLOCK_N / 8][4], shift[2];
-      scores<T, D, TILE_BLOCKS>(s, q_fragments, k_tiles + stage, 0, keys.visited);
+      scores<T, D, TILE_BLOCKS>(s, q_fragments, k_tiles + stage, 0, blocks.visited);
       hide<TILE_BLOCKS>(s, pairs);
       advance(shift, state, s, factor);
-      accumulate<T, D, TILE_BLOCKS>(state, s, shift, factor, v_tiles + stage, keys.visited);
+      accumulate<T, D, TILE_BLOCKS>(state, s, shift, factor, v_tiles + stage, blocks.visited);
     }
     block_barrier();  // before the copy of the tile after next overwrites this stage
   }

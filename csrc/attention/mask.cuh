@@ -10,6 +10,19 @@
 
 namespace fastattn {
 
+// The rows of one sequence in a tensor: `count` of them from `first` on.
+struct Span {
+  int first, count;
+};
+
+// For sequence b, of which at most `most` rows count. A kernel that needs it again after a loop calls it again: two numbers are
+// read sooner than a register is spared through the loop.
+HOST_DEVICE Span span(const Starts& starts, int b, int most) {
+  if (starts.data == nullptr) return {0, most};
+  int first = min(max(starts.data[b], 0), starts.rows), end = min(max(starts.data[b + 1], first), starts.rows);
+  return {first, min(end - first, most)};
+}
+
 // The bounds of one sequence.
 struct Bounds {
   int begin, end;  // live keys
@@ -22,6 +35,7 @@ struct Run {
   int first, last, full_first, full_last;
 };
 
+// M and N: the sequence's own numbers of queries and keys.
 HOST_DEVICE Bounds bounds(const Mask& mask, int b, int M, int N) {
   Bounds r{0, N, M, 0};
   if (mask.key_begin != nullptr) r.begin = max(mask.key_begin[b], 0);

@@ -20,6 +20,13 @@ struct TileLists {
   int64_t batch, head, row;
 };
 
+// Packed sequences: of the `rows` of a (1, H, rows, D) tensor, sequence b has those from starts[b] up to starts[b + 1], whose
+// values are not trusted. Without `data`, tensors are (B, H, L, D) and each sequence has all of its own L rows.
+struct Starts {
+  const int32_t* data;
+  int rows;
+};
+
 // Pair (i, j) of sequence b, head h is visible iff all hold; what is null or not set holds.
 struct Mask {
   bool has_low, has_high;
@@ -34,6 +41,7 @@ struct Mask {
   const int32_t* bits;  // bit j % 32 of bits[b, h, i, j / 32]; a stride is 0 where the dimension is 1
   int64_t bits_batch, bits_head, bits_row, bits_word;
   TileLists key_tiles, query_tiles;  // with ids or bits: the tiles of keys for MASK_TILE queries, and of queries for keys
+  Starts query_starts, key_starts;   // both or neither; i and j count from 0 in each sequence
 };
 
 }  // namespace fastattn

@@ -10,7 +10,7 @@
 namespace fastattn::emulator {
 namespace {
 
-enum Access { READ = 0, WRITE = 1, READ_AND_WRITE = 2 };
+enum Access { READ = 0, WRITE = 1, READ_AND_WRITE = 2, WRITE_SOME = 3 };
 enum State : uint8_t { ELEMENT = 1, WRITTEN = 2 };
 
 // One entry per element between a view's first and last, in zero pages that take up memory only where they are used: a view may
@@ -52,7 +52,7 @@ struct View {
         state(extent),
         last_write(extent) {}
 
-  bool readable() const { return access != WRITE; }
+  bool readable() const { return access == READ || access == READ_AND_WRITE; }
   bool writable() const { return access != READ; }
   uintptr_t end() const { return address + static_cast<uintptr_t>(extent) * element_bytes; }
 };
@@ -191,12 +191,12 @@ void forget_views() { views.clear(); }
 using namespace fastattn::emulator;
 
 // The view of `dims` dimensions at `address`, strides in elements. access 0: an input. 1: an output, to be written completely,
-// and read only thereafter. 2: read and written.
+// and read only thereafter. 2: read and written. 3: as 1, but elements may be left out.
 extern "C" __attribute__((visibility("default"))) void fastattn_emulator_watch(const char* name, const void* address,
                                                                                int element_bytes, int dims, const int64_t* sizes,
                                                                                const int64_t* strides, int access) {
   if (!address) return;
-  if (element_bytes < 1 || access < READ || access > READ_AND_WRITE)
+  if (element_bytes < 1 || access < READ || access > WRITE_SOME)
     return report("misuse", Site::here(), "'%s' is watched with elements of %d bytes and access %d", name, element_bytes, access);
   int64_t extent = 1;
   bool empty = false;

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastattn.kernels.cuda import emulator
 
-READ, WRITE, READ_AND_WRITE = 0, 1, 2
+READ, WRITE, READ_AND_WRITE, WRITE_SOME = 0, 1, 2, 3
 
 
 class Emulated:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulated import READ, READ_AND_WRITE, WRITE, Emulated
+from emulated import READ, READ_AND_WRITE, WRITE, WRITE_SOME, Emulated
 
 pytestmark = pytest.mark.emulator
 
@@ -141,6 +141,11 @@ def test_nothing_runs_after_a_launch_that_was_abandoned(bugs):
 def test_a_buffer_that_is_read_and_written_need_not_be_written(bugs):
     assert run(bugs, "unwritten_output", True, access=READ_AND_WRITE) == []
     assert run(bugs, "uninitialised_output", True, access=READ_AND_WRITE) == []
+
+
+def test_an_output_that_may_be_written_in_part_is_read_only_where_it_was_written(bugs):
+    assert run(bugs, "unwritten_output", True, access=WRITE_SOME) == []
+    assert any(report.startswith("uninitialised read: ") for report in run(bugs, "uninitialised_output", True, access=WRITE_SOME))
 
 
 def test_views_that_share_memory(bugs):

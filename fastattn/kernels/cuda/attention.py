@@ -32,47 +32,47 @@ def unsupported(problem) -> list[str]:
         reasons.append(f"v has head dimension {problem.Dv} and q {problem.D}: the CUDA kernels take equal ones")
     if max(problem.B, problem.H, problem.M, problem.N) > INT32_MAX:
         reasons.append("a size is beyond 2^31 - 1")
-    if problem.packed:
-        reasons.append("packed sequences are not served")
     return reasons
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool) -> tuple[Tensor, Tensor]:
-    B, H, M, D = q.shape
-    N = k.shape[2]
-    out = q.new_empty(B, M, H, D).transpose(1, 2)
-    lse = q.new_empty(B, H, M, dtype=torch.float32)
-    if out.numel() == 0:
+    B, H, M, N, D = _sizes(q, k, mask)
+    whole = mask.query_starts is None or bool(mask.all_rows)
+    out, lse = _result(q, whole), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if not whole:
+        lse.fill_(float("-inf"))
+    if out.numel() == 0 or B == 0 or M == 0:
         return out, lse
-    mask_argument, mask_tensors = _mask(mask)
+    mask_argument, mask_tensors = _mask(mask, q.shape[2], k.shape[2])
     arguments = {
         **{name: _heads(x) for name, x in (("q", q), ("k", k), ("v", v), ("out", out))},
-        "lse": lse.data_ptr(),
+        "lse": _statistics(lse),
         "mask": mask_argument,
         "scale": scale,
         "sizes": (B, H, k.shape[1], M, N, D),
         "bfloat16": q.dtype == torch.bfloat16,
         "aligned": library.rows_aligned(q, k, v),
     }
-    library.launch("attention_forward", arguments, {"q": q, "k": k, "v": v, **mask_tensors}, {"out": out, "lse": lse})
+    library.launch("attention_forward", arguments, {"q": q, "k": k, "v": v, **mask_tensors}, {"out": out, "lse": lse}, whole)
     return out, lse
 
 
 def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    B, H, M, D = q.shape
-    N = k.shape[2]
-    dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))  # in (B, L, H, D) memory
-    if q.numel() == 0 or k.numel() == 0:
+    B, H, M, N, D = _sizes(q, k, mask)
+    whole = mask.query_starts is None or bool(mask.all_rows)
+    dq, dk, dv = (_result(x, whole) for x in (q, k, v))
+    if q.numel() == 0 or k.numel() == 0 or min(B, M, N) == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     single = one_kernel(D, M, N, shared_memory(q.device))
     delta = None if single else lse.new_empty(lse.shape)
-    mask_argument, mask_tensors = _mask(mask)
+    mask_argument, mask_tensors = _mask(mask, q.shape[2], k.shape[2])
     reads = {"q": q, "k": k, "v": v, "out": out, "dout": dout}
     gradients = {"dq": dq, "dk": dk, "dv": dv}
     arguments = {
         **{name: _heads(x) for name, x in {**reads, **gradients}.items()},
-        **{name: library.address(x) for name, x in (("lse", lse), ("dlse", dlse), ("delta", delta))},
+        "lse": _statistics(lse),
+        **{name: library.address(x) for name, x in (("dlse", dlse), ("delta", delta))},
         "mask": mask_argument,
         "scale": scale,
         "sizes": (B, H, k.shape[1], M, N, D),
@@ -81,7 +81,7 @@ def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> 
     }
     kernel = "attention_backward_single" if single else "attention_backward"
     reads |= {"lse": lse, "dlse": dlse, **mask_tensors}
-    library.launch(kernel, arguments, reads, {**gradients, "delta": delta})
+    library.launch(kernel, arguments, reads, {**gradients, "delta": delta}, whole)
     return dq, dk, dv
 
 
@@ -138,10 +138,30 @@ def _gpu_shared_memory(index: int) -> int:
     return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
 
 
+def _sizes(q: Tensor, k: Tensor, mask: LoweredMask) -> tuple[int, int, int, int, int]:
+    """B, H, M, N, D: of packed sequences their number and the most queries and keys of one."""
+    _, H, rows, D = q.shape
+    if mask.query_starts is None:
+        return q.shape[0], H, rows, k.shape[2], D
+    assert mask.max_queries is not None and mask.max_keys is not None
+    return mask.query_starts.shape[0] - 1, H, mask.max_queries, mask.max_keys, D
+
+
+def _result(x: Tensor, whole: bool) -> Tensor:
+    """For a result of x's shape, in (B, L, H, D) memory. `whole`: kernels write every row; the others are 0."""
+    result = x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+    return result if whole else result.zero_()
+
+
 def _heads(x: Tensor) -> tuple[int, int, int, int]:
     """Address and strides of a (B, H, L, D) tensor, as the binding takes them."""
     batch, head, row, _ = x.stride()
-    return x.data_ptr(), batch, head, row
+    return x.data_ptr(), batch if x.shape[0] > 1 else 0, head, row
+
+
+def _statistics(x: Tensor) -> tuple[int, int, int]:
+    """The same of a contiguous (B, H, L)."""
+    return x.data_ptr(), x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)
 
 
 def _clamped(bound: int | None) -> int | None:
@@ -149,10 +169,10 @@ def _clamped(bound: int | None) -> int | None:
     return None if bound is None else max(-INT32_MAX, min(bound, INT32_MAX))
 
 
-def _mask(mask: LoweredMask) -> tuple[tuple, dict[str, Tensor]]:
-    """The mask as the binding takes it, and its tensors, whose addresses stand in it."""
+def _mask(mask: LoweredMask, query_rows: int, key_rows: int) -> tuple[tuple, dict[str, Tensor]]:
+    """The mask as the binding takes it, and its tensors, whose addresses stand in it. The rows are those of q and k."""
     tensors = {name: x for name, x in mask._asdict().items() if isinstance(x, Tensor)}
-    for name in ("prefix", "key_begin", "key_end", "query_end"):
+    for name in ("prefix", "key_begin", "key_end", "query_end", "query_starts", "key_starts"):
         if name in tensors:
             tensors[name] = tensors[name].contiguous()
 
@@ -167,4 +187,6 @@ def _mask(mask: LoweredMask) -> tuple[tuple, dict[str, Tensor]]:
     matrices = (strided(name, 2) for name in ("keys", "ids", "key_ids"))
     tiles = (strided(name, 3) for name in ("key_tiles", "query_tiles"))
     bounds = (_clamped(bound) for bound in (mask.low, mask.high, mask.prefix_high))
-    return (*bounds, *vectors, *matrices, strided("bits", 4), *tiles), tensors
+    starts = (library.address(tensors.get(name)) for name in ("query_starts", "key_starts"))
+    rows = (min(rows, INT32_MAX) for rows in (query_rows, key_rows))  # no int32 leads to a row beyond
+    return (*bounds, *vectors, *matrices, strided("bits", 4), *tiles, *starts, *rows), tensors

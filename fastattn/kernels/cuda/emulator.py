@@ -21,7 +21,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 FOLDER = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}"
 LIBRARY = FOLDER / "_cuda.so"
-READ, WRITE = 0, 1  # how a launch uses a buffer: see csrc/emulator
+READ, WRITE, WRITE_SOME = 0, 1, 3  # how a launch uses a buffer: see csrc/emulator
 
 
 class EmulatorError(RuntimeError):
@@ -40,9 +40,11 @@ def problems() -> list[str]:
     return [f"the emulator is built with {name}: pip install {name}" for name in missing]
 
 
-def launch(kernel: str, arguments: dict[str, Any], reads: dict[str, Tensor | None], writes: dict[str, Tensor | None]) -> None:
+def launch(
+    kernel: str, arguments: dict[str, Any], reads: dict[str, Tensor | None], writes: dict[str, Tensor | None], whole: bool
+) -> None:
     compiled, checks = module(), interface(build())
-    for access, tensors in ((READ, reads), (WRITE, writes)):
+    for access, tensors in ((READ, reads), (WRITE if whole else WRITE_SOME, writes)):
         for name, tensor in tensors.items():
             if tensor is not None:
                 dims = ctypes.c_int64 * tensor.dim()

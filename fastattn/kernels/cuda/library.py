@@ -35,15 +35,21 @@ def problems(device: str) -> list[str]:
     return emulator.problems()
 
 
-def launch(kernel: str, arguments: dict[str, Any], reads: dict[str, Tensor | None], writes: dict[str, Tensor | None]) -> None:
+def launch(
+    kernel: str,
+    arguments: dict[str, Any],
+    reads: dict[str, Tensor | None],
+    writes: dict[str, Tensor | None],
+    whole: bool = True,
+) -> None:
     """Launch a kernel on the current stream of its tensors' device.
 
     `reads` and `writes` are the tensors whose addresses stand in `arguments`: they stay alive until the launch has been made, and
-    the emulator checks every access against them, and that each element of `writes` was written.
+    the emulator checks every access against them, and that each element of `writes` was written: all of them if `whole`.
     """
     device = next(tensor.device for tensor in writes.values() if tensor is not None)
     if device.type == "cpu":
-        emulator.launch(kernel, arguments, reads, writes)
+        emulator.launch(kernel, arguments, reads, writes, whole)
         return
     other = device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if other else nullcontext():
