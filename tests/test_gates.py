@@ -15,15 +15,13 @@ MOST_SPILLED = 64  # bytes of stack
 
 # Variants that spill, each with its reason: (kernel, dtype and case) -> bytes of stack at most.
 SPILLS = {
-    # two blocks of eight warps share a multiprocessor with 128 registers a thread, three blocks of four warps with 168: a few
-    # values are stored once for a tile, and more registers would leave a block fewer
-    ("attention_forward_resident_kernel<Half, 64, 128>", ""): 24,
-    ("attention_forward_resident_kernel<Bfloat16, 64, 128>", ""): 24,
+    # two blocks of eight warps share a multiprocessor with 128 registers a thread: a little is stored once for 16 queries, and
+    # more registers would leave a block fewer
+    ("attention_forward_resident_kernel<Half, 64, 128>", ""): 8,
+    ("attention_forward_resident_kernel<Bfloat16, 64, 128>", ""): 8,
     # 144 scores and the 64 registers of the accumulator: four values are stored once for 16 queries
     ("attention_forward_resident_kernel<Half, 128, 288>", ""): 16,
     ("attention_forward_resident_kernel<Bfloat16, 128, 288>", ""): 16,
-    ("attention_dkdv_kernel<Half, 64>", ""): 8,
-    ("attention_dkdv_kernel<Bfloat16, 64>", ""): 8,
     # 255 registers hold both accumulators and the tiles of K and V; smaller tiles cost more than the stores outside the loop
     ("attention_backward_kernel", "float16 D=64 keys L=64"): 16,
     ("attention_backward_kernel", "float16 D=64 keys L=128"): 8,
