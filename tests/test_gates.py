@@ -43,6 +43,17 @@ SPILLS = {
     ("attention_dkdv_kernel", "float32 D=128 causal_padding"): 16,
     ("attention_dkdv_kernel", "float32 D=16 bits"): 8,
     ("attention_dkdv_kernel", "float32 D=128 bits"): 32,
+    # where a packed sequence lies and how long it is are loaded into registers, while the numbers of a padded batch are read as
+    # constants; every one of these stores and loads is outside of the loops over tiles
+    ("attention_forward_kernel", "float16 D=32 keys L=64 packed=True"): 8,
+    ("attention_forward_kernel", "float16 D=32 keys L=128 packed=True"): 8,
+    ("attention_forward_kernel", "float32 D=64 documents packed=True"): 24,
+    ("attention_dkdv_kernel", "bfloat16 D=64 causal_padding packed=True"): 16,
+    ("attention_dkdv_kernel", "float16 D=32 none packed=True"): 32,
+    ("attention_dkdv_kernel", "float16 D=32 causal_padding packed=True"): 8,
+    ("attention_dkdv_kernel", "float16 D=32 bits packed=True"): 8,
+    ("attention_dkdv_kernel", "float16 D=64 bits packed=True"): 32,
+    ("attention_backward_kernel", "float16 D=64 keys L=64 packed=True"): 24,
 }
 
 
