@@ -1,6 +1,6 @@
 """BERT (Devlin et al., 2018, arXiv:1810.04805), plain and whole in one file, with Hugging Face's weights, names and outputs.
 
-B, N, C: batch, tokens, hidden size. `implementation` chooses what computes the blocks: see `implementations.py`.
+B, N, C: batch, tokens, hidden size; T: rows of a packed batch. Layers take (B, N, C) and (T, C). `implementation` chooses what computes the blocks: see `implementations.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.models import checkpoint
-from fastattn.models.implementations import Ops, activation_of, choose, key_mask
+from fastattn.models import checkpoint, tokens
+from fastattn.models.implementations import Ops, activation_of, choose
+from fastattn.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,12 @@ class BertConfig:
 
 
 class BertModelOutput(NamedTuple):
-    last_hidden_state: Tensor  # (B, N, C)
+    last_hidden_state: Tensor  # (B, N, C), or (T, C)
     pooler_output: Tensor | None  # (B, C)
 
 
 class MaskedLMOutput(NamedTuple):
-    logits: Tensor  # (B, N, vocab_size)
+    logits: Tensor  # (B, N, vocab_size), or (T, vocab_size)
 
 
 class BertEmbeddings(nn.Module):
@@ -78,12 +79,11 @@ class BertEmbeddings(nn.Module):
         self.dropout = config.hidden_dropout_prob
         self.ops = ops
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        N, limit = input_ids.shape[1], self.position_embeddings.num_embeddings
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None, packing: Packing | None
+    ) -> Tensor:
         if position_ids is None:
-            if limit < N:
-                raise ValueError(f"input_ids has {N} tokens, but max_position_embeddings is {limit}")
-            position_ids = torch.arange(N, device=input_ids.device)[None]
+            position_ids = tokens.positions(input_ids, packing, self.position_embeddings.num_embeddings)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
@@ -104,11 +104,11 @@ class BertSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Any) -> Tensor:
         q, k, v = (
-            self.ops.linear(x, proj.weight, proj.bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            self.ops.linear(x, proj.weight, proj.bias).unflatten(-1, (self.heads, -1))
             for proj in (self.query, self.key, self.value)
         )
         out = self.ops.attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        return out.transpose(1, 2).flatten(2)
+        return out.flatten(-2)
 
 
 class BertOutput(nn.Module):
@@ -179,8 +179,9 @@ class BertPooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.ops = ops
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.ops.linear(x[:, 0], self.dense.weight, self.dense.bias))
+    def forward(self, first: Tensor) -> Tensor:
+        """first (B, C): the hidden state of the first token of each sequence."""
+        return torch.tanh(self.ops.linear(first, self.dense.weight, self.dense.bias))
 
 
 class BertModel(nn.Module):
@@ -204,14 +205,25 @@ class BertModel(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,
+        packing: Packing | None = None,
     ) -> BertModelOutput:
         """input_ids (B, N) integers; attention_mask (B, N), integers or bools, 1 = a real token, None = all are.
 
         token_type_ids (B, N), default 0; position_ids (B, N) or (1, N), default 0 .. N - 1. Padding may be on either side.
+
+        With a packing all of these are packed, (T,), and attention_mask is None; position_ids are by default the columns of the
+        padded batch. last_hidden_state is (T, C), 0 in rows of no sequence; the pooler takes the first row of each sequence,
+        and 0 for one without tokens.
         """
-        mask = self.ops.mask(key_mask(attention_mask, input_ids), False, input_ids.shape[1], input_ids.device)
-        x = self.encoder(self.embeddings(input_ids, token_type_ids, position_ids), mask)
-        return BertModelOutput(x, None if self.pooler is None else self.pooler(x))
+        keep = tokens.key_mask(attention_mask, input_ids, packing)
+        mask = self.ops.mask(keep, False, input_ids.shape[-1], input_ids.device, packing)
+        x = self.encoder(self.embeddings(input_ids, token_type_ids, position_ids, packing), mask)
+        x = tokens.cleared(x, packing)
+        if self.pooler is None:
+            return BertModelOutput(x, None)
+        first = x[:, 0] if packing is None else tokens.take(x, packing.cu_seqlens[:-1], packing)
+        return BertModelOutput(x, self.pooler(first))
 
     @classmethod
     def from_pretrained(
@@ -285,10 +297,12 @@ class BertForMaskedLM(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,
+        packing: Packing | None = None,
     ) -> MaskedLMOutput:
-        """The arguments are those of `BertModel.forward`."""
-        x = self.bert(input_ids, attention_mask, token_type_ids, position_ids).last_hidden_state
-        return MaskedLMOutput(self.cls.predictions(x))
+        """The arguments are those of `BertModel.forward`; with a packing, logits are (T, vocab_size), 0 in rows of no sequence."""
+        x = self.bert(input_ids, attention_mask, token_type_ids, position_ids, packing=packing).last_hidden_state
+        return MaskedLMOutput(tokens.cleared(self.cls.predictions(x), packing))
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, implementation: str | Ops = "fastattn") -> BertForMaskedLM:

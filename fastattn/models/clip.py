@@ -1,6 +1,7 @@
 """CLIP (Radford et al., 2021, arXiv:2103.00020), plain and whole in one file, with Hugging Face's weights, names and outputs.
 
-B, N, C: batch, tokens, hidden size of a tower. `implementation` chooses what computes the blocks: see `implementations.py`.
+B, N, C: batch, tokens, hidden size of a tower; T: rows of packed texts. Layers take (B, N, C) and (T, C). `implementation` chooses
+what computes the blocks: see `implementations.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastattn.models import checkpoint
-from fastattn.models.implementations import Ops, activation_of, choose, key_mask
+from fastattn.models import checkpoint, tokens
+from fastattn.models.implementations import Ops, activation_of, choose
+from fastattn.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class CLIPConfig:
 
 
 class TowerOutput(NamedTuple):
-    last_hidden_state: Tensor  # (B, N, C)
+    last_hidden_state: Tensor  # (B, N, C), or (T, C)
     pooler_output: Tensor  # (B, C), or (B, projection_dim) from get_text_features and get_image_features
 
 
@@ -111,11 +113,11 @@ class CLIPAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Any) -> Tensor:
         q, k, v = (
-            self.ops.linear(x, proj.weight, proj.bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            self.ops.linear(x, proj.weight, proj.bias).unflatten(-1, (self.heads, -1))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = self.ops.attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        return self.ops.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        return self.ops.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
 
 
 class CLIPMLP(nn.Module):
@@ -171,11 +173,9 @@ class CLIPTextEmbeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        N, limit = input_ids.shape[1], self.position_embedding.num_embeddings
-        if limit < N:
-            raise ValueError(f"input_ids has {N} tokens, but max_position_embeddings is {limit}")
-        return self.token_embedding(input_ids) + self.position_embedding.weight[:N]
+    def forward(self, input_ids: Tensor, packing: Packing | None) -> Tensor:
+        places = tokens.positions(input_ids, packing, self.position_embedding.num_embeddings)
+        return self.token_embedding(input_ids) + self.position_embedding(places)
 
 
 class CLIPTextModel(nn.Module):
@@ -187,22 +187,32 @@ class CLIPTextModel(nn.Module):
         self.eos_token_id = config.eos_token_id
         self.ops = ops
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> TowerOutput:
-        mask = self.ops.mask(key_mask(attention_mask, input_ids), True, input_ids.shape[1], input_ids.device)
-        x, residual = self.encoder(self.embeddings(input_ids), mask)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, packing: Packing | None = None
+    ) -> TowerOutput:
+        keep = tokens.key_mask(attention_mask, input_ids, packing)
+        mask = self.ops.mask(keep, True, input_ids.shape[-1], input_ids.device, packing)
+        x, residual = self.encoder(self.embeddings(input_ids, packing), mask)
         norm = self.final_layer_norm
-        x = self.ops.add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps)
-        rows = torch.arange(len(x), device=x.device)
-        return TowerOutput(x, x[rows, self.end_of_text(input_ids)])
+        x = tokens.cleared(self.ops.add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps), packing)
+        end = self.end_of_text(input_ids, packing)
+        if packing is not None:
+            return TowerOutput(x, tokens.take(x, end, packing))
+        return TowerOutput(x, x[torch.arange(len(x), device=x.device), end])
 
-    def end_of_text(self, input_ids: Tensor) -> Tensor:
-        """(B,) the position that stands for the text: the first end-of-text token, which its tokenizer put there.
+    def end_of_text(self, input_ids: Tensor, packing: Packing | None) -> Tensor:
+        """(B,) the position, or the row where packed, that stands for a text: the first end-of-text token, its tokenizer's.
 
         The first checkpoints were published with an eos_token_id of 2, which is not their end of text; that is the largest id.
         """
-        if self.eos_token_id == 2:
-            return input_ids.argmax(-1)
-        return (input_ids == self.eos_token_id).int().argmax(-1)
+        score = input_ids if self.eos_token_id == 2 else (input_ids == self.eos_token_id).long()
+        if packing is None:
+            return score.argmax(-1)
+        if packing.max_length == 0:
+            return packing.cu_seqlens[:-1]  # no text has a token
+        columns = packing.unpack(score + 1).argmax(-1, keepdim=True)  # at padding 0, less than at any token
+        rows = torch.arange(packing.capacity, device=input_ids.device)
+        return packing.unpack(rows).gather(1, columns)[:, 0]
 
 
 class CLIPVisionEmbeddings(nn.Module):
@@ -260,25 +270,33 @@ class CLIPModel(nn.Module):
         initialize(self)
 
     def forward(
-        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        packing: Packing | None = None,
     ) -> CLIPOutput:
         """input_ids (texts, N) integers; pixel_values (images, channels, image_size, image_size).
 
-        attention_mask (texts, N), integers or bools, 1 = a real token, None = all are. For one of the two kinds of input there
-        are get_text_features and get_image_features.
+        attention_mask (texts, N), integers or bools, 1 = a real token, None = all are. With a packing of the texts, input_ids is
+        packed, (T,), attention_mask None, and the last_hidden_state of texts (T, C), 0 in rows of no text; a text without tokens
+        has embeddings of 0. For one of the two kinds of input there are get_text_features and get_image_features.
         """
         if input_ids is None:
             raise ValueError("input_ids is missing: forward compares images with texts; for images alone see get_image_features")
         if pixel_values is None:
             raise ValueError("pixel_values is missing: forward compares texts with images; for texts alone see get_text_features")
-        vision, text = self.get_image_features(pixel_values), self.get_text_features(input_ids, attention_mask)
-        image_embeds, text_embeds = (x / x.norm(dim=-1, keepdim=True) for x in (vision.pooler_output, text.pooler_output))
+        vision, text = self.get_image_features(pixel_values), self.get_text_features(input_ids, attention_mask, packing=packing)
+        image_embeds, text_embeds = (normalized(x) for x in (vision.pooler_output, text.pooler_output))
         logits_per_text = text_embeds @ image_embeds.mT * self.logit_scale.exp()
         return CLIPOutput(logits_per_text.mT, logits_per_text, text_embeds, image_embeds, text, vision)
 
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TowerOutput:
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, packing: Packing | None = None
+    ) -> TowerOutput:
         """The text tower, its pooler_output projected to (texts, projection_dim), not normalized."""
-        x, pooled = self.text_model(input_ids, attention_mask)
+        x, pooled = self.text_model(input_ids, attention_mask, packing)
         return TowerOutput(x, self.ops.linear(pooled, self.text_projection.weight, None))
 
     def get_image_features(self, pixel_values: Tensor) -> TowerOutput:
@@ -300,6 +318,12 @@ class CLIPModel(nn.Module):
         config["text_config"]["model_type"] = "clip_text_model"
         config["vision_config"]["model_type"] = "clip_vision_model"
         checkpoint.save(self, {"architectures": ["CLIPModel"], "model_type": "clip", **config}, directory)
+
+
+def normalized(x: Tensor) -> Tensor:
+    """x (B, C) of norm 1; 0 stays 0, with a finite gradient."""
+    norm = x.norm(dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm == 0, 1)
 
 
 def initialize(model: CLIPModel) -> None:

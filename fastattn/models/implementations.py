@@ -12,6 +12,7 @@ from torch import Tensor
 import fastattn
 from fastattn import masks
 from fastattn.activations import ACTIVATIONS
+from fastattn.packing import Packing
 
 
 class Ops(NamedTuple):
@@ -20,26 +21,11 @@ class Ops(NamedTuple):
     `IMPLEMENTATIONS["sdpa"]._replace(mask=IMPLEMENTATIONS["fastattn"].mask, attention=IMPLEMENTATIONS["fastattn"].attention)`
     """
 
-    mask: Callable[..., Any]  # (keep (B, N) bool or None, causal, N, device) -> what `attention` of the same instance takes
-    attention: Callable[..., Tensor]  # (q, k, v (B, H, N, D), mask, dropout) -> (B, H, N, D)
+    mask: Callable[..., Any]  # (keep (B, N) bool or None, causal, N, device, packing=None) -> what `attention` of this instance takes
+    attention: Callable[..., Tensor]  # (q, k, v (B, N, H, D), or (T, H, D) of a packing, mask, dropout) -> as q
     linear: Callable[..., Tensor]  # (x, weight, bias, *, activation=None)
     ffn: Callable[..., Tensor]  # (x, w1, b1, w2, b2, *, activation)
     add_layer_norm: Callable[..., Any]  # (x, residual or None, weight, bias, *, eps, return_sum=False)
-
-
-def key_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
-    """Hugging Face's attention_mask (B, N), 1 = a real token, as bool.
-
-    Raises TypeError for a float mask, whose 0 may mean either thing, and ValueError for any other shape.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.is_floating_point():
-        raise TypeError(f"attention_mask must hold integers or bools, 1 = a real token; got {attention_mask.dtype}")
-    if attention_mask.shape != input_ids.shape:
-        shapes = f"{tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
-        raise ValueError(f"attention_mask must have the shape (B, N) of input_ids, {shapes}")
-    return attention_mask.bool()
 
 
 def choose(implementation: str | Ops) -> Ops:
@@ -72,22 +58,30 @@ def activation_of(hidden_act: str) -> str:
 # fastattn
 
 
-def _fastattn_mask(keep: Tensor | None, causal: bool, N: int, device: torch.device) -> masks.Mask | None:
-    if keep is None:
-        return masks.causal() if causal else None
-    return masks.causal() & masks.key_padding(keep) if causal else masks.key_padding(keep)
+def _fastattn_mask(
+    keep: Tensor | None, causal: bool, N: int, device: torch.device, packing: Packing | None = None
+) -> tuple[Packing | None, masks.Mask | None]:
+    padding = None if keep is None else masks.key_padding(keep)
+    if causal:
+        padding = masks.causal() if padding is None else masks.causal() & padding
+    return packing, padding
 
 
-def _fastattn_attention(q: Tensor, k: Tensor, v: Tensor, mask: masks.Mask | None, dropout: float) -> Tensor:
+def _fastattn_attention(q: Tensor, k: Tensor, v: Tensor, mask: tuple[Packing | None, masks.Mask | None], dropout: float) -> Tensor:
     if dropout > 0:
         raise NotImplementedError(
             "implementation 'fastattn' does not serve dropout of attention probabilities in training yet: set "
             "attention_probs_dropout_prob (BERT) or attention_dropout (CLIP) to 0 in the config, or choose 'sdpa'"
         )
-    return fastattn.attention(q, k, v, mask)  # type: ignore[return-value]  # a pair only with return_lse
+    packing, visible = mask
+    if packing is not None:
+        return fastattn.varlen_attention(q, k, v, packing, visible)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return fastattn.attention(q, k, v, visible).transpose(1, 2)
 
 
-# PyTorch: `visible` is a bool tensor that broadcasts to (B, H, N, N), True = may attend
+# PyTorch: `visible` is a bool tensor that broadcasts to (B, H, N, N), True = may attend. It has no attention of packed sequences:
+# they are padded for attention, and for nothing else.
 
 
 def _visible(keep: Tensor | None, causal: bool, N: int, device: torch.device) -> Tensor | None:
@@ -98,15 +92,39 @@ def _visible(keep: Tensor | None, causal: bool, N: int, device: torch.device) ->
     return band[None, None] if visible is None else visible & band
 
 
-def _sdpa_mask(keep: Tensor | None, causal: bool, N: int, device: torch.device) -> dict[str, Any]:
+def _eager_mask(
+    keep: Tensor | None, causal: bool, N: int, device: torch.device, packing: Packing | None = None
+) -> tuple[Packing | None, Tensor | None]:
+    if packing is not None:
+        keep, N = packing.unpack(torch.ones(packing.capacity, dtype=torch.bool, device=device)), packing.max_length
+    return packing, _visible(keep, causal, N, device)
+
+
+def _sdpa_mask(
+    keep: Tensor | None, causal: bool, N: int, device: torch.device, packing: Packing | None = None
+) -> tuple[Packing | None, dict[str, Any]]:
     """The mask as keyword arguments of PyTorch's function: its causal flag is faster than a tensor that says the same."""
-    if causal and keep is None:
-        return {"is_causal": True}
-    return {"attn_mask": _visible(keep, causal, N, device)}
+    if causal and keep is None and packing is None:
+        return None, {"is_causal": True}
+    packing, visible = _eager_mask(keep, causal, N, device, packing)
+    return packing, {"attn_mask": visible}
 
 
-def _sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: dict[str, Any], dropout: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **mask)
+def _padded(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`Ops.attention` made of a function of (B, H, N, D)."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: tuple[Packing | None, Any], dropout: float) -> Tensor:
+        packing, visible = mask
+        if packing is not None:
+            q, k, v = (packing.unpack(x) for x in (q, k, v))
+        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible, dropout).transpose(1, 2)
+        return out if packing is None else packing.pack(out)
+
+    return run
+
+
+def _sdpa_attention(q: Tensor, k: Tensor, v: Tensor, visible: dict[str, Any], dropout: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **visible)
 
 
 def _eager_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout: float) -> Tensor:
@@ -137,6 +155,6 @@ def _torch_add_layer_norm(
 
 IMPLEMENTATIONS = {
     "fastattn": Ops(_fastattn_mask, _fastattn_attention, fastattn.linear, fastattn.ffn, fastattn.add_layer_norm),
-    "sdpa": Ops(_sdpa_mask, _sdpa_attention, _torch_linear, _torch_ffn, _torch_add_layer_norm),
-    "eager": Ops(_visible, _eager_attention, _torch_linear, _torch_ffn, _torch_add_layer_norm),
+    "sdpa": Ops(_sdpa_mask, _padded(_sdpa_attention), _torch_linear, _torch_ffn, _torch_add_layer_norm),
+    "eager": Ops(_eager_mask, _padded(_eager_attention), _torch_linear, _torch_ffn, _torch_add_layer_norm),
 }
