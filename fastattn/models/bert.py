@@ -1,6 +1,7 @@
 """BERT (Devlin et al., 2018, arXiv:1810.04805), plain and whole in one file, with Hugging Face's weights, names and outputs.
 
-B, N, C: batch, tokens, hidden size; T: rows of a packed batch. Layers take (B, N, C) and (T, C). `implementation` chooses what computes the blocks: see `implementations.py`.
+B, N, C: batch, tokens, hidden size; T: rows of a packed batch. Layers take (B, N, C) and (T, C). `implementation` chooses what
+computes the blocks: see `implementations.py`.
 """
 
 from __future__ import annotations
@@ -300,7 +301,7 @@ class BertForMaskedLM(nn.Module):
         *,
         packing: Packing | None = None,
     ) -> MaskedLMOutput:
-        """The arguments are those of `BertModel.forward`; with a packing, logits are (T, vocab_size), 0 in rows of no sequence."""
+        """The arguments are `BertModel.forward`'s; with a packing, logits are (T, vocab_size), 0 in rows of no sequence."""
         x = self.bert(input_ids, attention_mask, token_type_ids, position_ids, packing=packing).last_hidden_state
         return MaskedLMOutput(tokens.cleared(self.cls.predictions(x), packing))
 

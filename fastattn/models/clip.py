@@ -1,7 +1,7 @@
 """CLIP (Radford et al., 2021, arXiv:2103.00020), plain and whole in one file, with Hugging Face's weights, names and outputs.
 
-B, N, C: batch, tokens, hidden size of a tower; T: rows of packed texts. Layers take (B, N, C) and (T, C). `implementation` chooses
-what computes the blocks: see `implementations.py`.
+B, N, C: batch, tokens, hidden size of a tower; T: rows of packed texts. Layers take (B, N, C) and (T, C). `implementation`
+chooses what computes the blocks: see `implementations.py`.
 """
 
 from __future__ import annotations
@@ -187,9 +187,7 @@ class CLIPTextModel(nn.Module):
         self.eos_token_id = config.eos_token_id
         self.ops = ops
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, packing: Packing | None = None
-    ) -> TowerOutput:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, packing: Packing | None = None) -> TowerOutput:
         keep = tokens.key_mask(attention_mask, input_ids, packing)
         mask = self.ops.mask(keep, True, input_ids.shape[-1], input_ids.device, packing)
         x, residual = self.encoder(self.embeddings(input_ids, packing), mask)

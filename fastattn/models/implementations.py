@@ -21,7 +21,7 @@ class Ops(NamedTuple):
     `IMPLEMENTATIONS["sdpa"]._replace(mask=IMPLEMENTATIONS["fastattn"].mask, attention=IMPLEMENTATIONS["fastattn"].attention)`
     """
 
-    mask: Callable[..., Any]  # (keep (B, N) bool or None, causal, N, device, packing=None) -> what `attention` of this instance takes
+    mask: Callable[..., Any]  # (keep (B, N) bool or None, causal, N, device, packing=None) -> what its `attention` takes
     attention: Callable[..., Tensor]  # (q, k, v (B, N, H, D), or (T, H, D) of a packing, mask, dropout) -> as q
     linear: Callable[..., Tensor]  # (x, weight, bias, *, activation=None)
     ffn: Callable[..., Tensor]  # (x, w1, b1, w2, b2, *, activation)
@@ -67,7 +67,9 @@ def _fastattn_mask(
     return packing, padding
 
 
-def _fastattn_attention(q: Tensor, k: Tensor, v: Tensor, mask: tuple[Packing | None, masks.Mask | None], dropout: float) -> Tensor:
+def _fastattn_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: tuple[Packing | None, masks.Mask | None], dropout: float
+) -> Tensor:
     if dropout > 0:
         raise NotImplementedError(
             "implementation 'fastattn' does not serve dropout of attention probabilities in training yet: set "
