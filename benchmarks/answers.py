@@ -35,7 +35,7 @@ def nearest_sentences(case: Case, hidden: dict[str, Tensor]) -> list[str]:
             cosine = mean @ mean[query]
             cosine[query] = -1
             best = int(cosine.argmax())
-            result.append(f'  {name:28} {cosine[best]:.4f} "{found[best][:70]}"')
+            result.append(f'  {name:37} {cosine[best]:.4f} "{found[best][:70]}"')
     return result
 
 
@@ -45,5 +45,5 @@ def accuracies(embeddings: dict[str, tuple[Tensor, Tensor]]) -> list[str]:
     for name, (images, captions) in embeddings.items():
         nearest = (images.float() @ captions.float().mT).argmax(1).cpu()
         share = (nearest == labels[: len(nearest)]).double().mean()
-        result.append(f"zero-shot accuracy on {len(nearest)} held-out digits  {name:28} {share:.1%}")
+        result.append(f"zero-shot accuracy on {len(nearest)} held-out digits  {name:37} {share:.1%}")
     return result

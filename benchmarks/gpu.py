@@ -37,7 +37,7 @@ def steps(out: Path) -> list[Step]:
         Step("verify", 50, ("-m", "fastattn", "verify")),
         Step("ops", 100, ("-m", "benchmarks.ops", *where)),
         Step("masks", 55, ("-m", "benchmarks.ops", "--suite", "masks", "--budget", "35", *where)),
-        Step("models", 80, ("-m", "benchmarks.models", *where)),
+        Step("models", 80, ("-m", "benchmarks.models", "--budget", "55", *where)),
     ]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +76,7 @@ def load(name: str, *, batch: int, seq: int | None, fill: float, layers: int | N
     inputs, lengths, source = _inputs(name, config, batch, seq, fill)
     cast = {key: (x.to(dtype) if x.is_floating_point() else x).to(device) for key, x in inputs.items()}
     if state is None:
-        state = random_state(config)
+        state = random_state(json.dumps(config))
     kept = [key for key, _ in reference(config, "eager", state).named_parameters()]  # a cut model leaves layers out
     state = {key: state[key].to(device, dtype) for key in kept}
     return Case(name, config, full, state, weights, cast, lengths, source, dtype, device)
@@ -93,7 +95,10 @@ def reference(config: dict, implementation, state: dict[str, Tensor]) -> torch.n
     return model
 
 
-def random_state(config: dict) -> dict[str, Tensor]:
+@functools.lru_cache(maxsize=1)  # seconds for a large model, whose cases follow each other
+def random_state(text: str) -> dict[str, Tensor]:
+    """The weights of a new model whose config.json says `text`."""
+    config = json.loads(text)
     torch.manual_seed(0)
     model = clip.CLIPModel(config, "eager") if "vision_config" in config else bert.BertModel(config, "eager", False)
     return {key: x.detach() for key, x in model.named_parameters()}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import fastattn
 from benchmarks import exported, model_cases
 from benchmarks.model_cases import Case
 from fastattn.models.implementations import IMPLEMENTATIONS
@@ -41,8 +42,24 @@ def reference(implementation, case: Case, mode: str) -> Built:
     return _ready(model_cases.reference(case.config, implementation, case.state), mode)
 
 
+def unpadded(case: Case, mode: str) -> Built:
+    """fastattn's reference model on real tokens alone. A call packs its input and unpacks its output, also where all are real."""
+    model = reference("fastattn", case, mode).module
+
+    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **images: Tensor):
+        keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        packing = fastattn.Packing.from_mask(keep.bool())
+        result = model(packing.pack(input_ids), packing=packing, **images)
+        if case.is_clip:
+            return result  # embeddings of texts and images, which have no padding
+        return result._replace(last_hidden_state=packing.unpack(result.last_hidden_state))
+
+    return Built(forward, model)
+
+
 def hugging_face(attention: str, case: Case, mode: str) -> Built:
     import transformers
+    from transformers.initialization import no_init_weights
 
     if attention == "fastattn":
         import fastattn.integrations.transformers  # noqa: F401  (registers the name)
@@ -50,9 +67,16 @@ def hugging_face(attention: str, case: Case, mode: str) -> Built:
     settings = {key: value for key, value in case.config.items() if key != "model_type"}
     config = transformers.AutoConfig.for_model(case.config["model_type"], **settings)
     extra = {} if case.is_clip else {"add_pooling_layer": False}
-    model = transformers.AutoModel.from_config(config, attn_implementation=attention, **extra)
+    with no_init_weights():  # seconds of random numbers, all of which the case's weights replace
+        model = transformers.AutoModel.from_config(config, attn_implementation=attention, **extra)
     model.to(case.device, case.dtype).load_state_dict(case.state)
     return _ready(model, mode)
+
+
+def accelerated(build: Callable[[Case, str], Built], case: Case, mode: str) -> Built:
+    built = build(case, mode)
+    fastattn.accelerate(built.module, strict=True)
+    return built
 
 
 def compiled(build: Callable[[Case, str], Built], case: Case, mode: str) -> Built:
@@ -86,10 +110,14 @@ def providers(device: torch.device) -> list[Provider]:
     found += [
         Provider("fastattn: attention", functools.partial(reference, ATTENTION_ONLY), True),
         Provider(f"fastattn: {linears}", functools.partial(reference, "fastattn"), True),
-        Provider(f"{whose} torch.compile", functools.partial(compiled, sdpa), patience=40),
+        Provider("fastattn: + unpadded", unpadded, True),
+        Provider(f"{whose} torch.compile", functools.partial(compiled, sdpa), patience=25 if device.type == "cpu" else 40),
     ]
     if installed:
-        found.insert(-1, Provider("Hugging Face with fastattn", functools.partial(hugging_face, "fastattn"), True))
+        found[-1:-1] = [
+            Provider("Hugging Face with fastattn", functools.partial(hugging_face, "fastattn"), True),
+            Provider("Hugging Face with fastattn.accelerate", functools.partial(accelerated, sdpa), True),
+        ]
     if device.type == "cpu":
         for name, export, package in (
             ("ONNX Runtime", exported.onnx_runtime, "onnxruntime"),

@@ -26,6 +26,10 @@ MASKS_CPU_NOTE = (
     "No kernel of fastattn's runs in this table: its CPU backend calls PyTorch's own flash-attention kernel for each block of "
     "queries, on the keys that the block sees."
 )
+UNPADDED_NOTE = (
+    "“+ unpadded” computes real tokens alone: each call packs its input and unpacks its output, both in the time. So does "
+    "“Hugging Face with fastattn.accelerate”, where there is padding."
+)
 BASELINES = {"ratio_vs_eager": "eager"}  # field -> whom a cell is compared with
 MASKS_BASELINES = {**BASELINES, "ratio_vs_sdpa": "SDPA"}
 
@@ -59,8 +63,11 @@ def section(suite: str, content: dict) -> str:
         rows = [[row["provider"], escape(row["answer"])] for row in content.get("refusals", [])]
         return "\n".join([head, "", *markdown(["provider", "answer"], rows)])
     note, baselines = (MASKS_CPU_NOTE, MASKS_BASELINES) if suite == "masks" else (CPU_NOTE, BASELINES)
+    above = [note] if "threads" in cpu else []
+    if any(row["provider"].endswith("+ unpadded") for row in content["records"]):
+        above.append(UNPADDED_NOTE)
     table, notes = comparison(content["records"], baselines)
-    return "\n".join([head, *(["", note] if "threads" in cpu else []), "", *table, *(["", *notes] if notes else [])])
+    return "\n".join([head, *(line for text in above for line in ("", text)), "", *table, *(["", *notes] if notes else [])])
 
 
 def picture(suite: str, path: Path) -> str:
