@@ -44,7 +44,7 @@ class Defaults(NamedTuple):
 
 
 FEW = dict.fromkeys(shapes.CONFIGS, 2)  # the others are like them
-BERT_FILLS = {"bert-base": (1.0, 0.75, 0.5)}
+BERT_FILLS: dict[str, tuple[float, ...]] = {"bert-base": (1.0, 0.75, 0.5)}
 CPU = Defaults(
     ("minilm", "digits-clip", "bert-base", "clip-vit-b-32"), FEW,
     {"minilm": 32, "digits-clip": 300, **dict.fromkeys(FEW, 8)}, {"bert-base": 256, "bert-large": 256},
@@ -118,8 +118,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="layers of each tower at most; on a CPU 2 for BERT and CLIP")
     parser.add_argument(
         "--fill",
-        help="shares of real tokens, comma-separated; default 1.0,0.5; for bert-base 0.75 as well, to train and for CLIP on a CPU\n"
-        "0.5 alone; MiniLM and digits have their own",
+        help="shares of real tokens, comma-separated; default 1.0,0.5; 0.75 as well for bert-base, 0.5 alone to train and for\n"
+        "CLIP on a CPU; MiniLM and digits have their own",
     )
     parser.add_argument("--mode", type=names(MODES), help="infer,train")
     parser.add_argument("--dtype", help="float32,bfloat16,float16; default bfloat16 on a GPU, float32 on a CPU")

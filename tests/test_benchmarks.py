@@ -17,6 +17,8 @@ from benchmarks import (
     gpu,
     mask_cases,
     measure,
+    model_cases,
+    model_measure,
     model_providers,
     models,
     ops,
@@ -349,6 +351,57 @@ def test_a_spent_budget_leaves_slow_providers_out(tiny, tmp_path) -> None:
     assert code == 0 and row["ms_median"] is None and row["refusal"].startswith("not run")
 
 
+PACKED = ("fastattn: + unpadded", "Hugging Face with fastattn.accelerate")
+
+
+@pytest.mark.parametrize("fill", [1.0, 0.75, 0.5])
+@pytest.mark.parametrize("mode", models.MODES)
+def test_unpadded_providers_compute_real_tokens_alone(monkeypatch, fill: float, mode: str) -> None:
+    """They pass the gate against fp64 that all pass, and their FFNs get as many rows as there are tokens."""
+    monkeypatch.setitem(shapes.CONFIGS, "bert-base", TINY)
+    case = load_tiny("bert-base", fill)
+    rows = []
+
+    def counted(x, *args, **kwargs):
+        rows.append(x.numel() // x.shape[-1])
+        return ffn(x, *args, **kwargs)
+
+    ffn = fastattn.ffn
+    fast = model_providers.IMPLEMENTATIONS["fastattn"]
+    monkeypatch.setitem(model_providers.IMPLEMENTATIONS, "fastattn", fast._replace(ffn=counted))
+    monkeypatch.setattr("fastattn.integrations.accelerate_layers.ffn", counted)
+    found = {provider.name: provider for provider in model_providers.providers(CPU)}
+    for name in PACKED:
+        rows.clear()
+        measured = model_measure.run(case, mode, [found["Hugging Face eager"], found[name]], seconds=0.0, deadline=float("inf"))
+        timed = {row["provider"]: row for row in measured.rows}
+        assert not results.failures(measured.rows) and timed[name]["ms_median"] > 0 and timed[name]["ratio_vs_eager"] > 0
+        assert set(rows) == {int(case.lengths[0].sum())}
+
+
+@pytest.mark.parametrize("mode", models.MODES)
+def test_unpadded_providers_of_clip_pass_the_gate(mode: str) -> None:
+    case = load_tiny("digits-clip", 1.0)
+    found = [provider for provider in model_providers.providers(CPU) if provider.name.endswith(("eager", *PACKED))]
+    measured = model_measure.run(case, mode, found, seconds=0.0, deadline=float("inf"))
+    assert {row["provider"] for row in measured.rows if row["ms_median"]} == {provider.name for provider in found}
+    assert set(PACKED) < {provider.name for provider in found}
+
+
+def load_tiny(name: str, fill: float) -> model_cases.Case:
+    return model_cases.load(name, batch=5, seq=16, fill=fill, layers=2, folder=None, dtype=torch.float32, device=CPU)
+
+
+def test_a_default_run_has_each_fill_of_bert_and_its_training_step() -> None:
+    for defaults in (models.CPU, models.GPU):
+        asked = models.requests(models.parse([]), defaults, [torch.float32])
+        bert = [(request.mode, request.fill) for request in asked if request.model == "bert-base"]
+        assert bert == [("infer", 1.0), ("infer", 0.75), ("infer", 0.5), ("train", 0.5)]
+        assert {request.model for request in asked} == set(defaults.models)
+    asked = models.requests(models.parse(["--fill", "0.25", "--mode", "train"]), models.CPU, [torch.float32])
+    assert [(request.model, request.fill) for request in asked] == [(name, 0.25) for name in models.CPU.models]
+
+
 def test_unknown_models_and_modes_are_refused(capsys) -> None:
     for argument, value in (("--models", "gpt"), ("--mode", "dream")):
         with pytest.raises(SystemExit):
@@ -415,10 +468,23 @@ def test_a_masks_table_compares_with_sdpa_as_well(tmp_path, monkeypatch) -> None
     assert report.MASKS_CPU_NOTE in text and report.CPU_NOTE not in text
 
 
+def test_an_unpadded_column_is_explained_where_there_is_one(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks/models.py"])
+    rows = [timed("Hugging Face eager", 20.0), timed("fastattn: attention", 10.0)]
+    results.write(rows, "models", CPU, quick=False, out=tmp_path)
+    assert report.UNPADDED_NOTE not in report.table("models", "cpu", tmp_path)
+    results.write([*rows, timed("fastattn: + unpadded", 5.0)], "models", CPU, quick=False, out=tmp_path)
+    text = report.table("models", "cpu", tmp_path)
+    assert report.UNPADDED_NOTE in text and report.CPU_NOTE in text and "| **5 (4.00x)** |" in text
+
+
 def test_the_steps_of_a_gpu_run_end_within_nine_minutes(tmp_path) -> None:
     steps = gpu.steps(tmp_path)
     assert sum(step.limit for step in steps) < 540
     assert {"ops", "masks", "models"} < {step.name for step in steps}
+    (models_step,) = (step for step in steps if step.name == "models")
+    budget = models_step.arguments[models_step.arguments.index("--budget") + 1]
+    assert float(budget) < models_step.limit  # else it is killed before it writes its file
 
 
 def test_a_quick_result_never_enters_the_readme(readme, tmp_path) -> None:
