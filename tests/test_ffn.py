@@ -75,6 +75,20 @@ def test_ffn_matches_specification(backend, activation):
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("slow", [True, False])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_bf16_by_products_of_either_dtype(activation, slow, monkeypatch):
+    """A CPU multiplies bf16 in fp32 where that is faster; both ways are within the rule on every machine."""
+    monkeypatch.setattr(cpu_ffn, "bf16_is_slow", lambda: slow)
+    x, weight, b, residual, dy = tensors(33, 65, 96, torch.bfloat16)
+    yardstick = linear_yardstick(x, weight, b, residual, dy, activation)
+    assert_accurate(run_linear(x, weight, b, residual, dy, activation, "cpu"), yardstick)
+    with torch.no_grad():
+        y = fastattn.linear(x, weight, b, activation=activation, residual=residual, backend="cpu")
+    assert_accurate({"y": y}, yardstick)
+
+
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_wider_bias_and_residual(backend):
     """fp32 parameters and an fp32 stream of residuals beside half precision: y is fp32."""
