@@ -76,7 +76,7 @@ class Packing:
             validate: read the values on the host, and raise if they are not so. Without it nothing is read: values that are not
                 so are cut to such that are, and `varlen_attention` takes tensors of any number of rows, of which it reads and
                 writes none that is not there. Rows in no sequence are 0.
-            capacity: rows of what `pack` returns; None: cu_seqlens[-1], or B * max_length without `validate`. Offsets beyond it are
+            capacity: rows of what `pack` returns; None: cu_seqlens[-1], or B * max_length without `validate`. Offsets beyond are
                 cut to it.
 
         Raises:

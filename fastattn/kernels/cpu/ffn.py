@@ -63,7 +63,7 @@ def clear_packed() -> None:
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
     if x.dtype == torch.bfloat16 and bf16_is_slow():
-        return _plain(x.float(), weight, bias).to(x.dtype)
+        return _plain(x.float(), weight.to(x.dtype), bias).to(x.dtype)
     if x.dtype != torch.float32 or not _onednn(x, weight):
         return F.linear(x, weight.to(x.dtype), bias)
     return _pointwise(x, _pack(weight, x.dtype, 1.0), bias, "none", [], "")
@@ -73,7 +73,8 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     if activation == "quick_gelu" and x.dtype != torch.float32:  # a scaled weight would be rounded once more
         return ACTIVATIONS[activation][0](_fused(x, weight, bias, None))
     if x.dtype == torch.bfloat16 and bf16_is_slow():
-        return _fused(x.float(), weight, None if bias is None else bias.to(x.dtype), activation).to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        return _fused(x.float(), weight.to(x.dtype), bias, activation).to(x.dtype)
     scale = QUICK_GELU if activation == "quick_gelu" else 1.0
     packed = _packed(weight, x.dtype, scale)
     if packed is None and x.dtype != torch.float32:
