@@ -31,7 +31,7 @@ UNPADDED_NOTE = (
     "“Hugging Face with fastattn.accelerate”, where there is padding."
 )
 BASELINES = {"ratio_vs_eager": "eager"}  # field -> whom a cell is compared with
-MASKS_BASELINES = {**BASELINES, "ratio_vs_sdpa": "SDPA"}
+SUITE_BASELINES = {"masks": {**BASELINES, "ratio_vs_sdpa": "SDPA"}, "encode": {"ratio": "sentence-transformers alone"}}
 
 
 def render(readme: str, folder: Path) -> str:
@@ -62,11 +62,11 @@ def section(suite: str, content: dict) -> str:
     if suite == "refusals":
         rows = [[row["provider"], escape(row["answer"])] for row in content.get("refusals", [])]
         return "\n".join([head, "", *markdown(["provider", "answer"], rows)])
-    note, baselines = (MASKS_CPU_NOTE, MASKS_BASELINES) if suite == "masks" else (CPU_NOTE, BASELINES)
+    note = MASKS_CPU_NOTE if suite == "masks" else CPU_NOTE
     above = [note] if "threads" in cpu else []
     if any(row["provider"].endswith("+ unpadded") for row in content["records"]):
         above.append(UNPADDED_NOTE)
-    table, notes = comparison(content["records"], baselines)
+    table, notes = comparison(content["records"], SUITE_BASELINES.get(suite, BASELINES))
     return "\n".join([head, *(line for text in above for line in ("", text)), "", *table, *(["", *notes] if notes else [])])
 
 
