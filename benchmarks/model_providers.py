@@ -79,6 +79,16 @@ def accelerated(build: Callable[[Case, str], Built], case: Case, mode: str) -> B
     return built
 
 
+def graphed(build: Callable[[Case, str], Built], case: Case, mode: str) -> Built:
+    """CUDA graphs by torch.compile, which need static shapes: as many packed rows as there are real tokens, in steps of 64."""
+    if mode == "train":
+        raise NotImplementedError("not run: CUDA graphs are measured in inference alone")
+    torch._dynamo.reset()
+    built = build(case, mode)
+    fastattn.accelerate(built.module, strict=True, capacity=-(-int(case.lengths[0].sum()) // 64) * 64)
+    return built._replace(forward=torch.compile(built.forward, mode="reduce-overhead"))
+
+
 def compiled(build: Callable[[Case, str], Built], case: Case, mode: str) -> Built:
     """With constants folded into the weights ("freezing") where that exists: inference on a CPU."""
     torch._dynamo.reset()  # each case is compiled for itself
@@ -118,6 +128,9 @@ def providers(device: torch.device) -> list[Provider]:
             Provider("Hugging Face with fastattn", functools.partial(hugging_face, "fastattn"), True),
             Provider("Hugging Face with fastattn.accelerate", functools.partial(accelerated, sdpa), True),
         ]
+    if installed and device.type == "cuda":
+        name = "Hugging Face with fastattn.accelerate and CUDA graphs"
+        found.append(Provider(name, functools.partial(graphed, sdpa), True, patience=20))
     if device.type == "cpu":
         for name, export, package in (
             ("ONNX Runtime", exported.onnx_runtime, "onnxruntime"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn.lowering import LoweredMask, pack_bits, packed_rows, tile_lists, tile_status
-from fastattn.packing import Packing
+from fastattn.packing import Packing, integers
 
 ALIGNMENTS = ("bottom_right", "top_left")
 INT32_MAX = 2**31 - 1
@@ -467,12 +467,7 @@ def _ids(ids: Tensor, name: str) -> Tensor:
 
 
 def _lengths(lengths: Tensor | Sequence[int], name: str) -> Tensor:
-    tensor = lengths if isinstance(lengths, Tensor) else torch.tensor(lengths or (), dtype=None if lengths else torch.int32)
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
-    if tensor.dim() != 1:
-        raise ValueError(f"{name} must have shape (B,), got {tuple(tensor.shape)}")
-    return tensor.clamp(0, INT32_MAX).to(torch.int32)
+    return integers(lengths, name).clamp(0, INT32_MAX).to(torch.int32)
 
 
 def _live_range(keep: Tensor) -> tuple[Tensor, Tensor]:

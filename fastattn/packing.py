@@ -43,7 +43,7 @@ class Packing:
         Raises:
             ValueError, TypeError: an argument does not fit.
         """
-        lengths = _integers(lengths, "lengths")
+        lengths = integers(lengths, "lengths")
         _check_sizes(max_length, capacity)
         if capacity is None or _readable(lengths):
             _check_range(lengths, max_length, "lengths")
@@ -82,7 +82,7 @@ class Packing:
         Raises:
             ValueError, TypeError: an argument does not fit.
         """
-        cu = _integers(cu_seqlens, "cu_seqlens")
+        cu = integers(cu_seqlens, "cu_seqlens")
         _check_sizes(max_length, capacity)
         if cu.numel() == 0:
             raise ValueError("cu_seqlens must hold at least a 0")
@@ -168,13 +168,13 @@ class Packing:
 torch.export.register_dataclass(Packing)
 
 
-def _integers(x: Tensor | Sequence[int], name: str) -> Tensor:
-    """(B,) as int64."""
+def integers(x: Tensor | Sequence[int], name: str) -> Tensor:
+    """(B,) as int64. Raises TypeError or ValueError, naming it, for anything else."""
     tensor = x if isinstance(x, Tensor) else torch.tensor(x or (), dtype=None if x else torch.int64)
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
     if tensor.dim() != 1:
-        raise ValueError(f"{name} must have one dimension, got shape {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape (B,), got {tuple(tensor.shape)}")
     return tensor.long()
 
 

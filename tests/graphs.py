@@ -3,8 +3,8 @@
 import torch
 
 
-def assert_replay_follows(step, changed):
-    """Capture `step`, change the tensor `changed` in place, replay: every result is bit-equal to that of a new step."""
+def captured(step):
+    """(the graph of `step`, the tensors that a replay writes its results to)."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -12,9 +12,15 @@ def assert_replay_follows(step, changed):
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step()
+        results = step()
+    return graph, results
+
+
+def assert_replay_follows(step, changed):
+    """Capture `step`, change the tensor `changed` in place, replay: every result is bit-equal to that of a new step."""
+    graph, results = captured(step)
     with torch.no_grad():
         changed.copy_(torch.randn_like(changed))
     graph.replay()
-    for replayed, expected in zip(captured, step(), strict=True):
+    for replayed, expected in zip(results, step(), strict=True):
         assert torch.equal(replayed, expected)

@@ -492,13 +492,3 @@ def test_a_quick_result_never_enters_the_readme(readme, tmp_path) -> None:
     assert report.NOT_MEASURED in report.table("models", "cpu", tmp_path)
     assert report.main(["--readme", str(readme), "--results", str(tmp_path)]) == 0
     assert "bert-base" not in readme.read_text()
-
-
-def test_encode_runs_and_writes(tmp_path, capsys):
-    from benchmarks import encode
-
-    assert encode.main(["--quick", "--batch", "8", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*/encode.json")
-    rows = results.read(path)["records"]
-    assert [row["provider"] for row in rows] == [encode.PLAIN, encode.OURS]
-    assert rows[1]["max_error"] < encode.AGREE and rows[1]["ratio"] > 0 and 0 < rows[1]["fill"] <= 1

@@ -102,7 +102,7 @@ def test_unvalidated_offsets_become_such_that_are_right(cu):
         (ValueError, "lengths must be in 0..max_length = 5", lambda: Packing.from_lengths([3, 6], 5)),
         (ValueError, "lengths must be in 0..max_length = 5", lambda: Packing.from_lengths([3, -1], 5, 8)),
         (TypeError, "lengths must hold integers", lambda: Packing.from_lengths([3.0], 5)),
-        (ValueError, "lengths must have one dimension", lambda: Packing.from_lengths(torch.ones(2, 2, dtype=torch.int32), 5)),
+        (ValueError, "lengths must have shape", lambda: Packing.from_lengths(torch.ones(2, 2, dtype=torch.int32), 5)),
         (ValueError, "max_length must not be negative", lambda: Packing.from_lengths([], -1)),
         (ValueError, "capacity must not be negative", lambda: Packing.from_lengths([1], 2, -1)),
         (TypeError, r"attention_mask.bool\(\)", lambda: Packing.from_mask(torch.ones(2, 3))),

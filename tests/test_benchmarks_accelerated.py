@@ -1,0 +1,33 @@
+"""The benchmarks that only `accelerate` is in: sentence-transformers' encode, and CUDA graphs over a static capacity."""
+
+import functools
+
+import pytest
+import torch
+
+from benchmarks import encode, model_cases, model_providers, results
+
+
+def test_encode_runs_and_writes(tmp_path, capsys):
+    assert encode.main(["--quick", "--batch", "8", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/encode.json")
+    rows = results.read(path)["records"]
+    assert [row["provider"] for row in rows] == [encode.PLAIN, encode.OURS]
+    assert rows[1]["max_error"] < encode.AGREE and rows[1]["ratio"] > 0 and 0 < rows[1]["fill"] <= 1
+
+
+@pytest.mark.parametrize("name", ["minilm", "digits-clip"])
+def test_graphs_take_a_static_capacity(name, monkeypatch):
+    """What is compiled for CUDA graphs, here without compiling it, on a batch with padding."""
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    settings = {"batch": 6, "seq": None, "fill": 0.5, "layers": 1, "folder": None}
+    case = model_cases.load(name, **settings, dtype=torch.float32, device=torch.device("cpu"))
+    plain = functools.partial(model_providers.hugging_face, "sdpa")
+    built = model_providers.graphed(plain, case, "infer")
+    assert "forward" in vars(built.module) or any("forward" in vars(part) for part in built.module.children())
+    with torch.no_grad():
+        expected, actual = (case.outputs(one.forward(**case.inputs)) for one in (plain(case, "infer"), built))
+    for key, x in expected.items():
+        torch.testing.assert_close(actual[key], x, rtol=2e-5, atol=2e-5)
+    with pytest.raises(NotImplementedError, match="in inference alone"):
+        model_providers.graphed(plain, case, "train")
