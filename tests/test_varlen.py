@@ -12,7 +12,7 @@ from fastattn.masks import AnyOf, Dense, Mask
 from fastattn.testing import MASKS, assert_accurate, attention_inputs, attention_yardstick
 
 INF = float("inf")
-SELF = (40, 0, 70, 1, 70)
+SELF = (40, 0, 70, 1)
 CROSS = ((5, 0, 66, 17, 3), (66, 9, 0, 17, 1))
 
 
@@ -182,8 +182,8 @@ def test_full_tiles_of_rows_that_are_not_there(backend):
     """By its offsets a sequence fills tiles of which the tensors have some rows or none."""
     device, dtype, D = device_of(backend), dtype_of(backend), head_dim_of(backend)
     tolerance = 4e-3 if dtype == torch.float16 else 1e-5
-    for T in (10, 70, 128, 150):
-        q, k, v, dout = (torch.randn(T, 2, D, device=device, dtype=dtype) for _ in range(4))
+    for T in (10, 70, 130):
+        q, k, v, dout = (torch.randn(T, 1, D, device=device, dtype=dtype) for _ in range(4))
         packing = Packing.from_cu_seqlens(torch.tensor([0, 5, 1000], device=device), 200, validate=False)
         dense = torch.ones(1, 1, 200, 200, dtype=torch.bool, device=device)
         results = []
