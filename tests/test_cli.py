@@ -60,12 +60,13 @@ def test_verify_passes_and_fails(capsys, monkeypatch):
     import fastattn.kernels.eager.attention as eager
 
     monkeypatch.setattr(testing, "MASKS", {name: testing.MASKS[name] for name in ("causal_padding", "dense")})
+    monkeypatch.setattr(verify, "PACKED_MASKS", ("dense",))
     monkeypatch.setattr(verify, "ATTENTION_SHAPES", [(2, 2, 20, 20, 32)])
     monkeypatch.setattr(verify, "ACTIVATIONS", ("gelu",))
     assert main(["verify", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["failure"] for row in rows} == {None}
-    assert {row["op"] for row in rows} == {"attention", "linear", "ffn", "add_layer_norm", "add_rms_norm"}
+    assert {row["op"] for row in rows} == {"attention", "varlen_attention", "linear", "ffn", "add_layer_norm", "add_rms_norm"}
     refused = {(row["backend"], row["dtype"], row["kind"]) for row in rows if row["refusal"] and row["op"] == "attention"}
     assert refused <= {
         ("cuda", dtype, kind) for dtype in testing.DTYPES for kind in testing.MASKS if "fp32" in dtype or kind == "dense"
