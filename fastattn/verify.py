@@ -16,7 +16,7 @@ from fastattn.info import info
 from fastattn.ops import attention, ffn, norm
 
 ATTENTION_SHAPES = [(2, 2, 64, 64, 64), (2, 2, 77, 77, 64), (2, 2, 129, 129, 32), (2, 2, 197, 197, 80), (2, 2, 65, 130, 128)]
-PACKED_MASKS = ("none", "causal", "window", "dense")
+PACKED_MASKS, PACKED_LENGTHS = ("none", "causal", "window", "dense"), (77, 0, 40, 1)
 EPS = 1e-5
 
 
@@ -108,8 +108,8 @@ def _attention(backend: str, dtype: str, mask: str, device: str, shape: tuple[in
 
 def _packed(backend: str, dtype: str, mask: str, device: str) -> Case:
     def case() -> dict[str, float]:
-        x = testing.attention_inputs(4, 2, 77, 77, 64, testing.DTYPES[dtype], device, mask=mask)
-        lengths = torch.tensor([77, 0, 40, 1], device=device)
+        lengths, longest = torch.tensor(PACKED_LENGTHS, device=device), max(PACKED_LENGTHS)
+        x = testing.attention_inputs(len(lengths), 2, longest, longest, 64, testing.DTYPES[dtype], device, mask=mask)
         result = testing.run_varlen_attention(x, lengths, backend)
         padding = masks.padding(lengths, lengths)
         x = replace(x, mask=padding if x.mask is None else padding & x.mask)

@@ -61,6 +61,7 @@ def test_verify_passes_and_fails(capsys, monkeypatch):
 
     monkeypatch.setattr(testing, "MASKS", {name: testing.MASKS[name] for name in ("causal_padding", "dense")})
     monkeypatch.setattr(verify, "PACKED_MASKS", ("dense",))
+    monkeypatch.setattr(verify, "PACKED_LENGTHS", (17, 0, 3))
     monkeypatch.setattr(verify, "ATTENTION_SHAPES", [(2, 2, 20, 20, 32)])
     monkeypatch.setattr(verify, "ACTIVATIONS", ("gelu",))
     assert main(["verify", "--json"]) == 0
