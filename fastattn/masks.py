@@ -100,9 +100,10 @@ class Mask:
         """The mask for packed sequences, whose queries and keys count from 0 in each. Raises ValueError if it does not fit."""
         S, M, N, device = packing.lengths.numel(), packing.max_length, key_packing.max_length, packing.cu_seqlens.device
         mask = self._bits.get((packing, key_packing))
+        made = self._by_rank(packing, key_packing) if mask is None else mask
+        made.check(S, H, M, N, device)  # H may be another one than when it was made
         if mask is None:
-            mask = self._by_rank(packing, key_packing)
-            mask.check(S, H, M, N, device)
+            mask = made
             if packing is not key_packing:
                 mask = mask._shifted((key_packing.lengths - packing.lengths).long()[:, None, None, None])
             if mask.terms or mask.ids is not None:
@@ -168,19 +169,17 @@ class Mask:
         delta: (B, 1, 1, 1), what is N - M for each sequence of a packed batch.
         """
         i, j = torch.arange(M, device=device), torch.arange(N, device=device)
-        top_left = self
-        result = None
-        if delta is not None:
+        if delta is None:
+            result = self._bounds(M, N).pairs(i, j)
+            if self.prefix_top_left is not None and self.prefix_bottom_right is not None:
+                result = result & Mask(prefix_top_left=self.prefix_top_left).pairs(M, N, device)
+        else:
             low, high = (None if x is None else x + delta for x in (self.low_bottom_right, self.high_bottom_right))
             shifted = LoweredMask(low, high, delta, self.prefix_bottom_right)  # type: ignore[arg-type]
-            result = shifted.pairs(i, j)
-            top_left = replace(self, low_bottom_right=None, high_bottom_right=None, prefix_bottom_right=None)
-        pairs = top_left._bounds(M, N).pairs(i, j)
-        result = pairs if result is None else result & pairs
-        if top_left.prefix_top_left is not None and top_left.prefix_bottom_right is not None:
-            result = result & Mask(prefix_top_left=self.prefix_top_left).pairs(M, N, device)
+            rest = replace(self, low_bottom_right=None, high_bottom_right=None, prefix_bottom_right=None)
+            result = shifted.pairs(i, j) & rest._bounds(M, N).pairs(i, j)
         for term in self.terms:
-            result = result & (term.pairs(M, N, device) if delta is None else term.pairs(M, N, device, delta))
+            result = result & term.pairs(M, N, device, delta)
         return result
 
     def device(self) -> torch.device | None:
@@ -266,8 +265,8 @@ class AnyOf:
 
     parts: tuple[Mask, ...]
 
-    def pairs(self, M: int, N: int, device: torch.device | None, *delta: Tensor) -> Tensor:
-        first, *others = (part.pairs(M, N, device, *delta) for part in self.parts)
+    def pairs(self, M: int, N: int, device: torch.device | None, delta: Tensor | None = None) -> Tensor:
+        first, *others = (part.pairs(M, N, device, delta) for part in self.parts)
         for other in others:
             first = first | other
         return first

@@ -133,7 +133,12 @@ class Packing:
     @property
     def positions(self) -> Tensor:
         """(capacity,) int64: the column of each packed row in the padded tensor; 0 for a row of no sequence."""
-        return torch.where(self.indices == self._places, 0, self.indices % max(self.max_length, 1))
+        return torch.where(self.live, self.indices % max(self.max_length, 1), 0)
+
+    @property
+    def live(self) -> Tensor:
+        """(capacity,) bool: whether a packed row is a token of some sequence."""
+        return self.indices < self._places
 
     @property
     def _places(self) -> int:
@@ -151,8 +156,7 @@ class Packing:
         if self._places == 0:
             return x.new_zeros(self.capacity, *x.shape[2:])
         taken = x.flatten(0, 1).index_select(0, self.indices.clamp(max=self._places - 1))
-        dead = (self.indices == self._places).view(-1, *(1,) * (x.dim() - 2))
-        return taken.masked_fill(dead, 0)
+        return taken.masked_fill(~self.live.view(-1, *(1,) * (x.dim() - 2)), 0)
 
     def unpack(self, x: Tensor) -> Tensor:
         """(capacity, ...) -> (B, L, ...), differentiable. Padding is exactly 0."""

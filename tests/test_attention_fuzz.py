@@ -18,7 +18,9 @@ def test_a_failing_case_is_found_and_printed(monkeypatch, capsys):
 
     def shifted(expression, B, H, M, N, g, device):
         mask = honest(expression, B, H, M, N, g, device)
-        monkeypatch.setattr(type(mask), "pairs", lambda self, M, N, device: ~self.lower(M, N, device).visible(B, H, M, N, device))
+        monkeypatch.setattr(
+            type(mask), "pairs", lambda self, M, N, device, delta=None: ~self.lower(M, N, device).visible(B, H, M, N, device)
+        )
         return mask
 
     monkeypatch.setattr(fuzz, "build", shifted)

@@ -267,3 +267,16 @@ def test_a_mask_is_lowered_once_for_a_packing():
     first = mask.lower_packed(packing, packing, 2)
     assert mask.lower_packed(packing, packing, 2).bits is first.bits
     assert mask.lower_packed(Packing.from_lengths(LENGTHS, L), packing, 2).bits is not first.bits
+
+
+def test_a_mask_that_is_kept_is_checked_for_each_number_of_heads():
+    """Bits of two heads must not be read as those of four."""
+    packing = Packing.from_lengths(LENGTHS, L)
+    mask = masks.dense(torch.ones(1, 2, L, L, dtype=torch.bool))
+    for heads, fits in ((2, True), (4, False), (2, True)):
+        q = torch.randn(9, heads, 16)
+        if fits:
+            fastattn.varlen_attention(q, q, q, packing, mask)
+        else:
+            with pytest.raises(ValueError, match="does not broadcast"):
+                fastattn.varlen_attention(q, q, q, packing, mask)

@@ -47,7 +47,7 @@ def cleared(x: Tensor, packing: Packing | None) -> Tensor:
     """x (T, C) with 0 in the rows of no sequence, so that nothing of them is in a result or a gradient."""
     if packing is None or packing.full:
         return x
-    return x.masked_fill((packing.indices == packing.lengths.numel() * packing.max_length)[:, None], 0)
+    return x.masked_fill(~packing.live[:, None], 0)
 
 
 def take(x: Tensor, rows: Tensor, packing: Packing) -> Tensor:
