@@ -242,7 +242,8 @@ def scaled_dot_product_attention(
     query (..., H, M, D), key and value (..., H, N, D) with equal leading dimensions; a bool attn_mask broadcastable to
     (..., M, N), True = may attend; is_causal is top-left and excludes attn_mask. enable_gqa=True lets key and value have fewer
     heads, of which query's number is a multiple. A float attn_mask and dropout_p > 0 are not served yet and raise
-    NotImplementedError.
+    NotImplementedError. The result has the strides that torch's function gives on a CPU: its dimensions lie in memory in the
+    query's order where torch's fused kernel would serve the call, else it is contiguous.
     """
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask and is_causal exclude each other: set one of them")
@@ -259,7 +260,27 @@ def scaled_dot_product_attention(
         mask = attn_mask if query.dim() == 4 else _four_dimensions(attn_mask.expand(*lead, *attn_mask.shape[-2:]))
     q, k, v = (_four_dimensions(x) for x in (query, key, value))
     out = attention(q, k, v, mask, scale=scale, dropout=dropout_p)
-    return out if query.dim() == 4 else out.reshape(*lead, *out.shape[-2:])
+    if query.dim() != 4:
+        out = out.reshape(*lead, *out.shape[-2:])
+    return _laid_out_as_by_torch(out, query, key, value, attn_mask)
+
+
+def _laid_out_as_by_torch(out: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """`out`, whose memory is (B, M, H, Dv), in the layout of torch's result: a `.view` that works there works here."""
+    fused = (
+        query.dim() == 4
+        and out.shape == query.shape
+        and key.shape[2] > 0
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        and (attn_mask is None or attn_mask.dim() != 3)
+    )
+    if not fused or query.is_contiguous():
+        return out.contiguous()
+    B, H, M, _ = query.stride()
+    if B >= M >= H > 0:
+        return out  # the query too is (B, M, H, D) in memory: how models make it
+    like = torch.empty_like(query, device="meta")
+    return out.new_empty_strided(out.shape, like.stride()).copy_(out)
 
 
 def explain(
