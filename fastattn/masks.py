@@ -7,7 +7,7 @@ key j, and a = N - M (`align="bottom_right"`, the last query beside the last key
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn.lowering import LoweredMask, pack_bits, packed_rows, tile_lists, tile_status
-from fastattn.packing import Packing, integers
+from fastattn.packing import INTEGERS, Integers, Packing, check_bool, int64, integer, integers, lasting, readable
 
 ALIGNMENTS = ("bottom_right", "top_left")
 INT32_MAX = 2**31 - 1
@@ -91,7 +91,7 @@ class Mask:
             return bounds._replace(**_bits_and_tiles(bounds, terms, M, N, device))
         made = self._bits.get((M, N, device))
         if made is None:
-            with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed by a backward pass
+            with lasting():
                 made = _bits_and_tiles(bounds, terms, M, N, device)
             self._keep((M, N, device), made, made.values())
         return bounds._replace(**made)
@@ -100,15 +100,16 @@ class Mask:
         """The mask for packed sequences, whose queries and keys count from 0 in each. Raises ValueError if it does not fit."""
         S, M, N, device = packing.lengths.numel(), packing.max_length, key_packing.max_length, packing.cu_seqlens.device
         mask = self._bits.get((packing, key_packing))
-        made = self._by_rank(packing, key_packing) if mask is None else mask
-        made.check(S, H, M, N, device)  # H may be another one than when it was made
-        if mask is None:
-            mask = made
-            if packing is not key_packing:
-                mask = mask._shifted((key_packing.lengths - packing.lengths).long()[:, None, None, None])
-            if mask.terms or mask.ids is not None:
-                mask = mask & padding(key_packing.lengths, packing.lengths)  # tiles beyond a sequence are not to be visited
-                self._keep((packing, key_packing), mask, [packing.cu_seqlens, key_packing.cu_seqlens])
+        with lasting():
+            made = self._by_rank(packing, key_packing) if mask is None else mask
+            made.check(S, H, M, N, device)  # H may be another one than when it was made
+            if mask is None:
+                mask = made
+                if packing is not key_packing:
+                    mask = mask._shifted((key_packing.lengths - packing.lengths).long()[:, None, None, None])
+                if mask.terms or mask.ids is not None:
+                    mask = mask & padding(key_packing.lengths, packing.lengths)  # tiles beyond a sequence are not to be visited
+                    self._keep((packing, key_packing), mask, [packing.cu_seqlens, key_packing.cu_seqlens])
         return mask.lower(M, N, device)._replace(**packed_fields(packing, key_packing))
 
     def _keep(self, key: tuple, made: Any, tensors: Iterable[Tensor | None]) -> None:
@@ -312,9 +313,7 @@ def window(left: int | None, right: int | None, align: str = "bottom_right") -> 
     """-left <= d - a <= right: keys up to `left` before and `right` after the query's own; None = no bound."""
     if align not in ALIGNMENTS:
         raise ValueError(f"align must be one of {ALIGNMENTS}, got {align!r}")
-    for name, bound in (("left", left), ("right", right)):
-        if bound is not None and not (isinstance(bound, int | torch.SymInt) and not isinstance(bound, bool)):
-            raise TypeError(f"{name} must be an integer or None, got {bound!r}")
+    left, right = (None if x is None else integer(x, name) for name, x in (("left", left), ("right", right)))
     low = None if left is None else -left
     if align == "top_left":
         return Mask(low_top_left=low, high_top_left=right)
@@ -326,7 +325,7 @@ def causal(align: str = "bottom_right") -> Mask:
     return window(None, 0, align)
 
 
-def padding(key_lengths: Tensor | Sequence[int], query_lengths: Tensor | Sequence[int] | None = None) -> Mask:
+def padding(key_lengths: Integers, query_lengths: Integers | None = None) -> Mask:
     """Sequence b has key_lengths[b] real keys, and query_lengths[b] real queries, at its start.
 
     Both are integers of shape (B,). Rows beyond query_lengths see nothing: their output is 0 and they cost nothing.
@@ -338,16 +337,17 @@ def padding(key_lengths: Tensor | Sequence[int], query_lengths: Tensor | Sequenc
 
 def key_padding(keep: Tensor) -> Mask:
     """keep: bool (B, N), True = a real key. Padding may be on the right, on the left or anywhere between."""
-    if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
-        got = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
-        raise TypeError(f"keep must be a bool tensor, got {got}; for a 0/1 attention_mask pass attention_mask.bool()")
+    check_bool(keep, "keep")
     if keep.dim() != 2:
         raise ValueError(f"keep must have shape (B, N), got {tuple(keep.shape)}")
     key_begin, key_end = _live_range(keep)
+    if not torch.compiler.is_compiling() and keep.is_inference():
+        with lasting():
+            keep = keep.clone()
     return Mask(keys=keep, key_begin=key_begin, key_end=key_end)
 
 
-def prefix_lm(lengths: Tensor | Sequence[int], align: str = "bottom_right") -> Mask:
+def prefix_lm(lengths: Integers, align: str = "bottom_right") -> Mask:
     """j < lengths[b] or d <= a: causal, but every query sees the first lengths[b] keys. lengths: integers (B,)."""
     if align not in ALIGNMENTS:
         raise ValueError(f"align must be one of {ALIGNMENTS}, got {align!r}")
@@ -381,6 +381,7 @@ def columns(h: int, w: int, prefix: int = 0) -> Mask:
 
 def conv(h: int, w: int, kernel: int, prefix: int = 0) -> Mask:
     """As `rows`, with the part before it of the square of side `kernel` (odd) around the token."""
+    kernel = integer(kernel, "kernel")
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"kernel must be odd and positive, got {kernel}")
     return _grid(h, w, kernel // 2, kernel // 2, prefix)
@@ -392,9 +393,7 @@ def dense(keep: Tensor) -> Mask:
     One that does not depend on the head or the query, (B, 1, 1, N), becomes a `key_padding`. A tensor is packed into bits on
     first use of its Mask, so what serves many calls is best made a Mask once.
     """
-    if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
-        got = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
-        raise TypeError(f"mask must be a Mask or a bool tensor (True = may attend), got {got}")
+    check_bool(keep, "mask")
     if keep.dim() > 4:
         raise ValueError(f"mask must broadcast to (B, H, M, N), got {tuple(keep.shape)}")
     keep = keep.reshape((1,) * (4 - keep.dim()) + tuple(keep.shape))
@@ -443,36 +442,42 @@ def _ids_by_rank(ids: Tensor, packing: Packing, name: str) -> Tensor:
 def _both(combine, a, b):
     if a is None or b is None:
         return b if a is None else a
-    return combine(a, b)
+    with lasting():
+        return combine(a, b)
 
 
 def _grid(h: int, w: int, row_reach: int, column_reach: int, prefix: int) -> Mask:
     for name, size, least in (("h", h, 1), ("w", w, 1), ("prefix", prefix, 0)):
-        if size < least:
+        if integer(size, name) < least:
             raise ValueError(f"{name} must be at least {least}, got {size}")
-    return Mask(terms=(Grid(h, w, row_reach, column_reach, prefix),))
+    sizes = (integer(size, "a size") for size in (h, w, row_reach, column_reach, prefix))
+    return Mask(terms=(Grid(*sizes),))
 
 
 def _ids(ids: Tensor, name: str) -> Tensor:
-    if not isinstance(ids, Tensor) or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+    if not isinstance(ids, Tensor) or ids.dtype not in INTEGERS:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"{name} must be a tensor of integers, got {got}")
+        hint = f": pass torch.from_numpy({name})" if got == "ndarray" else ""
+        raise TypeError(f"{name} must be a tensor of integers, got {got}{hint}")
     if ids.dim() not in (1, 2):
         raise ValueError(f"{name} must have shape (B, length), or (T,) of packed sequences, got {tuple(ids.shape)}")
-    on_host = type(ids) is Tensor and ids.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would wait
-    if on_host and ids.numel() and int(ids.max()) > INT32_MAX:
-        raise ValueError(f"{name} must be below 2^31, got {int(ids.max())}")
-    return ids.clamp(-1, INT32_MAX).to(torch.int32)
+    with lasting():
+        wide = int64(ids, name)
+        if readable(ids) and ids.numel() and int(wide.max()) > INT32_MAX:  # elsewhere it would wait
+            raise ValueError(f"{name} must be below 2^31, got {int(wide.max())}")
+        return wide.clamp(-1, INT32_MAX).to(torch.int32)
 
 
-def _lengths(lengths: Tensor | Sequence[int], name: str) -> Tensor:
-    return integers(lengths, name).clamp(0, INT32_MAX).to(torch.int32)
+def _lengths(lengths: Integers, name: str) -> Tensor:
+    with lasting():
+        return integers(lengths, name).clamp(0, INT32_MAX).to(torch.int32)
 
 
 def _live_range(keep: Tensor) -> tuple[Tensor, Tensor]:
     """Index of the first live key and one past the last, (B,) int32 each; an empty range where there is none."""
     B, N = keep.shape
-    if N == 0:
-        return keep.new_zeros(B, dtype=torch.int32), keep.new_zeros(B, dtype=torch.int32)
-    j = torch.arange(N, device=keep.device, dtype=torch.int32)
-    return torch.where(keep, j, N).amin(1), torch.where(keep, j + 1, 0).amax(1)
+    with lasting():
+        if N == 0:
+            return keep.new_zeros(B, dtype=torch.int32), keep.new_zeros(B, dtype=torch.int32)
+        j = torch.arange(N, device=keep.device, dtype=torch.int32)
+        return torch.where(keep, j, N).amin(1), torch.where(keep, j + 1, 0).amax(1)

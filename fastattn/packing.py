@@ -6,10 +6,19 @@ B, L, T: sequences, their padded length, rows of a packed tensor. Everything tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+INTEGERS = (
+    torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+
+Integers = Tensor | np.ndarray | Sequence[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +39,7 @@ class Packing:
     trusted: bool = True  # False: from `from_cu_seqlens(validate=False)`, where a tensor may have any number of rows
 
     @classmethod
-    def from_lengths(cls, lengths: Tensor | Sequence[int], max_length: int, capacity: int | None = None) -> Packing:
+    def from_lengths(cls, lengths: Integers, max_length: int, capacity: int | None = None) -> Packing:
         """Sequence b of a padded batch (B, max_length) has its lengths[b] tokens at its start.
 
         Args:
@@ -44,8 +53,8 @@ class Packing:
             ValueError, TypeError: an argument does not fit.
         """
         lengths = integers(lengths, "lengths")
-        _check_sizes(max_length, capacity)
-        if capacity is None or _readable(lengths):
+        max_length, capacity = _sizes(max_length, capacity)
+        if capacity is None or readable(lengths):
             _check_range(lengths, max_length, "lengths")
         return cls._of(_starts(lengths.clamp(0, max_length)), None, max_length, capacity)
 
@@ -55,18 +64,16 @@ class Packing:
 
         `capacity` as for `from_lengths`. Raises TypeError or ValueError if the mask is none.
         """
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask must be a bool tensor, got {got}; for a 0/1 attention_mask pass attention_mask.bool()")
+        check_bool(mask, "mask")
         if mask.dim() != 2:
             raise ValueError(f"mask must have shape (B, L), got {tuple(mask.shape)}")
-        _check_sizes(mask.shape[1], capacity)
+        _, capacity = _sizes(mask.shape[1], capacity)
         order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)  # the columns of real tokens first
         return cls._of(_starts(mask.sum(1)), order, mask.shape[1], capacity)
 
     @classmethod
     def from_cu_seqlens(
-        cls, cu_seqlens: Tensor | Sequence[int], max_length: int, validate: bool = True, capacity: int | None = None
+        cls, cu_seqlens: Integers, max_length: int, validate: bool = True, capacity: int | None = None
     ) -> Packing:
         """Sequence b has the rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1; its padded form is (B, max_length), tokens first.
 
@@ -83,7 +90,7 @@ class Packing:
             ValueError, TypeError: an argument does not fit.
         """
         cu = integers(cu_seqlens, "cu_seqlens")
-        _check_sizes(max_length, capacity)
+        max_length, capacity = _sizes(max_length, capacity)
         if cu.numel() == 0:
             raise ValueError("cu_seqlens must hold at least a 0")
         if validate:
@@ -100,20 +107,22 @@ class Packing:
         """cu: (B + 1,), never decreasing. order: (B, L), the column of the padded tensor of each token of a sequence, None: its
         own place."""
         total = None
-        if trusted and (capacity is None or _readable(cu)):
+        if trusted and (capacity is None or readable(cu)):
             total = int(cu[-1])
             capacity = total if capacity is None else capacity
             total = min(total, capacity)
         assert capacity is not None
-        B, overflowed, cu = cu.numel() - 1, cu[-1] > capacity, cu.clamp(max=capacity)
-        row = torch.arange(capacity, device=cu.device)
-        sequence = torch.searchsorted(cu[1:], row, right=True)
-        column = row - cu[sequence]
-        live = (column >= 0) & (column < max_length) & (row < cu[-1])
-        if order is not None and order.numel():
-            column = order[sequence.clamp(max=B - 1), column.clamp(0, max_length - 1)]
-        indices = torch.where(live, sequence * max_length + column, B * max_length)
-        lengths, cu = cu.diff().clamp(max=max_length).to(torch.int32), cu.to(torch.int32)
+        B = cu.numel() - 1
+        with lasting():
+            overflowed, cu = cu[-1] > capacity, cu.clamp(max=capacity)
+            row = torch.arange(capacity, device=cu.device)
+            sequence = torch.searchsorted(cu[1:], row, right=True)
+            column = row - cu[sequence]
+            live = (column >= 0) & (column < max_length) & (row < cu[-1])
+            if order is not None and order.numel():
+                column = order[sequence.clamp(max=B - 1), column.clamp(0, max_length - 1)]
+            indices = torch.where(live, sequence * max_length + column, B * max_length)
+            lengths, cu = cu.diff().clamp(max=max_length).to(torch.int32), cu.to(torch.int32)
         return cls(lengths, cu, indices, overflowed, max_length, capacity, total, trusted)
 
     def __repr__(self) -> str:
@@ -172,20 +181,80 @@ class Packing:
 torch.export.register_dataclass(Packing)
 
 
-def integers(x: Tensor | Sequence[int], name: str) -> Tensor:
+def lasting() -> AbstractContextManager:
+    """What is made inside may be saved for a backward pass, in inference mode too; views of what was made there may not."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
+
+
+def integers(x: Integers, name: str) -> Tensor:
     """(B,) as int64. Raises TypeError or ValueError, naming it, for anything else."""
-    tensor = x if isinstance(x, Tensor) else torch.tensor(x or (), dtype=None if x else torch.int64)
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
+    if isinstance(x, np.ndarray):
+        if x.dtype.kind not in "iu":
+            raise TypeError(f"{name} must hold integers, got an array of {x.dtype}")
+        x = torch.from_numpy(x.astype(x.dtype.newbyteorder("="), order="C"))
+    tensor = int64(x if isinstance(x, Tensor) else _listed(x, name), name)
     if tensor.dim() != 1:
         raise ValueError(f"{name} must have shape (B,), got {tuple(tensor.shape)}")
-    return tensor.long()
+    return tensor
 
 
-def _check_sizes(max_length: int, capacity: int | None) -> None:
-    for name, size in (("max_length", max_length), ("capacity", capacity)):
-        if size is not None and size < 0:
+def int64(x: Tensor, name: str) -> Tensor:
+    """Any integers as int64. A uint64 beyond is refused where the host sees it; elsewhere it wraps around."""
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"{name} must hold integers, got {x.dtype}")
+    wide = x.long()
+    if x.dtype == torch.uint64 and readable(x) and wide.numel() and int(wide.min()) < 0:
+        raise ValueError(f"{name} must be below 2^63, got {int(wide.min()) + 2**64}")
+    return wide
+
+
+def _listed(x: Any, name: str) -> Tensor:
+    if not isinstance(x, Sequence) or isinstance(x, (str, bytes)):
+        raise TypeError(f"{name} must be a tensor, an array or a list of integers, got {x!r}")
+    numbers = []
+    for number in x:
+        scalar = isinstance(number, Tensor) and number.dim() == 0 and number.dtype in INTEGERS
+        if not scalar and not _is_integer(number):
+            raise TypeError(f"{name} must hold integers, got {number!r}")
+        numbers.append(int(number) if isinstance(number, np.integer) else number)
+    if not torch.compiler.is_compiling() and any(isinstance(n, int) and not -(2**63) <= n < 2**63 for n in numbers):
+        raise ValueError(f"{name} must be from -2^63 to 2^63 - 1, got {numbers}")
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def _is_integer(x: Any) -> bool:
+    """Python's, NumPy's, or one of a trace."""
+    return isinstance(x, (int, np.integer, torch.SymInt)) and not isinstance(x, bool)
+
+
+def integer(x: Any, name: str) -> int:
+    """x as Python's integer, or that of a trace. Raises TypeError, naming it, for anything else."""
+    if not _is_integer(x):
+        raise TypeError(f"{name} must be an integer, got {x!r}")
+    return int(x) if isinstance(x, np.integer) else x
+
+
+def check_bool(x: Any, name: str) -> None:
+    if isinstance(x, Tensor) and x.dtype == torch.bool:
+        return
+    if isinstance(x, np.ndarray):
+        raise TypeError(f"{name} must be a bool tensor, got a NumPy array: pass torch.from_numpy({name}).bool()")
+    got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+    raise TypeError(f"{name} must be a bool tensor, got {got}; for a 0/1 attention_mask pass attention_mask.bool()")
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Raise TypeError or ValueError, naming it, for a size that is neither None nor an integer from 0 on."""
+    for name, size in sizes.items():
+        if size is not None and integer(size, name) < 0:
             raise ValueError(f"{name} must not be negative, got {size}")
+
+
+def _sizes(max_length: int, capacity: int | None) -> tuple[int, int | None]:
+    check_sizes(max_length=max_length, capacity=capacity)
+    return integer(max_length, "max_length"), None if capacity is None else integer(capacity, "capacity")
 
 
 def _check_range(lengths: Tensor, max_length: int, name: str) -> None:
@@ -193,7 +262,7 @@ def _check_range(lengths: Tensor, max_length: int, name: str) -> None:
         raise ValueError(f"{name} must be in 0..max_length = {max_length}, got {lengths.tolist()}")
 
 
-def _readable(x: Tensor) -> bool:
+def readable(x: Tensor) -> bool:
     """Whether the host reads it without waiting, and not for a trace."""
     return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 

@@ -2,15 +2,19 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from backends import TRITON, device_of
 
 import fastattn
 from fastattn import masks
 from fastattn.lowering import EMPTY, FULL, PARTIAL, TILE, LoweredMask, pack_bits, tile_lists, tile_status
+from fastattn.packing import INTEGERS
 from fastattn.testing import MASKS
 
 B, H, M, N = 3, 2, 4, 6
+BEYOND = np.array([2**63 + 5], np.uint64)
 LENGTHS, QUERIES = [0, 4, 6], [4, 0, 2]
 KEEP = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
 OTHER = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 0]], dtype=torch.bool)
@@ -54,6 +58,8 @@ ATOMS = [
     (masks.columns(2, 3, 1), grid(lambda r, c, s, d: c == d)),
     (masks.conv(2, 3, 3, 1), grid(lambda r, c, s, d: abs(r - s) <= 1 and abs(c - d) <= 1)),
 ]
+IN_TURN = [(backend, name) for backend in ("eager", "cpu") for name in MASKS]
+IN_TURN += [pytest.param(*TRITON.values, name, marks=TRITON.marks) for name in ("documents_causal", "either")]
 TRIPLES = list(itertools.combinations(range(len(ATOMS)), 3))[::7]
 
 
@@ -164,6 +170,33 @@ def test_an_id_far_below_zero_is_in_no_document():
     assert torch.equal(masks.documents(ids).dense(1, 1, 2, 2)[0, 0], torch.tensor([[False, False], [False, True]]))
 
 
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_every_integer_dtype(dtype):
+    """Computed, compiled, and of no values at all."""
+    ids, key_ids, lengths = (torch.tensor(x).to(dtype) for x in ([[0, 0, 1], [2, 1, 2]], [[1, 0, 1], [2, 0, 1]], [1, 3]))
+
+    def visible(ids, key_ids, lengths):
+        made = masks.documents(ids, key_ids) & masks.padding(lengths, lengths), masks.prefix_lm(lengths)
+        return tuple(mask.pairs(3, 3, None) for mask in made)
+
+    expected = visible(ids.long(), key_ids.long(), lengths.long())
+    torch._dynamo.reset()
+    for function in (visible, torch.compile(visible, backend="aot_eager", fullgraph=True)):
+        assert all(map(torch.equal, function(ids, key_ids, lengths), expected))
+    assert masks.documents(ids.to("meta"), key_ids.to("meta")).ids.dtype == torch.int32
+    assert masks.padding(lengths.to("meta")).key_end.dtype == torch.int32
+    array = lengths.numpy()
+    assert torch.equal(masks.padding(array, list(array)).dense(2, 1, 3, 3), masks.padding([1, 3], [1, 3]).dense(2, 1, 3, 3))
+
+
+def test_numpy_s_integers_are_integers():
+    three = np.int64(3)
+    made = masks.window(three, np.int8(1)), masks.rows(three, three, three), masks.conv(three, three, three, three)
+    plain = masks.window(3, 1), masks.rows(3, 3, 3), masks.conv(3, 3, 3, 3)
+    for mask, expected in zip(made, plain, strict=True):
+        assert torch.equal(mask.lower(9, 9).visible(1, 1, 9, 9), expected.dense(1, 1, 9, 9))
+
+
 def test_lengths_are_clamped():
     assert torch.equal(masks.padding([-3, 99, 2]).dense(3, 1, 1, 6)[:, 0, 0].sum(-1), torch.tensor([0, 6, 2]))
 
@@ -182,13 +215,41 @@ def test_few_shapes_are_kept():
         assert len(mask._bits) <= masks.CACHED_SHAPES
 
 
-def test_bits_made_in_inference_mode_serve_training():
-    mask = masks.rows(2, 3, 1)
+@pytest.mark.parametrize("size", [(40, 40), (40, 70)], ids=["self", "cross"])
+@pytest.mark.parametrize(("backend", "name"), IN_TURN)
+def test_made_and_first_used_in_inference_mode_a_mask_serves_training(backend, name, size):
+    (M, N), device = size, device_of(backend)
+    q, k, v = (torch.randn(2, 2, length, 16, device=device, requires_grad=True) for length in (M, N, N))
+
+    def made():
+        return MASKS[name](2, 2, M, N, torch.Generator().manual_seed(0), device)
+
+    def gradients(mask):
+        out = fastattn.attention(q, k, v, mask, backend=backend)
+        return torch.autograd.grad(out.square().sum(), [q, k, v])
+
     with torch.inference_mode():
-        mask.lower(N, N)
-    q = torch.randn(1, 1, N, 4, requires_grad=True)
-    fastattn.attention(q, q, q, mask, backend="eager").sum().backward()
-    assert not mask.lower(N, N).bits.is_inference()
+        mask = made()
+        fastattn.attention(q, k, v, mask, backend=backend)
+    for grad, expected in zip(gradients(mask), gradients(made()), strict=True):
+        assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("name", ["padding", "key_padding", "prefix_lm", "documents", "dense", "dense_keys"])
+def test_a_mask_of_tensors_of_inference_mode_serves_training(name):
+    with torch.inference_mode():
+        lengths, keep, ids = torch.tensor([3, 5]).int(), torch.arange(5).expand(2, 5) != 3, torch.zeros(2, 5).int()
+    mask = {
+        "padding": lambda: masks.padding(lengths, lengths),
+        "key_padding": lambda: masks.key_padding(keep) & masks.causal(),
+        "prefix_lm": lambda: masks.prefix_lm(lengths),
+        "documents": lambda: masks.documents(ids, ids),
+        "dense": lambda: masks.dense(keep[0, :, None] & keep[0]),
+        "dense_keys": lambda: masks.dense(keep[:, None, None]),
+    }[name]()
+    q = torch.randn(2, 1, 5, 4, requires_grad=True)
+    for backend in ("eager", "cpu"):
+        assert torch.autograd.grad(fastattn.attention(q, q, q, mask, backend=backend).square().sum(), q)[0].any()
 
 
 def test_nothing_is_kept_of_a_trace():
@@ -224,6 +285,19 @@ def test_mask_is_a_pytree():
         (TypeError, "left must be an integer", lambda: masks.window(0.5, 1)),
         (TypeError, "right must be an integer", lambda: masks.window(None, True)),
         (TypeError, "key_lengths must hold integers", lambda: masks.padding(torch.tensor([1.0]))),
+        (TypeError, "key_lengths must be a tensor, an array or a list", lambda: masks.padding(None)),
+        (TypeError, "key_lengths must be a tensor, an array or a list", lambda: masks.padding(0)),
+        (TypeError, r"key_lengths must hold integers, got \[1, 2\]", lambda: masks.padding([[1, 2]])),
+        (TypeError, "query_lengths must hold integers, got an array of float64", lambda: masks.padding([1], np.ones(1))),
+        (TypeError, "lengths must hold integers, got an array of bool", lambda: masks.prefix_lm(np.ones(1, bool))),
+        (ValueError, r"lengths must be below 2\^63, got 9223372036854775813", lambda: masks.prefix_lm(BEYOND)),
+        (ValueError, r"key_lengths must be from -2\^63 to 2\^63", lambda: masks.padding([2**63])),
+        (TypeError, r"pass torch.from_numpy\(keep\)", lambda: masks.key_padding(np.ones((2, 3), bool))),
+        (TypeError, r"pass torch.from_numpy\(mask\)", lambda: masks.dense(np.ones((2, 3), bool))),
+        (TypeError, r"pass torch.from_numpy\(ids\)", lambda: masks.documents(np.ones((2, 3), int))),
+        (ValueError, r"ids must be below 2\^63, got 9223372036854775813", lambda: masks.documents(torch.from_numpy(BEYOND))),
+        (TypeError, "kernel must be an integer", lambda: masks.conv(2, 2, 3.0)),
+        (TypeError, "h must be an integer", lambda: masks.rows("2", 2)),
         (ValueError, "key_lengths must have shape", lambda: masks.padding(torch.zeros(2, 2, dtype=int))),
         (ValueError, "query_lengths must have shape", lambda: masks.padding([1], torch.tensor(3))),
         (ValueError, "lengths must have shape", lambda: masks.prefix_lm(torch.tensor(3))),

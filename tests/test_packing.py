@@ -1,11 +1,13 @@
 """`Packing`: there and back, its metadata, static capacities, wrong input; and packed attention as an operator."""
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import fastattn
 from fastattn import Packing, masks
+from fastattn.packing import INTEGERS, check_sizes
 
 LENGTHS, L = (3, 0, 5, 1), 5
 RIGHT = torch.arange(L) < torch.tensor(LENGTHS)[:, None]
@@ -50,6 +52,24 @@ def test_there_and_back(kind, capacity):
         assert flags.dtype == torch.bool and flags.sum() == 9 and torch.equal(packing.unpack(flags), mask)
 
 
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_every_integer_dtype_of_torch_and_numpy(dtype):
+    lengths, cu = (torch.tensor(x).to(dtype) for x in (LENGTHS, (0, 3, 3, 8, 9)))
+    for packing in (
+        Packing.from_lengths(lengths, L),
+        Packing.from_lengths(lengths.numpy(), np.int64(L)),
+        Packing.from_lengths(lengths.numpy()[::-1][::-1], L, np.int16(9)),
+        Packing.from_lengths(tuple(lengths.numpy()), L),
+        Packing.from_cu_seqlens(cu, L),
+        Packing.from_cu_seqlens(cu.numpy(), L, validate=False, capacity=9),
+    ):
+        assert packing.lengths.tolist() == list(LENGTHS) and packing.cu_seqlens.tolist() == [0, 3, 3, 8, 9]
+        assert type(packing.max_length) is type(packing.capacity) is int
+    assert Packing.from_lengths(lengths.to("meta"), L, 14).indices.shape == (14,)
+    assert Packing.from_lengths(lengths.numpy()[:0], L).lengths.tolist() == []
+    assert Packing.from_lengths(range(3), L).lengths.tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("capacity", [None, 14, 6])
 @pytest.mark.parametrize("kind", MASKS)
 def test_gradients(kind, capacity):
@@ -58,6 +78,26 @@ def test_gradients(kind, capacity):
     y = torch.randn(packing.capacity, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(packing.pack, x) and torch.autograd.gradcheck(packing.unpack, y)
     assert torch.autograd.gradgradcheck(packing.pack, x) and torch.autograd.gradgradcheck(packing.unpack, y)
+
+
+@pytest.mark.parametrize("capacity", [None, 14])
+@pytest.mark.parametrize("inside", [False, True], ids=["of its tensors", "made in it"])
+def test_a_packing_of_inference_mode_serves_training(inside, capacity):
+    with torch.inference_mode():
+        lengths, mask, cu = torch.tensor(LENGTHS), RIGHT.clone(), torch.tensor([0, 3, 3, 8, 9])
+    with torch.inference_mode(inside):
+        packings = [
+            Packing.from_lengths(lengths, L, capacity),
+            Packing.from_mask(mask, capacity),
+            Packing.from_cu_seqlens(cu, L, capacity=capacity),
+            Packing.from_cu_seqlens(cu.int(), L, validate=False, capacity=9),
+        ]
+    x = torch.randn(4, L, 2, requires_grad=True)
+    for packing in packings:
+        grad = torch.autograd.grad(packing.unpack(packing.pack(x)).square().sum(), x)[0]
+        torch.testing.assert_close(grad, 2 * x.detach().masked_fill(~RIGHT[..., None], 0))
+        rows = packing.pack(x)
+        assert torch.autograd.grad(fastattn.varlen_attention(rows[:, None], *[rows[:, None]] * 2, packing).sum(), x)[0].any()
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -103,6 +143,23 @@ def test_unvalidated_offsets_become_such_that_are_right(cu):
         (ValueError, "lengths must be in 0..max_length = 5", lambda: Packing.from_lengths([3, -1], 5, 8)),
         (TypeError, "lengths must hold integers", lambda: Packing.from_lengths([3.0], 5)),
         (ValueError, "lengths must have shape", lambda: Packing.from_lengths(torch.ones(2, 2, dtype=torch.int32), 5)),
+        (TypeError, "lengths must hold integers, got an array of float64", lambda: Packing.from_lengths(np.ones(2), 5)),
+        (TypeError, "lengths must hold integers, got an array of bool", lambda: Packing.from_lengths(np.ones(2, bool), 5)),
+        (TypeError, r"lengths must hold integers, got \[1\]", lambda: Packing.from_lengths([[1], [2]], 5)),
+        (TypeError, "lengths must hold integers, got True", lambda: Packing.from_lengths([1, True], 5)),
+        (TypeError, "lengths must be a tensor, an array or a list", lambda: Packing.from_lengths(None, 5)),
+        (ValueError, r"lengths must have shape \(B,\), got \(1, 2\)", lambda: Packing.from_lengths(np.ones((1, 2), int), 5)),
+        (ValueError, r"lengths must be below 2\^63", lambda: Packing.from_lengths(np.array([2**63], np.uint64), 5)),
+        (ValueError, r"cu_seqlens must be from -2\^63", lambda: Packing.from_cu_seqlens([0, np.uint64(2**63)], 5)),
+        (TypeError, "cu_seqlens must hold integers", lambda: Packing.from_cu_seqlens(np.zeros(2), 5)),
+        (TypeError, r"pass torch.from_numpy\(mask\)", lambda: Packing.from_mask(np.ones((2, 3), bool))),
+        (TypeError, "max_length must be an integer, got None", lambda: Packing.from_lengths([1], None)),
+        (TypeError, "max_length must be an integer, got 5.0", lambda: Packing.from_lengths([1], 5.0)),
+        (TypeError, "max_length must be an integer, got '5'", lambda: Packing.from_cu_seqlens([0, 1], "5", False)),
+        (TypeError, "capacity must be an integer, got True", lambda: Packing.from_lengths([1], 2, True)),
+        (TypeError, "capacity must be an integer, got 9.0", lambda: Packing.from_mask(RIGHT, 9.0)),
+        (ValueError, "capacity must not be negative", lambda: Packing.from_cu_seqlens([0, 1], 2, capacity=np.int8(-1))),
+        (TypeError, "rows must be an integer, got '8'", lambda: check_sizes(capacity=None, rows="8")),
         (ValueError, "max_length must not be negative", lambda: Packing.from_lengths([], -1)),
         (ValueError, "capacity must not be negative", lambda: Packing.from_lengths([1], 2, -1)),
         (TypeError, r"attention_mask.bool\(\)", lambda: Packing.from_mask(torch.ones(2, 3))),
@@ -131,6 +188,8 @@ def attend(rows=9, packing=None, mask=None, q=None, **options):
     ("error", "words", "call"),
     [
         (TypeError, "packing must be a fastattn.Packing", lambda: attend(packing=torch.tensor([0, 9]))),
+        (TypeError, "key_packing must be a fastattn.Packing, got list", lambda: attend(key_packing=[0, 9])),
+        (TypeError, "q must be a tensor, got ndarray", lambda: attend(q=np.zeros((9, 2, 16)))),
         (ValueError, "q has 8 rows, but its packing 9", lambda: attend(rows=8)),
         (ValueError, "q must have 3 dimensions", lambda: attend(q=torch.zeros(1, 9, 2, 16))),
         (TypeError, "q must be a tensor", lambda: attend(q="tokens")),

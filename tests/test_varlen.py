@@ -13,6 +13,8 @@ from fastattn.testing import MASKS, assert_accurate, attention_inputs, attention
 
 INF = float("inf")
 SELF = (40, 0, 70, 1)
+IN_TURN = [(backend, name) for backend in ("eager", "cpu") for name in MASKS]
+IN_TURN += [pytest.param(*TRITON.values, name, marks=TRITON.marks) for name in ("documents_causal", "either")]
 CROSS = ((5, 0, 66, 17, 3), (66, 9, 0, 17, 1))
 
 
@@ -193,3 +195,31 @@ def test_full_tiles_of_rows_that_are_not_there(backend):
             results.append((out, *torch.autograd.grad(out, leaves, dout)))
         for listed, plain in zip(*results, strict=True):
             assert torch.allclose(listed, plain, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["self", "cross"])
+@pytest.mark.parametrize(("backend", "name"), IN_TURN)
+def test_made_and_first_used_in_inference_mode_they_serve_training(backend, name, kind):
+    """The mask and the packings."""
+    device, (lengths, key_lengths) = device_of(backend), (SELF, SELF) if kind == "self" else CROSS
+    B, M, N = len(lengths), max(lengths), max(key_lengths)
+    leaves = [torch.randn(B, length, 1, 16, device=device, requires_grad=True) for length in (M, N, N)]
+
+    def made():
+        packing = keys = Packing.from_lengths(torch.tensor(lengths, device=device), M)
+        if kind == "cross":
+            keep = torch.arange(N, device=device) < torch.tensor(key_lengths, device=device)[:, None]
+            keys = Packing.from_mask(keep.flip(1))
+        mask = MASKS[name](B, 1, M, N, torch.Generator().manual_seed(0), device)
+        return packing, keys, packed_ids(mask, packing, keys)
+
+    def attend(packing, keys, mask):
+        q, k, v = (p.pack(x) for x, p in zip(leaves, (packing, keys, keys), strict=True))
+        return packing.unpack(fastattn.varlen_attention(q, k, v, packing, mask, key_packing=keys, backend=backend))
+
+    with torch.inference_mode():
+        first = made()
+        attend(*first)
+    results = [torch.autograd.grad(attend(*given).square().sum(), leaves) for given in (first, made())]
+    for grad, expected in zip(*results, strict=True):
+        assert torch.equal(grad, expected)

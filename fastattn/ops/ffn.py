@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -303,10 +304,13 @@ def _linear_input(x, weight, bias, activation, residual, backend) -> Tensor:
     """x, cast for autocast, once all arguments of `linear` have been checked."""
     x, autocast = _checked_input(x, activation, backend)
     _check_layer(x, x.shape[-1], {"weight": weight, "bias": bias}, autocast)
+    if residual is None:
+        return x
+    _check_tensor(residual, "residual")
     outputs = (*x.shape[:-1], weight.shape[0])
-    if residual is not None and tuple(residual.shape) != outputs:
+    if tuple(residual.shape) != outputs:
         raise ValueError(f"residual must have shape {outputs}, got {tuple(residual.shape)}")
-    if residual is not None and residual.device != x.device:
+    if residual.device != x.device:
         raise ValueError(f"residual is on {residual.device}, but x is on {x.device}")
     return x
 
@@ -315,22 +319,29 @@ def _checked_input(x: Tensor, activation: str | None, backend: str) -> tuple[Ten
     """x in the dtype of the request, and whether autocast decided on it."""
     check_activation(activation)
     dispatch.check_backend(backend, BACKENDS)
-    dtype = dispatch.autocast_dtype(x)
-    if dtype is not None:
-        x = x.to(dtype)
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be fp16, bf16, fp32 or fp64, got {x.dtype}")
+    _check_tensor(x, "x")
     if x.dim() < 1:
         raise ValueError("x must have at least one dimension")
-    return x, dtype is not None
+    dtype = dispatch.autocast_dtype(x)
+    return x if dtype is None else x.to(dtype), dtype is not None
+
+
+def _check_tensor(x: Any, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {x.dtype}")
 
 
 def _check_layer(x: Tensor, inputs: int, layer: dict[str, Tensor | None], autocast: bool) -> None:
     """`layer` is {name: weight, name: bias}: the weight must take `inputs` numbers, and both must be x's kind of tensor."""
     (weight_name, weight), (bias_name, bias) = layer.items()
-    if weight is None or weight.dim() != 2 or weight.shape[1] != inputs:
-        shape = None if weight is None else tuple(weight.shape)
-        raise ValueError(f"{weight_name} must have shape (F, {inputs}), got {shape}")
+    for name, tensor in layer.items():
+        if tensor is not None or name == weight_name:
+            _check_tensor(tensor, name)
+    assert weight is not None
+    if weight.dim() != 2 or weight.shape[1] != inputs:
+        raise ValueError(f"{weight_name} must have shape (F, {inputs}), got {tuple(weight.shape)}")
     if weight.dtype != x.dtype and not autocast:
         raise TypeError(f"{weight_name} is {weight.dtype}, but x is {x.dtype}")
     if bias is not None:

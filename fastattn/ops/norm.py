@@ -13,6 +13,7 @@ from torch import Tensor
 from fastattn.ops import dispatch
 
 BACKENDS = ("triton", "cpu", "eager")  # in order of preference
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def add_layer_norm(
 
     Args:
         x: (..., d) in fp16, bf16, fp32 or fp64.
-        residual: (..., d), or None for a plain LayerNorm of x.
+        residual: (..., d) in any of these, or None for a plain LayerNorm of x.
         weight, bias: (d,) in x's dtype or fp32, or None.
         eps: added to the variance, > 0.
         dropout, seed: not served yet; anything but the default raises NotImplementedError.
@@ -181,8 +182,12 @@ def _add_norm(x, residual, weight, bias, eps, dropout, seed, return_sum, backend
 
 
 def _check_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x must be fp16, bf16, fp32 or fp64, got {x.dtype}")
+    for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and (name == "x" or tensor is not None):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    for name, tensor in (("x", x), ("residual", residual)):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
     if x.dim() < 1:
         raise ValueError("x must have at least one dimension")
     if not eps > 0:

@@ -60,10 +60,11 @@ def varlen_attention(
     Raises:
         As `attention` does.
     """
-    if not isinstance(packing, Packing):
-        raise TypeError(f"packing must be a fastattn.Packing, got {type(packing).__name__}")
     if key_packing is None:
         key_packing = packing
+    for name, given in (("packing", packing), ("key_packing", key_packing)):
+        if not isinstance(given, Packing):
+            raise TypeError(f"{name} must be a fastattn.Packing, got {type(given).__name__}")
     for name, x, rows in (("q", q, packing), ("k", k, key_packing), ("v", v, key_packing)):
         _check_rows(name, x, rows)
     if key_packing.lengths.shape != packing.lengths.shape:
