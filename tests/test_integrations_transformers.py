@@ -276,11 +276,17 @@ def test_the_argument_is_causal_goes_before_the_module():
         integration.attention_forward(nn.Module(), q, k, v, None)
 
 
-@pytest.mark.parametrize("name", [*integration.NOT_SERVED, "output_attentions", "something_new"])
+@pytest.mark.parametrize("name", [*integration.NOT_SERVED, "something_new"])
 def test_arguments_that_change_the_result_raise(name):
     with pytest.raises(NotImplementedError, match=name):
         integration.attention_forward(layer(), *request(), None, **{name: torch.ones(1)})
     integration.attention_forward(layer(), *request(), None, **{name: None})
+
+
+def test_harmless_arguments_and_flags_that_are_off_change_nothing():
+    expected = integration.attention_forward(layer(), *request(), None)[0]
+    harmless = dict.fromkeys(integration.HARMLESS, torch.ones(1)) | dict.fromkeys(integration.NOT_SERVED, False)
+    assert torch.equal(integration.attention_forward(layer(), *request(), None, **harmless)[0], expected)
 
 
 def test_other_refusals():
@@ -291,7 +297,6 @@ def test_other_refusals():
         integration.attention_forward(layer(), q, k, v, torch.zeros(2, 1, 5, 5))
     with pytest.raises(ValueError, match="attention_mask"):
         integration.attention_forward(layer(), q, k, v, torch.ones(2, 5, 5, dtype=torch.bool))
-    integration.attention_forward(layer(), q, k, v, None, position_ids=torch.arange(5), deterministic=True, use_cache=False)
 
 
 def test_a_window_must_be_in_the_mask():
@@ -301,7 +306,25 @@ def test_a_window_must_be_in_the_mask():
         with pytest.raises(NotImplementedError, match="sliding_window=3"):
             integration.attention_forward(layer(), q, k, v, mask, sliding_window=3)
         integration.attention_forward(layer(), q, k, v, mask, sliding_window=5)  # hides nothing
-    integration.attention_forward(layer(), q, k, v, torch.ones(2, 1, 5, 5, dtype=torch.bool), sliding_window=3)
+    pairs = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    integration.attention_forward(layer(), q, k, v, pairs, sliding_window=3)
+    one = [x[:1] for x in (q, k, v, pairs)]  # beside offsets the mask is not looked at
+    offsets = {"cu_seq_lens_q": torch.tensor([0, 5], dtype=torch.int32), "max_length_q": 5}
+    with pytest.raises(NotImplementedError, match="sliding_window=3"):
+        integration.attention_forward(layer(), *one, sliding_window=3, **offsets)
+
+
+def test_a_sequence_index_needs_offsets_or_pairs():
+    q, k, v = (x[:1] for x in request())
+    index = torch.tensor([[0, 0, 1, 1, 1]])
+    pairs = (index[:, None] == index[..., None])[:, None]
+    offsets = {"cu_seq_lens_q": torch.tensor([0, 2, 5], dtype=torch.int32), "max_length_q": 3}
+    by_pairs = integration.attention_forward(layer(), q, k, v, pairs, seq_idx=index)[0]
+    by_offsets = integration.attention_forward(layer(), q, k, v, None, seq_idx=index, **offsets)[0]
+    torch.testing.assert_close(by_offsets, by_pairs)
+    for mask in (None, torch.ones(1, 5).bool(), torch.ones(1, 1, 1, 5).bool()):
+        with pytest.raises(NotImplementedError, match="seq_idx"):
+            integration.attention_forward(layer(), q, k, v, mask, seq_idx=index)
 
 
 # The mask function alone
@@ -364,3 +387,61 @@ def test_sequences_end_to_end(name):
         model(**packed, cu_seq_lens_q=cu)
     with pytest.raises(ValueError, match="cu_seqlens: lengths must be in"):
         model(**packed, **{**offsets, "max_length_q": 5})
+
+
+# Arguments of a model that reach its attention
+
+LOSSES = {
+    "BertLMHeadModel": ({"ignore_index": 0}, {"shift_labels": torch.arange(27).reshape(3, 9)}, {"num_items_in_batch": 5}),
+    "EuroBertForMaskedLM": ({"ignore_index": 0}, {"num_items_in_batch": torch.tensor(5)}),
+    "BertForTokenClassification": ({"ignore_index": 0}, {"num_items_in_batch": 5}),
+    "ViTForImageClassification": ({"ignore_index": 0}, {"num_items_in_batch": 5}),
+}
+LOSS_CONFIGS = {
+    "BertLMHeadModel": lambda: transformers.BertConfig(**TEXT, **QUIET, is_decoder=True),
+    "EuroBertForMaskedLM": lambda: transformers.EuroBertConfig(
+        **TEXT, num_key_value_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2, mask_token_id=3
+    ),
+    "BertForTokenClassification": CONFIGS["bert"],
+    "ViTForImageClassification": CONFIGS["vit"],
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_equal_sdpa(name, monkeypatch):
+    calls, losses, batch = count_calls(monkeypatch), {}, inputs("vit" if name.startswith("ViT") else "bert")
+    batch["labels"] = torch.arange(3 if name.startswith("ViT") else 27).remainder(2)
+    batch["labels"] = batch["labels"].reshape(batch.get("input_ids", batch["labels"]).shape)
+    for implementation in ("sdpa", "fastattn"):
+        torch.manual_seed(7)
+        config = LOSS_CONFIGS[name]()
+        config._attn_implementation = implementation
+        model = getattr(transformers, name)(config).eval()
+        losses[implementation] = [model(**batch, **extra).loss for extra in ({}, *LOSSES[name])]
+    assert len(calls) == 2 * len(losses["sdpa"])
+    torch.testing.assert_close(losses["fastattn"], losses["sdpa"])
+    reads = name != "BertForTokenClassification"  # which takes them, as Trainer gives them, and has a loss of its own
+    assert len({loss.item() for loss in losses["sdpa"]}) == (len(losses["sdpa"]) if reads else 1)
+
+
+def test_models_refuse_by_name():
+    (model,) = build("bert", "fastattn")
+    for extra in ({"softcap": 30.0}, {"output_attentions": True}, {"head_mask": torch.ones(4)}, {"something_new": 1}):
+        with pytest.raises(NotImplementedError, match=next(iter(extra))):
+            model(**inputs("bert"), **extra)
+    model(**inputs("bert"), output_attentions=False)
+
+
+def test_the_collator_of_sequences_end_to_end():
+    """Its offsets and its index of sequences together, and the loss it makes labels for."""
+    torch.manual_seed(7)
+    config = CONFIGS["bert"]()
+    config.is_decoder = True
+    model = transformers.BertLMHeadModel(config).eval()
+    rows = [{"input_ids": list(range(3, 3 + length))} for length in (4, 9, 2)]
+    expected = [model(**{key: torch.tensor([ids]) for key in ("input_ids", "labels")}).loss * (len(ids) - 1)
+                for ids in (row["input_ids"] for row in rows)]  # fmt: skip
+    model.set_attn_implementation("fastattn")
+    batch = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(rows)
+    assert {"seq_idx", "cu_seq_lens_q", "position_ids"} <= batch.keys()
+    torch.testing.assert_close(model(**batch).loss, sum(expected) / 12)

@@ -22,6 +22,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.utils.import_utils import is_tracing
 
 from fastattn import masks
+from fastattn.integrations.keywords import HARMLESS, NOT_SERVED
 from fastattn.masks import Mask
 from fastattn.ops.attention import attention
 from fastattn.ops.varlen import varlen_attention
@@ -29,23 +30,6 @@ from fastattn.packing import Packing
 
 NAME = "fastattn"
 
-# Keyword arguments that reach every attention function and cannot change its result: they are about the rest of the model.
-HARMLESS = frozenset({
-    "cache_position", "deterministic", "interpolate_pos_encoding", "logits_to_keep", "num_items_in_batch",
-    "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "use_cache",
-})  # fmt: skip
-NOT_SERVED = {
-    "position_bias": "an additive bias on the scores",
-    "softcap": "a soft cap on the scores",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
-    "cache": "a paged cache",
-    "head_mask": "a factor per head",
-    "layer_head_mask": "a factor per head",
-    "indices": "a choice of keys per query",
-    "block_indices": "a choice of key blocks per query",
-    "seq_idx": "sequences packed end to end without their offsets",
-}
 _INSTEAD = 'load the model with attn_implementation="sdpa" or "eager" for that'
 
 
@@ -85,8 +69,13 @@ def attention_forward(
         )  # fmt: skip
     if getattr(module, "num_key_value_groups", 1) > 1:
         raise NotImplementedError(f"fastattn does not serve grouped heads (num_key_value_groups > 1) yet: {_INSTEAD}")
+    M, N, packed = query.shape[2], key.shape[2], cu_seq_lens_q is not None
+    pairs = not packed and attention_mask is not None and attention_mask.dim() == 4 and attention_mask.shape[2] == M
+    if packed or pairs:
+        kwargs.pop("seq_idx", None)  # sequences are told apart already
     _check_keywords(kwargs)
-    _check_window(sliding_window, attention_mask, query.shape[2], key.shape[2])
+    if not pairs:
+        _check_window(sliding_window, M, N)
     if cu_seq_lens_q is not None:
         packing = _packing(cu_seq_lens_q, max_length_q, query)
         same = cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q
@@ -94,7 +83,7 @@ def attention_forward(
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         causal = masks.causal() if _causal(module, is_causal) else None
         return varlen_attention(q, k, v, packing, causal, key_packing=key_packing, scale=scaling)[None], None
-    mask = _mask(module, attention_mask, is_causal, query.shape[2])
+    mask = _mask(module, attention_mask, is_causal, M)
     out = attention(query, key, value, mask, scale=scaling)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2), None
@@ -167,20 +156,17 @@ def _packing(cu_seqlens: Tensor | None, max_length: int | None, x: Tensor) -> Pa
 
 def _check_keywords(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
-        if name in NOT_SERVED and value is not None:
-            raise NotImplementedError(f"fastattn does not serve {name}, {NOT_SERVED[name]}, yet: {_INSTEAD}")
-        if name == "output_attentions":
-            if value:
-                raise NotImplementedError(f"output_attentions=True needs weights that fastattn never forms: {_INSTEAD}")
-        elif name not in HARMLESS and value is not None:
+        if name in HARMLESS or value is None:
+            continue
+        if name not in NOT_SERVED:
             raise NotImplementedError(f"fastattn does not know {name}, which may change the result of attention: {_INSTEAD}")
+        if value is not False:
+            raise NotImplementedError(f"fastattn does not serve {name}, {NOT_SERVED[name]}: {_INSTEAD}")
 
 
-def _check_window(sliding_window: int | None, mask: Tensor | None, M: int, N: int) -> None:
-    """A window must be in the mask already, or be too wide to hide anything."""
-    if sliding_window is None or (mask is not None and mask.dim() == 4 and mask.shape[2] == M):
-        return
-    if not isinstance(sliding_window, int) or sliding_window < max(M, N):
+def _check_window(sliding_window: int | None, M: int, N: int) -> None:
+    """Without a mask of pairs, which would hold it already, a window must be too wide to hide anything."""
+    if sliding_window is not None and (not isinstance(sliding_window, int) or sliding_window < max(M, N)):
         raise NotImplementedError(
             f"fastattn serves a window only as part of a mask (B, 1, M, N), but sliding_window={sliding_window} came without: "
             f"{_INSTEAD}"
