@@ -1,9 +1,9 @@
 """Fused masked multi-head attention and FFN for encoders: BERT, CLIP, ViT and their kin."""
 
 from fastattn import batching, masks
-from fastattn.integrations.accelerate import accelerate
+from fastattn.integrations.accelerate import accelerate, restore
 from fastattn.integrations.torch_sdpa import sdpa_override
-from fastattn.kernels.cpu.ffn import clear_packed
+from fastattn.kept import clear_packed
 from fastattn.ops.attention import attention, explain, scaled_dot_product_attention
 from fastattn.ops.attention_weights import attention_weights
 from fastattn.ops.ffn import explain_linear, ffn, linear
@@ -27,6 +27,7 @@ __all__ = [
     "ffn",
     "linear",
     "masks",
+    "restore",
     "scaled_dot_product_attention",
     "sdpa_override",
     "varlen_attention",

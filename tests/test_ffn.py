@@ -375,69 +375,6 @@ def test_cuda_graph_captures_forward_and_backward(backend):
     assert_replay_follows(step, args[0])
 
 
-# Packed weights
-
-
-@pytest.fixture
-def packed(monkeypatch):
-    monkeypatch.delenv("FASTATTN_PREPACK", raising=False)
-    fastattn.clear_packed()
-    yield cpu_ffn._packed_weights
-    fastattn.clear_packed()
-
-
-def infer(layer, x):
-    with torch.no_grad():
-        return fastattn.linear(x, layer.weight, layer.bias, activation="gelu", backend="cpu")
-
-
-def truth(layer, x):
-    with torch.no_grad():
-        return F.gelu(layer(x))
-
-
-def test_packed_copy_follows_the_weight(packed):
-    layer, x = torch.nn.Linear(32, 24), torch.randn(8, 32)
-    torch.testing.assert_close(infer(layer, x), truth(layer, x))
-    assert len(packed) == 1
-    with torch.no_grad():
-        layer.weight.mul_(2)
-    torch.testing.assert_close(infer(layer, x), truth(layer, x))
-    torch.optim.SGD(layer.parameters(), 0.5).zero_grad()
-    layer(x).sum().backward()
-    torch.optim.SGD(layer.parameters(), 0.5).step()
-    torch.testing.assert_close(infer(layer, x), truth(layer, x))
-    layer.load_state_dict(torch.nn.Linear(32, 24).state_dict())
-    torch.testing.assert_close(infer(layer, x), truth(layer, x))
-    layer.to(torch.float64).to(torch.float32)
-    torch.testing.assert_close(infer(layer, x), truth(layer, x))
-    assert len(packed) == 1
-    del layer
-    assert len(packed) == 0
-
-
-def test_what_is_never_kept(packed, monkeypatch):
-    layer, x = torch.nn.Linear(32, 24), torch.randn(8, 32)
-    fastattn.linear(x, layer.weight, layer.bias)  # with grad
-    with torch.inference_mode():
-        fastattn.linear(x, torch.randn(24, 32))  # an inference tensor has no version counter
-    with torch.no_grad():
-        fastattn.linear(x, (layer.weight.detach().requires_grad_() * 1).requires_grad_())
-    assert all(w.is_leaf and not w.is_inference() for w in packed)
-    before = len(packed)
-    monkeypatch.setenv("FASTATTN_PREPACK", "0")
-    infer(layer, x)
-    assert len(packed) == before
-
-
-def test_clear_packed_sees_writes_that_have_no_counter(packed):
-    layer, x = torch.nn.Linear(32, 24), torch.randn(8, 32)
-    infer(layer, x)
-    layer.weight.detach().numpy()[:] = 0
-    fastattn.clear_packed()
-    torch.testing.assert_close(infer(layer, x), truth(layer, x))
-
-
 X, W = torch.zeros(2, 3, 8), torch.zeros(5, 8)
 
 
@@ -457,6 +394,18 @@ X, W = torch.zeros(2, 3, 8), torch.zeros(5, 8)
         (TypeError, "weight is torch.float64", lambda: fastattn.linear(X, W.double())),
         (TypeError, "bias must be", lambda: fastattn.linear(X, W, torch.zeros(5, dtype=torch.float64))),
         (TypeError, "x must be fp16", lambda: fastattn.linear(X.int(), W.int())),
+        (TypeError, "x must be fp16.* got torch.complex64", lambda: fastattn.linear(X.cfloat(), W.cfloat())),
+        (TypeError, "x must be fp16.* got torch.float8", lambda: fastattn.ffn(X.to(torch.float8_e5m2), W, None, W.T, None)),
+        (TypeError, "weight must be fp16", lambda: fastattn.linear(X, W.cfloat())),
+        (TypeError, "residual must be fp16.* got torch.complex64", lambda: fastattn.linear(X, W, residual=(X @ W.T).cfloat())),
+        (TypeError, "residual must be fp16.* got torch.int64", lambda: fastattn.linear(X, W, residual=(X @ W.T).long())),
+        (TypeError, "x must be a tensor, got NoneType", lambda: fastattn.linear(None, W)),
+        (TypeError, "x must be a tensor, got ndarray", lambda: fastattn.ffn(X.numpy(), W, None, W.T, None)),
+        (TypeError, "weight must be a tensor, got NoneType", lambda: fastattn.linear(X, None)),
+        (TypeError, "bias must be a tensor, got list", lambda: fastattn.linear(X, W, [0.0] * 5)),
+        (TypeError, "residual must be a tensor, got float", lambda: fastattn.linear(X, W, residual=0.0)),
+        (TypeError, "w2 must be a tensor, got ndarray", lambda: fastattn.ffn(X, W, None, W.T.numpy(), None)),
+        (TypeError, "b1 must be a tensor, got list", lambda: fastattn.ffn(X, W, [0.0] * 5, W.T, None)),
         (NotImplementedError, "dropout", lambda: fastattn.ffn(X, W, None, W.T, None, dropout=0.1)),
         (NotImplementedError, "recompute", lambda: fastattn.ffn(X, W, None, W.T, None, recompute=True)),
         (ValueError, "activation must be", lambda: fastattn.ffn(X, W, None, W.T, None, activation=None)),

@@ -5,6 +5,7 @@ B, L, C, T: sequences, padded length, hidden size, real tokens. x is (T, C) of a
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from typing import Any, NamedTuple
 
@@ -12,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.kept import kept, nothing_kept
 from fastattn.masks import Mask
 from fastattn.ops.attention import attention
+from fastattn.ops.dispatch import autocast_dtype
 from fastattn.ops.ffn import ffn, linear
 from fastattn.ops.norm import add_layer_norm
 from fastattn.ops.varlen import varlen_attention
@@ -31,14 +34,12 @@ ACTIVATION_CLASSES = {
     "SiLUActivation": "silu",
     "SiLU": "silu",
 }
-
-
-LINEARS, NORMS = ("query", "key", "value", "out", "up", "down"), ("first_norm", "second_norm")
+ACTIVATION_HOMES = ("transformers.activations", "torch.nn.modules.activation")
 
 
 class Parts(NamedTuple):
     """What a layer is made of. Post-norm: y = LN(x + attention(x)), LN(y + ffn(y)); pre-norm: y = x + attention(LN(x)),
-    y + ffn(LN(y))."""
+    y + ffn(LN(y)). Numbers (heads, scale, eps, dropout) are read from the modules in each call."""
 
     query: nn.Linear
     key: nn.Linear
@@ -49,107 +50,112 @@ class Parts(NamedTuple):
     up: nn.Linear
     down: nn.Linear
     activation: nn.Module
-    heads: int
-    attention_dropout: float
-    attention_output_dropout: float = 0.0  # of what attention adds
-    ffn_output_dropout: float = 0.0
+    attention: nn.Module  # what holds the numbers of attention
+    attention_output_dropout: nn.Dropout | None = None  # of what attention adds
+    ffn_output_dropout: nn.Dropout | None = None
 
-    def refusal(self) -> str | None:
-        """Why a layer cannot be computed from its weights: a part is wrapped, quantized, has hooks; None if it can."""
-        for names, kind in ((LINEARS, nn.Linear), (NORMS, nn.LayerNorm)):
-            for name in names:
-                part = getattr(self, name)
-                if type(part) is not kind:
-                    return f"{name} is a {type(part).__name__}, not a plain {kind.__name__}"
-                if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
-                    return f"{name} has hooks, which would not run"
-        if type(self.activation).__name__ not in ACTIVATION_CLASSES:
-            return f"activation {type(self.activation).__name__} is not served"
+
+LINEARS, NORMS = ("query", "key", "value", "out", "up", "down"), ("first_norm", "second_norm")
+DROPOUTS = ("attention_output_dropout", "ffn_output_dropout")
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """Our name of what an activation module computes; None: not served."""
+    if type(module).__module__ not in ACTIVATION_HOMES:
         return None
+    if type(module) is nn.GELU and module.approximate == "tanh":
+        return "gelu_tanh"
+    return ACTIVATION_CLASSES.get(type(module).__name__)
 
 
 def traced(x: Tensor) -> bool:
-    """Whether what happens now will be run again without this code: nothing may be read on the host or kept."""
+    """Whether what happens now will run again without this code, or has no values: nothing may be read on the host or kept."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if type(x) not in (Tensor, nn.Parameter) or x.device.type == "meta" or torch._C._are_functorch_transforms_active():
         return True
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class Batch(NamedTuple):
-    """Of one call: how its tokens lie, what beside that hides one from another, and what each layer is made of."""
+    """Of one call: how its tokens lie, and what beside that hides one from another."""
 
     packing: Packing | None
     mask: Mask | None
-    parts: list[Parts]
-    pre_norm: bool
 
 
-class Layer:
-    """A layer by its number, and the copies of its weights that inference keeps."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self._joined: tuple[Any, Tensor, Tensor | None] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_joined": None}  # copies of weights are not saved
-
-    def forget(self) -> None:
-        self._joined = None
-
-    def joined(self, parts: Parts) -> tuple[Tensor, Tensor | None] | None:
-        """Weight (3C, C) and bias of query, key and value as one, kept while theirs stay as they are; inference alone."""
-        projections = parts.query, parts.key, parts.value
-        weights = [part.weight for part in projections]
-        biases = [part.bias for part in projections if part.bias is not None]
-        if torch.is_grad_enabled() or traced(weights[0]) or len(biases) not in (0, 3):
-            return None
-        if any(x.is_inference() for x in weights + biases):  # it has no version to tell whether it was changed
-            return None
-        state = [(x.data_ptr(), x._version, x.dtype, x.device) for x in weights + biases]
-        if self._joined is None or self._joined[0] != state:
-            with torch.inference_mode(False):  # for packed copies, which need a version too
-                weight, *bias = (torch.cat([x.detach() for x in some]) for some in (weights, biases) if some)
-            self._joined = state, weight, bias[0] if bias else None
-        return self._joined[1:]
-
-
-def compute(layer: Layer, x: Tensor, batch: Batch, training: bool) -> Tensor:
-    parts, pre_norm = batch.parts[layer.index], batch.pre_norm
-
-    def dropped(y: Tensor, p: float) -> Tensor:
-        return F.dropout(y, p, training) if p > 0 else y
-
+def compute(family: Family, parts: Parts, x: Tensor, batch: Batch) -> Tensor:
+    """A layer's output, of x's shape."""
     first, second, up, down = parts.first_norm, parts.second_norm, parts.up, parts.down
-    activation = ACTIVATION_CLASSES[type(parts.activation).__name__]
-    normal = _norm(first, x, None) if pre_norm else x
-    attended = linear(_attended(layer, parts, normal, batch), parts.out.weight, parts.out.bias)
-    attended = dropped(attended, parts.attention_output_dropout)
-    if pre_norm:
-        normal, x = add_layer_norm(attended, x, second.weight, second.bias, eps=second.eps, return_sum=True)
-    else:
-        normal = x = _norm(first, attended, x)
-    y = ffn(normal, up.weight, up.bias, down.weight, down.bias, activation=activation)
-    y = dropped(y, parts.ffn_output_dropout)
-    return x + y if pre_norm else _norm(second, y, x)
+    activation = activation_name(parts.activation)
+    assert activation is not None
+    training = parts.attention.training and not torch.is_grad_enabled() and not traced(x)
+    with nothing_kept() if training else contextlib.nullcontext():
+        normal = _norm(first, x) if family.pre_norm else x
+        attended = linear(_attended(family, parts, normal, batch), parts.out.weight, parts.out.bias)
+        attended = _dropped(parts.attention_output_dropout, attended)
+        if family.pre_norm:
+            normal, x = _norm_of_sum(second, attended, x, return_sum=True)
+        else:
+            normal = x = _norm_of_sum(first, attended, x)
+        y = ffn(normal, up.weight, up.bias, down.weight, down.bias, activation=activation)
+        y = _dropped(parts.ffn_output_dropout, y)
+        return x + y if family.pre_norm else _norm_of_sum(second, y, x)
 
 
-def _norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None) -> Any:
-    return add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps)
+def _dropped(dropout: nn.Dropout | None, y: Tensor) -> Tensor:
+    if dropout is None or not dropout.training or dropout.p == 0:
+        return y
+    return F.dropout(y, dropout.p, True)
 
 
-def _attended(layer: Layer, parts: Parts, x: Tensor, batch: Batch) -> Tensor:
-    """What attention gives each token before the last projection: x's shape, (..., H D)."""
-    joined = layer.joined(parts)
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Any:
+    return add_layer_norm(x, None, norm.weight, norm.bias, eps=norm.eps)
+
+
+def _norm_of_sum(norm: nn.LayerNorm, y: Tensor, x: Tensor, return_sum: bool = False) -> Any:
+    """LayerNorm of y + x in the dtype that PyTorch gives it: the wider one, and under autocast on a GPU fp32."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    if x.is_cuda and not return_sum and autocast_dtype(x) is not None:
+        dtype = torch.float32
+    return add_layer_norm(y.to(dtype), x, norm.weight, norm.bias, eps=norm.eps, return_sum=return_sum)
+
+
+def _attended(family: Family, parts: Parts, x: Tensor, batch: Batch) -> Tensor:
+    """What attention gives each token before the last projection: (..., H D)."""
+    head_size, scale = (getattr(parts.attention, name) for name in (family.head_size, family.scale))
+    joined = _joined(parts)
     if joined is not None:
-        q, k, v = linear(x, *joined).unflatten(-1, (3, parts.heads, -1)).unbind(-3)
+        q, k, v = linear(x, *joined).unflatten(-1, (3, -1, head_size)).unbind(-3)
     else:
         projections = parts.query, parts.key, parts.value
-        q, k, v = (linear(x, part.weight, part.bias).unflatten(-1, (parts.heads, -1)) for part in projections)
+        q, k, v = (linear(x, part.weight, part.bias).unflatten(-1, (-1, head_size)) for part in projections)
     if batch.packing is not None:
-        return varlen_attention(q, k, v, batch.packing, batch.mask).flatten(-2)
+        return varlen_attention(q, k, v, batch.packing, batch.mask, scale=scale).flatten(-2)
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-    return attention(q, k, v, batch.mask).transpose(1, 2).flatten(-2)
+    return attention(q, k, v, batch.mask, scale=scale).transpose(1, 2).flatten(-2)
+
+
+def _joined(parts: Parts) -> tuple[Tensor, Tensor | None] | None:
+    """Weight (3 H D, C) and bias of query, key and value as one, where a single product is worth it.
+
+    On a CPU a copy that is kept; on a GPU, where asking whether a copy is still right would wait, one made in each call of
+    inference: less than two more products.
+    """
+    projections = parts.query, parts.key, parts.value
+    weights: list[Tensor] = [part.weight for part in projections]
+    biases: list[Tensor] = [part.bias for part in projections if part.bias is not None]
+
+    def join() -> tuple[Tensor, Tensor | None]:
+        with torch.inference_mode(False), torch.no_grad():  # packed copies of the copy are kept of parameters with a version
+            weight, *bias = (nn.Parameter(torch.cat(some), requires_grad=False) for some in (weights, biases) if some)
+        return weight, bias[0] if bias else None
+
+    if torch.is_grad_enabled() or len(biases) not in (0, 3) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if weights[0].is_cuda:
+        return torch.cat(weights), torch.cat(biases) if biases else None
+    return None if traced(weights[0]) else kept(weights + biases, "joined", join)
 
 
 # Families
@@ -159,7 +165,10 @@ class Family(NamedTuple):
     """Attribute paths: of the list of layers in a model, and of each part in a layer."""
 
     layers: str
-    names: tuple[str, ...]  # in the order of Parts
+    parts: dict[str, str]  # name in Parts -> path in a layer
+    head_size: str  # in the attention module
+    scale: str
+    attention_dropout: str
     pre_norm: bool
     encoder: str | None = None  # the module between embeddings and pooler, where padding is taken out; None: there is none
     causal: bool = False
@@ -167,50 +176,96 @@ class Family(NamedTuple):
     def layers_of(self, model: nn.Module) -> list[nn.Module]:
         return list(model.get_submodule(self.layers).children())
 
-    def parts(self, layer: nn.Module) -> Parts | str:
-        """As they are now (an adapter may have been put in, dropout been changed), or why the layer is not served."""
-        if getattr(layer, "is_decoder", False) or getattr(layer, "add_cross_attention", False):
-            return "decoders are not served"
-        parts = Parts(*operator.attrgetter(*self.names)(layer))
-        return parts.refusal() or parts
+    def parts_of(self, layer: nn.Module) -> Parts:
+        """Raises AttributeError where a layer has not all of them."""
+        return Parts(**{name: operator.attrgetter(path)(layer) for name, path in self.parts.items()})
+
+    def dropout_of_attention(self, attention: nn.Module) -> float:
+        return operator.attrgetter(self.attention_dropout)(attention)
 
 
 _BERT = Family(
     "encoder.layer",
-    (
-        *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
-        *("attention.output.LayerNorm", "output.LayerNorm", "intermediate.dense", "output.dense"),
-        *("intermediate.intermediate_act_fn", "attention.self.num_attention_heads", "attention.self.dropout.p"),
-        *("attention.output.dropout.p", "output.dropout.p"),
-    ),
+    {
+        "query": "attention.self.query",
+        "key": "attention.self.key",
+        "value": "attention.self.value",
+        "out": "attention.output.dense",
+        "first_norm": "attention.output.LayerNorm",
+        "second_norm": "output.LayerNorm",
+        "up": "intermediate.dense",
+        "down": "output.dense",
+        "activation": "intermediate.intermediate_act_fn",
+        "attention": "attention.self",
+        "attention_output_dropout": "attention.output.dropout",
+        "ffn_output_dropout": "output.dropout",
+    },
+    head_size="attention_head_size",
+    scale="scaling",
+    attention_dropout="dropout.p",
     pre_norm=False,
     encoder="encoder",
 )
 _DISTILBERT = Family(
     "transformer.layer",
-    (
-        *("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "sa_layer_norm", "output_layer_norm"),
-        *("ffn.lin1", "ffn.lin2", "ffn.activation", "attention.n_heads", "attention.dropout.p"),
-    ),
+    {
+        "query": "attention.q_lin",
+        "key": "attention.k_lin",
+        "value": "attention.v_lin",
+        "out": "attention.out_lin",
+        "first_norm": "sa_layer_norm",
+        "second_norm": "output_layer_norm",
+        "up": "ffn.lin1",
+        "down": "ffn.lin2",
+        "activation": "ffn.activation",
+        "attention": "attention",
+        "ffn_output_dropout": "ffn.dropout",
+    },
+    head_size="attention_head_size",
+    scale="scaling",
+    attention_dropout="dropout.p",
     pre_norm=False,
     encoder="transformer",
 )
 _CLIP = Family(
     "encoder.layers",
-    (
-        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "layer_norm1", "layer_norm2"),
-        *("mlp.fc1", "mlp.fc2", "mlp.activation_fn", "self_attn.num_heads", "self_attn.dropout"),
-    ),
+    {
+        "query": "self_attn.q_proj",
+        "key": "self_attn.k_proj",
+        "value": "self_attn.v_proj",
+        "out": "self_attn.out_proj",
+        "first_norm": "layer_norm1",
+        "second_norm": "layer_norm2",
+        "up": "mlp.fc1",
+        "down": "mlp.fc2",
+        "activation": "mlp.activation_fn",
+        "attention": "self_attn",
+    },
+    head_size="head_dim",
+    scale="scale",
+    attention_dropout="dropout",
     pre_norm=True,
     encoder="encoder",
 )
 _VIT = Family(
     "layers",
-    (
-        *("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "layernorm_before", "layernorm_after"),
-        *("mlp.fc1", "mlp.fc2", "mlp.activation_fn", "attention.num_attention_heads", "attention.attention_dropout"),
-        *("dropout.p", "dropout.p"),
-    ),
+    {
+        "query": "attention.q_proj",
+        "key": "attention.k_proj",
+        "value": "attention.v_proj",
+        "out": "attention.o_proj",
+        "first_norm": "layernorm_before",
+        "second_norm": "layernorm_after",
+        "up": "mlp.fc1",
+        "down": "mlp.fc2",
+        "activation": "mlp.activation_fn",
+        "attention": "attention",
+        "attention_output_dropout": "dropout",
+        "ffn_output_dropout": "dropout",
+    },
+    head_size="head_dim",
+    scale="scaling",
+    attention_dropout="attention_dropout",
     pre_norm=True,
 )
 FAMILIES = {
@@ -222,9 +277,9 @@ FAMILIES = {
 }
 
 
-def family_of(module: nn.Module) -> Family | None:
-    """By the name of transformers' class, or of one that it derives from; transformers itself need not be installed."""
-    for cls in type(module).__mro__:
-        if cls.__module__.startswith("transformers.models.") and cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
-    return None
+def own_class(module: nn.Module) -> type | None:
+    """transformers' class that a module is of, or derives from, if it is one that is served; transformers itself need not be
+    installed."""
+    return next(
+        (c for c in type(module).__mro__ if c.__module__.startswith("transformers.models.") and c.__name__ in FAMILIES), None
+    )

@@ -1,21 +1,20 @@
 """The cpu backend of `linear`: oneDNN through PyTorch, with the activation fused into the product.
 
 oneDNN wants its weights in a blocked layout. Without a cache they are packed on every call, in fp32 only: there packing still
-beats the other BLAS where that is slow, while PyTorch's own bf16 linear is oneDNN already. Leaves used
-without grad keep their packed copy, see `_packed`. Training runs plain linears and saves the pre-activation.
+beats the other BLAS where that is slow, while PyTorch's own bf16 linear is oneDNN already. Of parameters used without grad
+the packed copy is kept, see `fastattn.kept`. Training runs plain linears and saves the pre-activation.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastattn.activations import ACTIVATIONS
+from fastattn.kept import kept
 from fastattn.reference import linear_backward
 
 QUICK_GELU = 1.702  # quick_gelu(z) = silu(1.702 z) / 1.702, so in fp32 a weight scaled by it lets oneDNN's silu serve
@@ -27,7 +26,6 @@ ONEDNN_ACTIVATIONS = {
     "relu": ("relu", ""),
     "silu": ("swish", ""),
 }
-_packed_weights = WeakTensorKeyDictionary()  # weight -> (what it was when packed, the packed copy)
 
 
 def unsupported(problem) -> list[str]:
@@ -49,15 +47,6 @@ def forward(x, weight, bias, residual, activation: str | None, train: bool) -> t
 
 
 backward = linear_backward
-
-
-def clear_packed() -> None:
-    """Drop every packed copy of a weight that CPU inference keeps.
-
-    A copy is dropped by itself when its weight dies or is changed in place by PyTorch. Writes that PyTorch does not count,
-    through `.data`, NumPy or another process, need this call. `FASTATTN_PREPACK=0` keeps no copies at all.
-    """
-    _packed_weights.clear()
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -126,16 +115,5 @@ def _pack(weight: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
 
 
 def _packed(weight: Tensor, dtype: torch.dtype, scale: float) -> Tensor | None:
-    """The packed copy of a weight that may be kept, else None.
-
-    Only leaves with a version counter may: the counter, the address and the layout then tell that the weight is still the one
-    that was packed. Inference tensors have no counter.
-    """
-    if weight.is_inference() or not weight.is_leaf or os.environ.get("FASTATTN_PREPACK") == "0":
-        return None
-    identity = (weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), dtype, scale)
-    kept = _packed_weights.get(weight)
-    if kept is None or kept[0] != identity:
-        kept = (identity, _pack(weight, dtype, scale))
-        _packed_weights[weight] = kept
-    return kept[1]
+    """The packed copy of a weight that may be kept, else None."""
+    return kept([weight], ("packed", dtype, scale), lambda: _pack(weight, dtype, scale))

@@ -1,0 +1,74 @@
+"""Which heads read hidden states at padding: there padding must stay in, or their loss and gradients would be other ones."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+# Classes of transformers and sentence-transformers (the ends of their names) that use every position, whatever the mask says.
+READERS = {
+    "ForQuestionAnswering": "its softmax is over all positions",
+    "DPRReader": "it scores all positions",
+    "DPRSpanPredictor": "it scores all positions",
+    "CNN": "its convolutions reach over the end of a text",
+    "MultiVectorMask": "it may score positions that the mask hides",
+}
+SUMMARIES = ("last", "mean", "cls_index")  # of ElectraForMultipleChoice, by its config: over all positions
+MASKED_LOSSES = ("ElectraForPreTraining",)  # labels at padding are left out by the attention mask
+IGNORED = -100  # the label that losses leave out
+_thread = threading.local()  # .labels: what the heads around the current call were given
+
+
+def reader_among(outside: nn.Module) -> str | None:
+    """Why a module around an encoder reads padding in every call, itself or in what stands beside the encoder, or None."""
+    return next((why for module in (outside, *outside.children()) if (why := _reads(module)) is not None), None)
+
+
+def _reads(module: Any) -> str | None:
+    for cls in type(module).__mro__:
+        if not cls.__module__.startswith(("transformers.", "sentence_transformers.")):
+            continue
+        for end, why in READERS.items():
+            if cls.__name__.endswith(end):
+                return f"{cls.__name__}: {why}"
+        if cls.__name__ == "ElectraForMultipleChoice" and module.config.summary_type in SUMMARIES:
+            return f"{cls.__name__}: its summary is over all positions"
+    return None
+
+
+def takes_labels(module: nn.Module) -> bool:
+    """Whether a head's `forward` has an argument for labels that may be at padding."""
+    if any(cls.__name__ in MASKED_LOSSES for cls in type(module).__mro__):
+        return False
+    return any("label" in name for name in inspect.signature(type(module).forward).parameters)
+
+
+@contextlib.contextmanager
+def labels_inside(inputs: dict[str, Any]) -> Iterator[None]:
+    """Inside, on this thread, `keeps_padding` sees the labels among a head's arguments."""
+    before = getattr(_thread, "labels", ())
+    ignored = inputs.get("ignore_index", IGNORED)
+    _thread.labels = (*before, *((x, ignored) for name, x in inputs.items() if "label" in name and isinstance(x, Tensor)))
+    try:
+        yield
+    finally:
+        _thread.labels = before
+
+
+def keeps_padding(keep: Tensor, reads_first: bool, readable: bool) -> str | None:
+    """Why padding must stay in this call, or None. keep: bool (B, L), the real tokens.
+
+    reads_first: the first token of each sequence is read. readable: values may be read on the host; where they may not, labels
+    for each token count as labels at padding.
+    """
+    for labels, ignored in getattr(_thread, "labels", ()):
+        if labels.shape == keep.shape and not (readable and not bool(((labels != ignored) & ~keep.to(labels.device)).any())):
+            return "labels at padding" if readable else "labels for each token, which are not read with a capacity"
+    if reads_first and readable and bool((keep.any(1) & ~keep[:, 0]).any()):
+        return "the first token, which is read, is padding on the left"
+    return None

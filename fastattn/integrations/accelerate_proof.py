@@ -1,0 +1,90 @@
+"""An accelerated encoder's first call computes each layer both ways, on that call's own input, and compares.
+
+That catches what no list of classes can: a scale, an activation or an order that is not the one we know, an attention function
+that somebody registered, a method that was replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.integrations.accelerate_layers import Batch, Family, Parts, compute
+from fastattn.kept import nothing_kept
+from fastattn.ops.dispatch import autocast_dtype
+
+# Rounding units, and how many of them two ways of computing a layer may be apart: sums in another order, and where products are
+# rounded to the dtype, those roundings. tests/test_accelerate_proof.py measures both.
+UNITS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+FULL, HALF = 512, 8
+TF32 = 2.0**-11
+
+
+class Proof:
+    """Travels through the model in a Batch's place; `compare` is what its layers do then. Padding stays in."""
+
+    packing = None
+
+    def __init__(self, batch: Batch, keep: Tensor | None) -> None:
+        """batch: with its padding. keep: bool (B, L), the real tokens; None: all."""
+        self.batch, self.keep = batch, keep
+        self.compared = 0
+        self.difference: tuple[str, float, float] | None = None  # of the first layer that differs: name, error, bound
+
+    def compare(self, name: str, family: Family, parts: Parts, x: Tensor, own: Callable[[], Tensor]) -> Tensor:
+        """The layer's own output, which the next layer gets in both ways."""
+        theirs, ours = own(), compute(family, parts, x, self.batch)
+        error, bound = relative_error(ours, theirs, x, self.keep), bound_of(x)
+        self.compared += not math.isnan(error)
+        if error > bound and self.difference is None:
+            self.difference = name, error, bound
+        return theirs
+
+
+def relative_error(ours: Tensor, theirs: Tensor, x: Tensor, keep: Tensor | None) -> float:
+    """The greatest error of a real token, in the 2-norm, as a share of what the layer was given and gave. All are (B, L, C).
+
+    A token that is not finite in one way alone is infinitely far off; those that are so in both ways prove nothing. NaN where
+    none is left.
+    """
+    x, theirs, ours = x.double(), theirs.double(), ours.double()
+    size = (x.norm(dim=-1) + theirs.norm(dim=-1)).clamp(min=torch.finfo(torch.float64).tiny)
+    share = (ours - theirs).norm(dim=-1) / size
+    finite, ours_finite = theirs.isfinite().all(-1), ours.isfinite().all(-1)
+    share = share.masked_fill(~(finite & ours_finite), torch.inf)
+    wanted = finite | ours_finite if keep is None else keep & (finite | ours_finite)
+    return float(share[wanted].max()) if bool(wanted.any()) else math.nan
+
+
+def bound_of(x: Tensor) -> float:
+    """What `relative_error` may be for products in the dtype that x is multiplied in."""
+    dtype = autocast_dtype(x) or x.dtype
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return HALF * (TF32 if x.is_cuda else UNITS[torch.bfloat16])
+    return UNITS[dtype] * (FULL if dtype in (torch.float32, torch.float64) else HALF)
+
+
+@contextlib.contextmanager
+def as_in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Inside, no gradients and no dropout; and nothing made of weights is kept, by us or by autocast, for a later step."""
+    training = [module for module in model.modules() if module.training]
+    cached = torch.is_autocast_cache_enabled()
+    for module in training:
+        module.training = False
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad(), nothing_kept():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+        for module in training:
+            module.training = True
+
+
+def tell(difference: tuple[str, float, float]) -> str:
+    name, error, bound = difference
+    return f"layer {name} differs from its own code by {error:.1e} of its size, where {bound:.1e} is rounding"

@@ -1,0 +1,116 @@
+"""What inference makes of weights and keeps (packed and joined copies), and the proof that it still is the weights'.
+
+PyTorch's version counter alone proves nothing: fused optimizers, writes through `.data` or NumPy, and storage that is shared with
+another tensor leave it as it was. So a copy is used only while all of this holds, which is asked at every use:
+- address, version, dtype and layout of each weight are what they were;
+- so are the bits of a sample of its elements that meets every row and every column (`sample`), where a write to all elements, to
+  whole rows or to whole columns shows: a step of any optimizer, loading, merging an adapter, averaging, scaling, rounding.
+And every step of an optimizer of PyTorch's drops all copies. Nothing is kept of what is not a parameter on the CPU, while
+gradients are on, or inside `nothing_kept`, where modules in training mode run.
+
+What this cannot see: a write that PyTorch does not count to a few elements between those of the sample, with no optimizer's step
+after it. `clear_packed` is for that, and `FASTATTN_PREPACK=0`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+
+
+class Kept(NamedTuple):
+    identities: list[tuple]
+    samples: list[Tensor]
+    made: Any
+
+
+_kept = WeakTensorKeyDictionary()  # first weight -> {purpose: Kept}
+_thread = threading.local()  # .nothing: inside `nothing_kept`
+
+
+def kept(weights: Sequence[Tensor], purpose: Hashable, make: Callable[[], Any]) -> Any | None:
+    """What `make()` gave for these weights, (F, K) or (F,) each, now or earlier; None where nothing may be kept of them."""
+    if not _may_keep(weights):
+        return None
+    purposes = _kept.get(weights[0])
+    found = None if purposes is None else purposes.get(purpose)
+    identities = [(w.data_ptr(), w._version, w.dtype, w.shape) for w in weights]
+    samples = [sample(w) for w in weights]
+    if found is not None and found.identities == identities and all(map(torch.equal, found.samples, samples)):
+        return found.made
+    samples = [x.clone() for x in samples]  # before the copy is made: a write in between is noticed
+    made = make()
+    _drop_all_after_steps()
+    _kept.setdefault(weights[0], {})[purpose] = Kept(identities, samples, made)
+    return made
+
+
+def sample(weight: Tensor) -> Tensor:
+    """Bits of a contiguous weight, one element in `stride`, as integers: a view."""
+    bits = weight.detach().view(INTEGERS[weight.element_size()])
+    if weight.dim() != 2:
+        return bits
+    step = stride(*weight.shape)
+    return bits.as_strided(((weight.numel() - 1) // step + 1,), (step,))
+
+
+@functools.cache
+def stride(rows: int, columns: int) -> int:
+    """The greatest step by which the elements of a matrix, one after another, are met in every row and every column.
+
+    In every row: it is at most `columns`. In every column: it has no divisor in common with `columns`, so the first `columns`
+    steps end in different ones, and it is at most `rows`, so there are as many steps.
+    """
+    return next(step for step in range(min(rows, columns), 0, -1) if math.gcd(step, columns) == 1)
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Inside, on this thread, no copy of a weight is made to be kept, and none that is kept is used."""
+    before = getattr(_thread, "nothing", False)
+    _thread.nothing = True
+    try:
+        yield
+    finally:
+        _thread.nothing = before
+
+
+def clear_packed() -> None:
+    """Drop every copy of a weight that CPU inference keeps.
+
+    They are dropped by themselves when a weight dies or is changed: by PyTorch, by any optimizer, or by a write from elsewhere
+    (`.data`, NumPy) to all of its elements, or to whole rows or columns. Only after a write of that last kind to a few elements
+    is this call needed. `FASTATTN_PREPACK=0` keeps no copies at all.
+    """
+    _kept.clear()
+
+
+def _may_keep(weights: Sequence[Tensor]) -> bool:
+    if torch.is_grad_enabled() or getattr(_thread, "nothing", False) or os.environ.get("FASTATTN_PREPACK") == "0":
+        return False
+    return all(
+        type(w) is nn.Parameter
+        and w.device.type == "cpu"
+        and w.is_contiguous()
+        and w.numel() > 0
+        and not w.is_inference()  # it has no version
+        for w in weights
+    )
+
+
+@functools.cache
+def _drop_all_after_steps() -> None:
+    """Once in a process that keeps anything: an optimizer changes what it will."""
+    register_optimizer_step_post_hook(lambda *_: clear_packed())
