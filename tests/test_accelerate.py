@@ -417,9 +417,26 @@ def test_changed_weights_are_noticed():
     same()
 
 
-def test_gradient_checkpointing():
-    model = build("bert")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradient_checkpointing(name, reentrant):
+    """Layers are recomputed as the model's are, and as little is kept for the backward pass."""
+    model = build(name)
     ours = copy.deepcopy(model)
     fastattn.accelerate(ours, strict=True)
-    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    found = []
+    for m in (model, ours):
+        m.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        calls, kept = [], []
+        for layer in m.modules():
+            checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+            if checkpoint is not None:
+                layer._gradient_checkpointing_func = lambda *args, f=checkpoint, calls=calls: calls.append(1) or f(*args)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.nbytes) or x, lambda x: x):
+            result(m, text())
+        found.append((len(calls), sum(kept)))
+    assert found[1][0] == found[0][0] == 2 and found[1][1] <= 1.02 * found[0][1]
+    assert_same(model, ours, text())
+    for m in (model, ours):
+        m.gradient_checkpointing_disable()
     assert_same(model, ours, text())

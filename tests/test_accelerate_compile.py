@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_accelerate import assert_same, build, result, text
+from test_accelerate import Doubled, assert_same, build, result, text
 from torch import nn
 
 import fastattn
@@ -49,6 +49,47 @@ def test_a_traced_model_keeps_its_padding(how):
             traced = torch.jit.trace(Traceable(ours), tuple(inputs.values()))
         keep = others["attention_mask"][..., None]
         torch.testing.assert_close(traced(*others.values()) * keep, result(model, others), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("capacity", [None, 64])
+def test_export(capacity, strict):
+    """Of the accelerated model itself, in both of torch.export's modes; lengths of another batch afterwards."""
+    model = build("bert").eval()
+    ours = copy.deepcopy(model)
+    fastattn.accelerate(ours, capacity=capacity, strict=True)
+    inputs, others = text(), text("left", (3, 20, 1, 9, 2))
+    with torch.no_grad():
+        exported = torch.export.export(ours, (), inputs, strict=strict).module()
+        torch.testing.assert_close(result(exported, others), result(model, others), rtol=2e-5, atol=2e-5)
+
+
+def test_what_changes_between_compiled_calls():
+    """An adapter, layers in another order, a scale: graphs are guarded by what was looked at."""
+    model = build("bert").eval()
+    ours = copy.deepcopy(model)
+    handle = fastattn.accelerate(ours, capacity=64)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+
+    def same():
+        with torch.no_grad():
+            torch.testing.assert_close(result(compiled, text()), result(model, text()), rtol=2e-5, atol=2e-5)
+
+    same()
+    for m in (ours, model):
+        m.encoder.layer[1].attention.self.scaling = 1.7
+    same()
+    assert not handle.report.fallbacks
+    for m in (ours, model):
+        own = m.encoder.layer[1].attention.self
+        twice = Doubled(32, 32)
+        twice.load_state_dict(own.query.state_dict())
+        own.query = twice
+    same()
+    for m in (ours, model):
+        m.encoder.layer = nn.ModuleList(reversed(list(m.encoder.layer)))
+    same()
+    assert "query is a Doubled, not a plain Linear" in handle.report.fallbacks
 
 
 def test_compiled_training():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from test_accelerate import QUIET, SMALL, gradients, text
+from test_accelerate import QUIET, SMALL, TEXT, gradients, text
 from torch import nn
 
 import fastattn
@@ -106,7 +106,24 @@ def test_the_first_token_of_what_is_padded_on_the_left(name):
     outs = [m(**text("left", LENGTHS)) for m in (model, ours)]
     pooled = [out.pooler_output if name == "BertModel" else out.logits for out in outs]
     torch.testing.assert_close(pooled[1], pooled[0], rtol=2e-5, atol=2e-5)
-    assert list(handle.report.padded) == ["the first token, which is read, is padding on the left"]
+    assert list(handle.report.padded) == ["the token that is pooled is padding"]
+
+
+@pytest.mark.parametrize("eos", [59, 2])
+def test_the_end_of_text_that_clip_reads(eos):
+    """Cut off, or hidden by the mask: what CLIP pools then is another token, maybe padding. (Of old configs: the greatest id.)"""
+    torch.manual_seed(0)
+    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**{**TEXT, "eos_token_id": eos})).eval()
+    ours = copy.deepcopy(model)
+    handle = fastattn.accelerate(ours, strict=True)
+    inputs = text(lengths=LENGTHS)
+    inputs["input_ids"].scatter_(1, inputs["attention_mask"].sum(1, keepdim=True) - 1, 59)
+    ours(**inputs)
+    assert not handle.report.padded
+    inputs["input_ids"].scatter_(1, inputs["attention_mask"].sum(1, keepdim=True).clamp(max=L - 1), 59)
+    inputs["input_ids"].scatter_(1, inputs["attention_mask"].sum(1, keepdim=True) - 1, 5)
+    torch.testing.assert_close(ours(**inputs).pooler_output, model(**inputs).pooler_output, rtol=2e-5, atol=2e-5)
+    assert list(handle.report.padded) == ["the token that is pooled is padding"]
 
 
 class Tagger(nn.Module):

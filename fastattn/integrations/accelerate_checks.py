@@ -7,8 +7,7 @@ that nothing of it has changed since.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,26 +20,26 @@ ATTENTION = "_attn_implementation_internal"  # of a config: a name, whose functi
 PLAIN = {**dict.fromkeys(LINEARS, nn.Linear), **dict.fromkeys(NORMS, nn.LayerNorm), **dict.fromkeys(DROPOUTS, nn.Dropout)}
 
 
-class Examined:
-    """What was found, and all that it rests on.
+class Found(NamedTuple):
+    """What a look at an encoder found.
 
-    Attributes:
-        parts: of each layer module; empty where there is a refusal.
-        refusal: why the layers cannot be computed from their weights, or None.
-        hooked: the layer whose own hooks see its input and output, (B, L, C), or None.
+    parts: of each layer module; empty where there is a refusal.
+    refusal: why the layers cannot be computed from their weights, or None.
+    hooked: the layer whose own hooks see its input and output, (B, L, C), or None.
     """
+
+    parts: dict[nn.Module, Parts]
+    refusal: str | None
+    hooked: str | None
+
+
+class Examined:
+    """What was `found`, and all that it rests on."""
 
     def __init__(self, model: nn.Module, family: Family, ours: dict[nn.Module, Any]) -> None:
         """ours: what stands as `forward` on modules of the model and was put there by us."""
-        self.parts: dict[nn.Module, Parts] = {}
-        self.refusal: str | None = None
-        self.hooked: str | None = None
-        layers = dict(model.get_submodule(family.layers).named_children())
         self._note(model, family, ours)
-        try:
-            self._examine(model, family, layers, ours)
-        except _Refused as refused:
-            self.parts, self.refusal = {}, str(refused)
+        self.found = look(model, family, ours)
 
     def holds(self) -> bool:
         """Whether modules, their order and classes, hooks and instance attributes are what they were, by identity.
@@ -78,25 +77,34 @@ class Examined:
         self._config = vars(model.config)
         self._implementation = self._config[ATTENTION]
 
-    def _examine(self, model: nn.Module, family: Family, layers: dict[str, nn.Module], ours: dict[nn.Module, Any]) -> None:
-        if any(GLOBAL_HOOKS):
-            raise _Refused("there are hooks on every module, which would not run")
-        own = own_class(model)
-        assert own is not None
-        if type(model).forward is not own.forward:  # type: ignore[attr-defined]
-            raise _Refused(f"{type(model).__name__} has a forward of its own")
-        if "forward" in vars(model) and model not in ours:
-            raise _Refused(f"a forward was set on the {own.__name__}")
-        for module in _between(model, family.layers):
-            _check_class(module, type(module).__name__, own.__module__)
-            _check_forward(module, type(module).__name__, ours)
-        if ours and any(layer not in ours for layer in layers.values()):
-            name = next(name for name, layer in layers.items() if layer not in ours)
+
+def look(model: nn.Module, family: Family, ours: dict[nn.Module, Any]) -> Found:
+    """Read all that can be read of an encoder's layers. Traceable, and then guarded by what it read."""
+    try:
+        return _look(model, family, ours)
+    except _Refused as refused:
+        return Found({}, refused.args[0], None)
+
+
+def _look(model: nn.Module, family: Family, ours: dict[nn.Module, Any]) -> Found:
+    if any(GLOBAL_HOOKS):
+        raise _Refused("there are hooks on every module, which would not run")
+    own: Any = own_class(model)
+    if type(model).forward is not own.forward:  # type: ignore[attr-defined]
+        raise _Refused(f"{type(model).__name__} has a forward of its own")
+    if "forward" in vars(model) and model not in ours:
+        raise _Refused(f"a forward was set on the {own.__name__}")
+    for module in _between(model, family.layers):
+        _check_class(module, type(module).__name__, own.__module__)
+        _check_forward(module, type(module).__name__, ours)
+    parts, hooked = {}, None
+    for name, layer in model.get_submodule(family.layers).named_children():
+        if ours and layer not in ours:
             raise _Refused(f"layer {name} was put in after accelerate")
-        for name, layer in layers.items():
-            self.parts[layer] = _parts(layer, family, own.__module__, ours)
-            if any(_hooks(layer)):
-                self.hooked = f"layer {name} has hooks, which see all positions"
+        parts[layer] = _parts(layer, family, own.__module__, ours)
+        if _has_hooks(layer):
+            hooked = f"layer {name} has hooks, which see all positions"
+    return Found(parts, None, hooked)
 
 
 class _Refused(Exception):
@@ -130,7 +138,7 @@ def _parts(layer: nn.Module, family: Family, home: str, ours: dict[nn.Module, An
         if type(module) not in PLAIN.values() and module is not parts.activation:
             _check_class(module, name, home)
         _check_forward(module, name, ours)
-        if module is not layer and any(_hooks(module)):
+        if module is not layer and _has_hooks(module):
             raise _Refused(f"{name} has hooks, which would not run")
     return parts
 
@@ -151,10 +159,10 @@ def _check_forward(module: nn.Module, name: str, ours: dict[nn.Module, Any]) -> 
         raise _Refused(f"a forward was set on {name}")
 
 
-def _hooks(module: nn.Module) -> Iterator[Any]:
-    """Those but transformers' own, which record what a call asks to be recorded: such calls are looked at otherwise."""
-    found = (hook for name in HOOKS for hook in getattr(module, name).values())
-    return (hook for hook in found if getattr(hook, "__module__", None) != "transformers.utils.output_capturing")
+def _has_hooks(module: nn.Module) -> bool:
+    """Other than transformers' own, which record what a call asks to be recorded: such calls are looked at otherwise."""
+    hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
+    return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
 
 
 def _described(cls: type) -> str:

@@ -50,8 +50,8 @@ def takes_labels(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def labels_inside(inputs: dict[str, Any]) -> Iterator[None]:
-    """Inside, on this thread, `keeps_padding` sees the labels among a head's arguments."""
-    before = getattr(_thread, "labels", ())
+    """Inside, on this thread, encoders see the labels among a head's arguments."""
+    before = _labels()
     ignored = inputs.get("ignore_index", IGNORED)
     _thread.labels = (*before, *((x, ignored) for name, x in inputs.items() if "label" in name and isinstance(x, Tensor)))
     try:
@@ -60,15 +60,33 @@ def labels_inside(inputs: dict[str, Any]) -> Iterator[None]:
         _thread.labels = before
 
 
-def keeps_padding(keep: Tensor, reads_first: bool, readable: bool) -> str | None:
-    """Why padding must stay in this call, or None. keep: bool (B, L), the real tokens.
+def _labels() -> tuple[tuple[Tensor, int], ...]:
+    return getattr(_thread, "labels", ())
 
-    reads_first: the first token of each sequence is read. readable: values may be read on the host; where they may not, labels
-    for each token count as labels at padding.
-    """
-    for labels, ignored in getattr(_thread, "labels", ()):
-        if labels.shape == keep.shape and not (readable and not bool(((labels != ignored) & ~keep.to(labels.device)).any())):
-            return "labels at padding" if readable else "labels for each token, which are not read with a capacity"
-    if reads_first and readable and bool((keep.any(1) & ~keep[:, 0]).any()):
-        return "the first token, which is read, is padding on the left"
+
+# Why padding must stay in a call, or None. keep: bool (B, L), the real tokens.
+
+
+def labels_for_each_token(keep: Tensor) -> str | None:
+    """Without reading them."""
+    if any(labels.shape == keep.shape for labels, _ in _labels()):
+        return "labels for each token, which are not read with a capacity"
     return None
+
+
+def labels_at_padding(keep: Tensor) -> str | None:
+    for labels, ignored in _labels():
+        if labels.shape == keep.shape and bool(((labels != ignored) & ~keep.to(labels.device)).any()):
+            return "labels at padding"
+    return None
+
+
+def pooled_padding(model: Any, inputs: dict[str, Any], keep: Tensor) -> str | None:
+    """Of CLIP's text model its end-of-text token is read, of others the first one, wherever padding is."""
+    if type(model).__name__ == "CLIPTextModel":
+        ids = inputs["input_ids"].int()
+        column = (ids if model.eos_token_id == 2 else (ids == model.eos_token_id).int()).argmax(1, keepdim=True)
+        read = keep.gather(1, column.to(keep.device))[:, 0]
+    else:
+        read = keep[:, 0]
+    return "the token that is pooled is padding" if bool((keep.any(1) & ~read).any()) else None

@@ -1,0 +1,326 @@
+"""What stands as `forward` on the modules of an accelerated model, and what it decides in each call.
+
+- The model's reads the padding mask and makes a `Batch` of it, which travels through transformers' code as a keyword argument.
+- The encoder's lays the real tokens end to end at its entrance, (B, L, C) -> (T, C), and puts them back at its exit.
+- A layer's, given a Batch, computes with fused ops; without one it does what it always did.
+- A head's, which takes labels, lets the encoders inside see them: where padding has a label, padding stays in.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastattn import masks
+from fastattn.integrations import accelerate_heads as heads
+from fastattn.integrations.accelerate_checks import Examined, Found, look
+from fastattn.integrations.accelerate_layers import Batch, Family, Parts, compute, traced
+from fastattn.integrations.accelerate_proof import Proof, as_in_evaluation, tell
+from fastattn.integrations.keywords import HARMLESS
+from fastattn.packing import Packing
+
+logger = logging.getLogger("fastattn")
+KEYWORD = "fastattn_batch"
+PADDING_ALONE = "only a padding mask (batch, length) is served, got"
+NOTHING_FOUND = Found({}, None, None)
+_lock = threading.RLock()  # held while an encoder is examined or proves itself
+
+
+class Replaced:
+    """What stands as `forward` on a module: `function(replaced, *args, **kwargs)`, until `undo`.
+
+    An object rather than a bound method, so that a copied or unpickled module has one that belongs to it.
+    """
+
+    def __init__(self, function: Callable, module: nn.Module, settings: Any) -> None:
+        self.function, self.module, self.settings = function, module, settings
+        self.before = vars(module).get("forward")
+        self.active, self.copied = True, False
+        module.forward = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "copied": True}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs) if self.active else self.own(*args, **kwargs)
+
+    @property
+    def own(self) -> Callable:
+        """What the module does without us."""
+        return functools.partial(type(self.module).forward, self.module) if self.before is None else self.before
+
+    @property
+    def __code__(self) -> Any:
+        """The replaced method's: torch.export names its source lines."""
+        return inspect.unwrap(type(self.module).forward).__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The replaced method's: trainers look at it for the names of a model's inputs."""
+        whole = inspect.signature(type(self.module).forward)
+        return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+    def undo(self) -> None:
+        """Where another library has wrapped this since, its wrapper stays, around the module's own forward."""
+        self.active = False
+        if vars(self.module).get("forward") is not self:
+            return
+        del self.module.forward
+        if self.before is not None:
+            self.module.forward = self.before
+
+
+@dataclass
+class Report:
+    """What was done to a model. `str()` of it is for reading."""
+
+    accelerated: dict[str, str] = field(default_factory=dict)  # module -> what is done there
+    left: dict[str, str] = field(default_factory=dict)  # module -> why it is as it was
+    foreseen: dict[str, str] = field(default_factory=dict)  # module -> which calls will run its own code, and why
+    fallbacks: Counter[str] = field(default_factory=Counter)  # why calls ran the model's own code, and how many
+    padded: Counter[str] = field(default_factory=Counter)  # why calls kept their padding, and how many
+
+    def __str__(self) -> str:
+        named = ((self.accelerated, ""), (self.left, "left as it was: "), (self.foreseen, "to come: "))
+        lines = [f"{name or 'model'}: {kind}{what}" for found, kind in named for name, what in found.items()]
+        lines += [f"{count} calls ran the model's own code: {why}" for why, count in self.fallbacks.items()]
+        return "\n".join(lines + [f"{count} calls kept their padding: {why}" for why, count in self.padded.items()])
+
+
+@dataclass
+class Encoder:
+    """What is known of one, and how it is to be computed."""
+
+    family: Family
+    name: str
+    inputs: list[str]  # names of the model's arguments
+    report: Report
+    strict: bool
+    capacity: int | None
+    unpad: str
+    reader: str | None  # why padding is always read, or None
+    pooled: bool  # whether one token of each sequence is read, padding or not
+    unproven: bool
+    layers: list[Layer] = field(default_factory=list)
+    ours: dict[nn.Module, Replaced] = field(default_factory=dict)
+    examined: Examined | None = None
+    found: Found = NOTHING_FOUND
+    differs: str | None = None  # what a proof found
+    overflowed: Tensor | None = None  # of the last packed call
+    prove: bool = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy looks at its own modules, and proves itself."""
+        return {**vars(self), "examined": None, "unproven": self.prove}
+
+    def refusal(self, model: nn.Module) -> str | None:
+        """Why the layers are not computed by us, as they are now; what has changed is examined, and has to prove itself."""
+        if torch.compiler.is_dynamo_compiling():  # a graph is guarded by all that is looked at
+            found = look(model, self.family, self.ours)
+            self._take(found)
+            return found.refusal or self.differs
+        if self.examined is None or not self.examined.holds():
+            with _lock:
+                self.examine(model)
+        return self.found.refusal or self.differs
+
+    def examine(self, model: nn.Module) -> None:
+        self.examined = Examined(model, self.family, dict(self.ours))
+        self._take(self.examined.found)
+        self.unproven, self.differs = self.prove, None
+        for layer in self.layers:
+            self.report.left.pop(self.path(layer.name), None)
+
+    def _take(self, found: Found) -> None:
+        self.found = found
+        for layer in self.layers:
+            layer.parts = found.parts.get(layer.module)
+
+    def path(self, layer: str) -> str:
+        return ".".join(part for part in (self.name, self.family.layers, layer) if part)
+
+
+@dataclass(eq=False)
+class Layer:
+    name: str
+    module: nn.Module
+    family: Family
+    parts: Parts | None  # None: it must not be computed by us
+
+
+# The replaced methods
+
+
+def model_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
+    encoder, model = at.settings, at.module
+    inputs = {**dict(zip(encoder.inputs, args, strict=False)), **kwargs}
+    why = encoder.refusal(model) or _unserved(encoder, model, inputs)
+    mask = inputs.get("attention_mask")
+    keep = mask.bool() if why is None and mask is not None else None
+    if why is None and encoder.unproven and not _any_traced(inputs):
+        with _lock:
+            _prove(at, inputs, keep)
+        why = encoder.differs
+    if why is not None:
+        _tell_fallback(encoder, why)
+        return at.own(*args, **kwargs)
+    batch = _batch(encoder, model, inputs, keep)
+    inputs.pop("attention_mask", None)
+    outputs = at.own(**inputs, **{KEYWORD: batch})
+    return outputs if batch.packing is None else _unpacked(outputs, batch.packing)
+
+
+def encoder_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
+    batch = kwargs.get(KEYWORD)
+    if batch is None or batch.packing is None:
+        return at.own(*args, **kwargs)
+    states, rest = args[:1], args[1:]
+    name = "hidden_states" if "hidden_states" in kwargs else "inputs_embeds"
+    x = states[0] if states else kwargs.pop(name)
+    outputs = at.own(batch.packing.pack(x), *rest, **kwargs)
+    outputs.last_hidden_state = batch.packing.unpack(outputs.last_hidden_state)
+    return outputs
+
+
+def layer_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
+    layer, batch = at.settings, kwargs.pop(KEYWORD, None)
+    if batch is None:
+        return at.own(*args, **kwargs)
+    x = args[0]
+    if isinstance(batch, Proof):
+        return batch.compare(layer.name, layer.family, layer.parts, x, functools.partial(at.own, *args, **kwargs))
+    module: Any = at.module
+    if _checkpoints_in_forward(module):
+        return module._gradient_checkpointing_func(functools.partial(compute, layer.family, layer.parts, batch=batch), x)
+    return compute(layer.family, layer.parts, x, batch)
+
+
+def head_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
+    names = list(inspect.signature(type(at.module).forward).parameters)[1:]
+    with heads.labels_inside({**dict(zip(names, args, strict=False)), **kwargs}):
+        return at.own(*args, **kwargs)
+
+
+# What they need
+
+
+def _checkpoints_in_forward(layer: Any) -> bool:
+    """Whether gradient checkpointing is on, and is done by the `forward` that ours stands for.
+
+    Older versions of transformers do it in the layer's `__call__`, around any forward.
+    """
+    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return False
+    return not any(c.__name__ == "GradientCheckpointingLayer" and "__call__" in vars(c) for c in type(layer).__mro__)
+
+
+def _tell_fallback(encoder: Encoder, why: str) -> None:
+    if encoder.strict:
+        raise NotImplementedError(f"strict=True, but this call is not served: {why}")
+    if why not in encoder.report.fallbacks and not torch.compiler.is_compiling():
+        logger.warning("%s runs its own code: %s", encoder.name or "the accelerated model", why)
+    encoder.report.fallbacks[why] += 1
+
+
+def _unserved(encoder: Encoder, model: Any, inputs: dict[str, Any]) -> str | None:
+    """Why a call cannot be served, or None."""
+    attentions = (layer.parts.attention for layer in encoder.layers if layer.parts is not None)
+    if any(encoder.family.dropout_of_attention(x) > 0 for x in attentions if x.training):
+        return "attention dropout in training"
+    if inputs.get("use_cache"):
+        return "use_cache=True"
+    if inputs.get("output_attentions", model.config.output_attentions):
+        return "output_attentions=True"
+    for name in ("past_key_values", "encoder_hidden_states", "encoder_attention_mask", "head_mask"):
+        if inputs.get(name) is not None:
+            return f"{name} was given"
+    for name, value in inputs.items():
+        if value is not None and value is not False and name not in HARMLESS and name not in encoder.inputs:
+            return f"{name} was given"
+    mask = inputs.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        return f"{PADDING_ALONE} {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
+    tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
+    if mask is not None and tokens is not None and mask.shape != tokens.shape[:2]:
+        return f"attention_mask {tuple(mask.shape)} is not of the tokens' shape"
+    return None
+
+
+def _any_traced(inputs: dict[str, Any]) -> bool:
+    return any(traced(x) for x in inputs.values() if isinstance(x, Tensor))
+
+
+def _prove(at: Replaced, inputs: dict[str, Any], keep: Tensor | None) -> None:
+    """Sets `unproven` and `differs`. Called with the lock."""
+    encoder, model = at.settings, at.module
+    if not encoder.unproven:
+        return
+    proof = Proof(_padded(encoder, keep), keep)
+    with as_in_evaluation(model):
+        at.own(**inputs, **{KEYWORD: proof})
+    if proof.difference is not None:
+        encoder.differs = tell(proof.difference)
+        encoder.report.left[encoder.path(proof.difference[0])] = encoder.differs
+    encoder.unproven = proof.difference is None and proof.compared < len(encoder.layers)
+
+
+def _batch(encoder: Encoder, model: nn.Module, inputs: dict[str, Any], keep: Tensor | None) -> Batch:
+    """How the tokens of a call lie, and what hides them from one another."""
+    if keep is None or encoder.family.encoder is None:
+        return _padded(encoder, keep)
+    stays = _padding_stays(encoder, model, inputs, keep)
+    if stays is not None:
+        encoder.report.padded[stays] += 1
+        return _padded(encoder, keep)
+    if encoder.capacity is None and traced(keep):
+        return _padded(encoder, keep)
+    packing = Packing.from_mask(keep, encoder.capacity)
+    encoder.overflowed = packing.overflowed
+    if packing.known_total == keep.numel():
+        return _padded(encoder, None)
+    return Batch(packing, masks.causal() if encoder.family.causal else None)
+
+
+def _padded(encoder: Encoder, keep: Tensor | None) -> Batch:
+    causal = masks.causal() if encoder.family.causal else None
+    if keep is None:
+        return Batch(None, causal)
+    padding = masks.key_padding(keep)
+    return Batch(None, padding if causal is None else padding & causal)
+
+
+def _padding_stays(encoder: Encoder, model: nn.Module, inputs: dict[str, Any], keep: Tensor) -> str | None:
+    """Why padding is not taken out of a call, or None."""
+    if encoder.unpad == "never":
+        return "unpad=never"
+    if encoder.found.hooked is not None:
+        return encoder.found.hooked
+    if encoder.unpad == "always":
+        return None
+    if encoder.reader is not None:
+        return encoder.reader
+    if encoder.capacity is not None or traced(keep):
+        return heads.labels_for_each_token(keep)
+    return heads.labels_at_padding(keep) or (heads.pooled_padding(model, inputs, keep) if encoder.pooled else None)
+
+
+def _unpacked(outputs: Any, packing: Packing) -> Any:
+    """With hidden states that were recorded between layers, (T, C), as (B, L, C)."""
+
+    def unpack(states: tuple) -> tuple:
+        return tuple(packing.unpack(x) if isinstance(x, Tensor) and x.dim() == 2 else x for x in states)
+
+    if isinstance(outputs, tuple):
+        return tuple(unpack(x) if isinstance(x, tuple) else x for x in outputs)
+    if outputs.get("hidden_states") is not None:
+        outputs["hidden_states"] = unpack(outputs["hidden_states"])
+    return outputs
