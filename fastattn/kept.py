@@ -3,13 +3,14 @@
 PyTorch's version counter alone proves nothing: fused optimizers, writes through `.data` or NumPy, and storage that is shared with
 another tensor leave it as it was. So a copy is used only while all of this holds, which is asked at every use:
 - address, version, dtype and layout of each weight are what they were;
-- so are the bits of a sample of its elements that meets every row and every column (`sample`), where a write to all elements, to
-  whole rows or to whole columns shows: a step of any optimizer, loading, merging an adapter, averaging, scaling, rounding.
+- so are the bits of a small weight, and of a large one those of a sample that meets every row and every column (`sample`),
+  where a write to all elements, to whole rows or to whole columns shows: a step of any optimizer, loading, merging an adapter,
+  averaging, scaling, rounding.
 And every step of an optimizer of PyTorch's drops all copies. Nothing is kept of what is not a parameter on the CPU, while
 gradients are on, or inside `nothing_kept`, where modules in training mode run.
 
-What this cannot see: a write that PyTorch does not count to a few elements between those of the sample, with no optimizer's step
-after it. `clear_packed` is for that, and `FASTATTN_PREPACK=0`.
+What this cannot see: a write to a few elements of a large weight, between those of the sample, that PyTorch does not count.
+`clear_packed` is for that, and `FASTATTN_PREPACK=0`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+SMALL = 2**14  # elements
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
@@ -58,9 +60,9 @@ def kept(weights: Sequence[Tensor], purpose: Hashable, make: Callable[[], Any]) 
 
 
 def sample(weight: Tensor) -> Tensor:
-    """Bits of a contiguous weight, one element in `stride`, as integers: a view."""
+    """Bits of a contiguous weight as integers, of a large matrix of one element in `stride`: a view."""
     bits = weight.detach().view(INTEGERS[weight.element_size()])
-    if weight.dim() != 2:
+    if weight.dim() != 2 or weight.numel() <= SMALL:
         return bits
     step = stride(*weight.shape)
     return bits.as_strided(((weight.numel() - 1) // step + 1,), (step,))
@@ -92,7 +94,7 @@ def clear_packed() -> None:
 
     They are dropped by themselves when a weight dies or is changed: by PyTorch, by any optimizer, or by a write from elsewhere
     (`.data`, NumPy) to all of its elements, or to whole rows or columns. Only after a write of that last kind to a few elements
-    is this call needed. `FASTATTN_PREPACK=0` keeps no copies at all.
+    of a weight of more than 16,384 is this call needed. `FASTATTN_PREPACK=0` keeps no copies at all.
     """
     _kept.clear()
 

@@ -103,8 +103,8 @@ def test_what_differs_is_left(seeded, training, monkeypatch):
     seeded(model, monkeypatch)
     plain = copy.deepcopy(model)
     handle = fastattn.accelerate(model)
-    for _ in range(2):
-        assert torch.equal(result(model, text()), result(plain, text()))
+    torch.testing.assert_close(result(model, text()), result(plain, text()), rtol=2e-5, atol=2e-5)
+    assert torch.equal(result(model, text()), result(plain, text()))
     [(name, why)] = handle.report.left.items()
     assert name == f"encoder.layer.{1 if seeded is an_activation else 0}" and "differs from its own code by" in why
     assert list(handle.report.fallbacks.values()) == [2] and why in str(handle.report)
@@ -125,11 +125,13 @@ def test_another_attention_function_after_the_first_call(monkeypatch):
     result(model, text())
     for m in (model, plain):
         registered(m, monkeypatch)
-    assert torch.equal(result(model, text()), result(plain, text())) and handle.report.left
+    for _ in range(2):
+        torch.testing.assert_close(result(model, text()), result(plain, text()), rtol=2e-5, atol=2e-5)
+    assert handle.report.left
     for m in (model, plain):
         m.set_attn_implementation("sdpa")
     torch.testing.assert_close(result(model, text()), result(plain, text()), rtol=2e-5, atol=2e-5)
-    assert not handle.report.left and sum(handle.report.fallbacks.values()) == 1
+    assert not handle.report.left and sum(handle.report.fallbacks.values()) == 2
 
 
 def test_only_real_tokens_count():

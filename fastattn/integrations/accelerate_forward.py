@@ -24,7 +24,7 @@ from fastattn import masks
 from fastattn.integrations import accelerate_heads as heads
 from fastattn.integrations.accelerate_checks import Examined, Found, look
 from fastattn.integrations.accelerate_layers import Batch, Family, Parts, compute, traced
-from fastattn.integrations.accelerate_proof import Proof, as_in_evaluation, tell
+from fastattn.integrations.accelerate_proof import Proof, tell
 from fastattn.integrations.keywords import HARMLESS
 from fastattn.packing import Packing
 
@@ -32,7 +32,7 @@ logger = logging.getLogger("fastattn")
 KEYWORD = "fastattn_batch"
 PADDING_ALONE = "only a padding mask (batch, length) is served, got"
 NOTHING_FOUND = Found({}, None, None)
-_lock = threading.RLock()  # held while an encoder is examined or proves itself
+_lock = threading.RLock()  # held while an encoder is examined
 
 
 class Replaced:
@@ -51,6 +51,8 @@ class Replaced:
         return {**vars(self), "copied": True}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.module:  # a library took this for a function, and has bound it to the module once more
+            args = args[1:]
         return self.function(self, *args, **kwargs) if self.active else self.own(*args, **kwargs)
 
     @property
@@ -164,18 +166,18 @@ def model_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
     encoder, model = at.settings, at.module
     inputs = {**dict(zip(encoder.inputs, args, strict=False)), **kwargs}
     why = encoder.refusal(model) or _unserved(encoder, model, inputs)
-    mask = inputs.get("attention_mask")
-    keep = mask.bool() if why is None and mask is not None else None
-    if why is None and encoder.unproven and not _any_traced(inputs):
-        with _lock:
-            _prove(at, inputs, keep)
-        why = encoder.differs
     if why is not None:
         _tell_fallback(encoder, why)
         return at.own(*args, **kwargs)
-    batch = _batch(encoder, model, inputs, keep)
-    inputs.pop("attention_mask", None)
+    mask = inputs.get("attention_mask")
+    batch = _batch(encoder, model, inputs, None if mask is None else mask.bool())
+    if encoder.unproven and not any(traced(x) for x in inputs.values() if isinstance(x, Tensor)):
+        batch = _with_proof(batch, mask)
+    if batch.proof is None:  # else the layers' own code needs the mask that the model makes
+        inputs.pop("attention_mask", None)
     outputs = at.own(**inputs, **{KEYWORD: batch})
+    if batch.proof is not None:
+        _conclude(encoder, batch.proof)
     return outputs if batch.packing is None else _unpacked(outputs, batch.packing)
 
 
@@ -195,13 +197,18 @@ def layer_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
     layer, batch = at.settings, kwargs.pop(KEYWORD, None)
     if batch is None:
         return at.own(*args, **kwargs)
-    x = args[0]
-    if isinstance(batch, Proof):
-        return batch.compare(layer.name, layer.family, layer.parts, x, functools.partial(at.own, *args, **kwargs))
     module: Any = at.module
-    if _checkpoints_in_forward(module):
-        return module._gradient_checkpointing_func(functools.partial(compute, layer.family, layer.parts, batch=batch), x)
-    return compute(layer.family, layer.parts, x, batch)
+    x, rest = args[0], args[1:]
+
+    def own(x: Tensor) -> Tensor:
+        if batch.packing is None:
+            return at.own(x, *rest, **kwargs)
+        return batch.packing.pack(at.own(batch.packing.unpack(x), *rest, **kwargs))
+
+    ours = functools.partial(compute, layer.family, layer.parts, batch=batch)
+    if batch.proof is not None and not batch.proof.holds(layer.name, module, x, own, ours):
+        return own(x)
+    return module._gradient_checkpointing_func(ours, x) if _checkpoints_in_forward(module) else ours(x)
 
 
 def head_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
@@ -255,22 +262,19 @@ def _unserved(encoder: Encoder, model: Any, inputs: dict[str, Any]) -> str | Non
     return None
 
 
-def _any_traced(inputs: dict[str, Any]) -> bool:
-    return any(traced(x) for x in inputs.values() if isinstance(x, Tensor))
+def _with_proof(batch: Batch, mask: Tensor | None) -> Batch:
+    """The batch with a proof that its layers are to give, if it can: with tokens that were dropped the model computes others."""
+    if batch.packing is None:
+        return batch._replace(proof=Proof(None if mask is None else mask.bool()))
+    return batch if bool(batch.packing.overflowed) else batch._replace(proof=Proof(batch.packing.live))
 
 
-def _prove(at: Replaced, inputs: dict[str, Any], keep: Tensor | None) -> None:
-    """Sets `unproven` and `differs`. Called with the lock."""
-    encoder, model = at.settings, at.module
-    if not encoder.unproven:
-        return
-    proof = Proof(_padded(encoder, keep), keep)
-    with as_in_evaluation(model):
-        at.own(**inputs, **{KEYWORD: proof})
+def _conclude(encoder: Encoder, proof: Proof) -> None:
+    encoder.unproven = proof.difference is None and proof.compared < len(encoder.layers)
     if proof.difference is not None:
         encoder.differs = tell(proof.difference)
         encoder.report.left[encoder.path(proof.difference[0])] = encoder.differs
-    encoder.unproven = proof.difference is None and proof.compared < len(encoder.layers)
+        _tell_fallback(encoder, encoder.differs)
 
 
 def _batch(encoder: Encoder, model: nn.Module, inputs: dict[str, Any], keep: Tensor | None) -> Batch:
@@ -298,7 +302,7 @@ def _padded(encoder: Encoder, keep: Tensor | None) -> Batch:
     return Batch(None, padding if causal is None else padding & causal)
 
 
-def _padding_stays(encoder: Encoder, model: nn.Module, inputs: dict[str, Any], keep: Tensor) -> str | None:
+def _padding_stays(encoder: Encoder, model: Any, inputs: dict[str, Any], keep: Tensor) -> str | None:
     """Why padding is not taken out of a call, or None."""
     if encoder.unpad == "never":
         return "unpad=never"
@@ -308,6 +312,8 @@ def _padding_stays(encoder: Encoder, model: nn.Module, inputs: dict[str, Any], k
         return None
     if encoder.reader is not None:
         return encoder.reader
+    if torch.is_grad_enabled() and inputs.get("output_hidden_states", model.config.output_hidden_states):
+        return "hidden states that may be asked for their gradients"  # copies of them are not on the way to a loss
     if encoder.capacity is not None or traced(keep):
         return heads.labels_for_each_token(keep)
     return heads.labels_at_padding(keep) or (heads.pooled_padding(model, inputs, keep) if encoder.pooled else None)

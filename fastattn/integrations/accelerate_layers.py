@@ -78,10 +78,11 @@ def traced(x: Tensor) -> bool:
 
 
 class Batch(NamedTuple):
-    """Of one call: how its tokens lie, and what beside that hides one from another."""
+    """Of one call: how its tokens lie, what beside that hides one from another, and the proof that its layers are to give."""
 
     packing: Packing | None
     mask: Mask | None
+    proof: Any = None
 
 
 def compute(family: Family, parts: Parts, x: Tensor, batch: Batch) -> Tensor:

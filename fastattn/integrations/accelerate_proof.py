@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from fastattn.integrations.accelerate_layers import Batch, Family, Parts, compute
 from fastattn.kept import nothing_kept
 from fastattn.ops.dispatch import autocast_dtype
 
@@ -22,31 +21,33 @@ from fastattn.ops.dispatch import autocast_dtype
 UNITS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FULL, HALF = 512, 8
 TF32 = 2.0**-11
+Layer = Callable[[Tensor], Tensor]  # x -> its output, of one shape
 
 
 class Proof:
-    """Travels through the model in a Batch's place; `compare` is what its layers do then. Padding stays in."""
+    """Of one call. From the first layer that differs on, layers run their own code."""
 
-    packing = None
-
-    def __init__(self, batch: Batch, keep: Tensor | None) -> None:
-        """batch: with its padding. keep: bool (B, L), the real tokens; None: all."""
-        self.batch, self.keep = batch, keep
+    def __init__(self, keep: Tensor | None) -> None:
+        """keep: bool (B, L), or (T,) of a packed batch: the real tokens; None: all."""
+        self.keep = keep
         self.compared = 0
-        self.difference: tuple[str, float, float] | None = None  # of the first layer that differs: name, error, bound
+        self.difference: tuple[str, float, float] | None = None  # of that layer: name, error, bound
 
-    def compare(self, name: str, family: Family, parts: Parts, x: Tensor, own: Callable[[], Tensor]) -> Tensor:
-        """The layer's own output, which the next layer gets in both ways."""
-        theirs, ours = own(), compute(family, parts, x, self.batch)
-        error, bound = relative_error(ours, theirs, x, self.keep), bound_of(x)
+    def holds(self, name: str, layer: nn.Module, x: Tensor, own: Layer, ours: Layer) -> bool:
+        """Compute a layer both ways, as in evaluation, and compare."""
+        if self.difference is not None:
+            return False
+        with as_in_evaluation(layer):
+            error, bound = relative_error(ours(x), own(x), x, self.keep), bound_of(x)
         self.compared += not math.isnan(error)
-        if error > bound and self.difference is None:
+        if error > bound:
             self.difference = name, error, bound
-        return theirs
+        return self.difference is None
 
 
 def relative_error(ours: Tensor, theirs: Tensor, x: Tensor, keep: Tensor | None) -> float:
-    """The greatest error of a real token, in the 2-norm, as a share of what the layer was given and gave. All are (B, L, C).
+    """The greatest error of a real token, in the 2-norm, as a share of what the layer was given and gave. All are
+    (B, L, C) or (T, C).
 
     A token that is not finite in one way alone is infinitely far off; those that are so in both ways prove nothing. NaN where
     none is left.
@@ -69,9 +70,9 @@ def bound_of(x: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def as_in_evaluation(model: nn.Module) -> Iterator[None]:
+def as_in_evaluation(layer: nn.Module) -> Iterator[None]:
     """Inside, no gradients and no dropout; and nothing made of weights is kept, by us or by autocast, for a later step."""
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in layer.modules() if module.training]
     cached = torch.is_autocast_cache_enabled()
     for module in training:
         module.training = False
