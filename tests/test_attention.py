@@ -252,6 +252,19 @@ def test_strides(backend, kind):
         torch.testing.assert_close(strided_result, dense_result, rtol=0, atol=2e-6 if dtype == torch.float32 else 0)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_the_stride_of_one_element(backend):
+    """A head dimension of 1 may have any last stride, which says nothing of where results lie."""
+    q = torch.randn(8).as_strided((1, 2, 1, 1), (2, 1, 2, 2)).requires_grad_()
+    k, v = torch.randn(1, 2, 3, 2)[..., :1].requires_grad_(), torch.randn(1, 2, 3, 5)[..., 1:4].requires_grad_()
+    out = fastattn.attention(q, k, v, backend=backend)
+    expected = torch.softmax(q @ k.mT, -1) @ v
+    torch.testing.assert_close(out, expected)
+    grads, expected_grads = (torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (out, expected))
+    torch.testing.assert_close(grads, expected_grads)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
 def test_any_finite_scale(backend, scale):

@@ -140,7 +140,8 @@ def accelerate(
             report.left[name] = refusal
             continue
         _replace_encoder(handle, module, encoder)
-        for _, outer in outside:
+        padded = family.encoder is not None and "attention_mask" in encoder.inputs
+        for _, outer in outside if padded else ():
             if takes_labels(outer) and not isinstance(vars(outer).get("forward"), Replaced):
                 handle._replace(outer, head_forward, None)
     if strict and (report.left or not report.accelerated):

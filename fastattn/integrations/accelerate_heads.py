@@ -19,6 +19,7 @@ READERS = {
     "MultiVectorMask": "it may score positions that the mask hides",
 }
 SUMMARIES = ("last", "mean", "cls_index")  # of ElectraForMultipleChoice, by its config: over all positions
+LABELS = ("label", "target", "tags")  # parts of the names of arguments that may hold one for each token
 MASKED_LOSSES = ("ElectraForPreTraining",)  # labels at padding are left out by the attention mask
 IGNORED = -100  # the label that losses leave out
 _thread = threading.local()  # .labels: what the heads around the current call were given
@@ -45,7 +46,11 @@ def takes_labels(module: nn.Module) -> bool:
     """Whether a head's `forward` has an argument for labels that may be at padding."""
     if any(cls.__name__ in MASKED_LOSSES for cls in type(module).__mro__):
         return False
-    return any("label" in name for name in inspect.signature(type(module).forward).parameters)
+    return any(_is_label(name) for name in inspect.signature(type(module).forward).parameters)
+
+
+def _is_label(name: str) -> bool:
+    return any(part in name for part in LABELS)
 
 
 @contextlib.contextmanager
@@ -53,7 +58,7 @@ def labels_inside(inputs: dict[str, Any]) -> Iterator[None]:
     """Inside, on this thread, encoders see the labels among a head's arguments."""
     before = _labels()
     ignored = inputs.get("ignore_index", IGNORED)
-    _thread.labels = (*before, *((x, ignored) for name, x in inputs.items() if "label" in name and isinstance(x, Tensor)))
+    _thread.labels = (*before, *((x, ignored) for name, x in inputs.items() if _is_label(name) and isinstance(x, Tensor)))
     try:
         yield
     finally:

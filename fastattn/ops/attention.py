@@ -164,8 +164,11 @@ _BACKWARD = dispatch.define(
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    """Kernels take any strides but read the last dimension as adjacent elements."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """Kernels take any strides but read the last dimension as adjacent elements. (Of one element any stride is right, but
+    PyTorch's CPU kernel lays its output out by it.)"""
+    if x.stride(-1) == 1:
+        return x
+    return x.as_strided(x.shape, (*x.stride()[:-1], 1)) if x.shape[-1] == 1 else x.contiguous()
 
 
 # Public functions
@@ -309,7 +312,7 @@ def explain(
     notes = [
         f"{name} has a last stride of {x.stride(-1)} and is copied"
         for name, x in (("q", q), ("k", k), ("v", v))
-        if _unit_stride(x) is not x
+        if x.stride(-1) != 1 and x.shape[-1] != 1
     ]
     explanation = dispatch.explain("attention", order(problem), problem, backend, notes)
     if not verbose or explanation.backend == "none":
