@@ -31,7 +31,11 @@ UNPADDED_NOTE = (
     "“Hugging Face with fastattn.accelerate”, where there is padding."
 )
 BASELINES = {"ratio_vs_eager": "eager"}  # field -> whom a cell is compared with
-SUITE_BASELINES = {"masks": {**BASELINES, "ratio_vs_sdpa": "SDPA"}, "encode": {"ratio": "sentence-transformers alone"}}
+SUITE_BASELINES = {
+    "masks": {**BASELINES, "ratio_vs_sdpa": "SDPA"},
+    "encode": {"ratio": "sentence-transformers alone"},
+    "guards": {"ratio": "told that nothing has changed"},
+}
 
 
 def render(readme: str, folder: Path) -> str:
@@ -62,8 +66,8 @@ def section(suite: str, content: dict) -> str:
     if suite == "refusals":
         rows = [[row["provider"], escape(row["answer"])] for row in content.get("refusals", [])]
         return "\n".join([head, "", *markdown(["provider", "answer"], rows)])
-    note = MASKS_CPU_NOTE if suite == "masks" else CPU_NOTE
-    above = [note] if "threads" in cpu else []
+    note = {"masks": MASKS_CPU_NOTE, "guards": None}.get(suite, CPU_NOTE)
+    above = [note] if note and "threads" in cpu else []
     if any(row["provider"].endswith("+ unpadded") for row in content["records"]):
         above.append(UNPADDED_NOTE)
     table, notes = comparison(content["records"], SUITE_BASELINES.get(suite, BASELINES))

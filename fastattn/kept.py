@@ -46,17 +46,24 @@ def kept(weights: Sequence[Tensor], purpose: Hashable, make: Callable[[], Any]) 
     """What `make()` gave for these weights, (F, K) or (F,) each, now or earlier; None where nothing may be kept of them."""
     if not _may_keep(weights):
         return None
-    purposes = _kept.get(weights[0])
-    found = None if purposes is None else purposes.get(purpose)
-    identities = [(w.data_ptr(), w._version, w.dtype, w.shape) for w in weights]
-    samples = [sample(w) for w in weights]
-    if found is not None and found.identities == identities and all(map(torch.equal, found.samples, samples)):
+    purposes = _kept.setdefault(weights[0], {})
+    found = purposes.get(purpose)
+    if found is not None and unchanged(found, weights):
         return found.made
-    samples = [x.clone() for x in samples]  # before the copy is made: a write in between is noticed
+    identities, samples = [*map(identity, weights)], [sample(w).clone() for w in weights]  # first: no write is missed
     made = make()
     _drop_all_after_steps()
-    _kept.setdefault(weights[0], {})[purpose] = Kept(identities, samples, made)
+    purposes[purpose] = Kept(identities, samples, made)
     return made
+
+
+def unchanged(found: Kept, weights: Sequence[Tensor]) -> bool:
+    """Whether weights are what a copy was made of."""
+    return found.identities == [*map(identity, weights)] and all(map(torch.equal, found.samples, map(sample, weights)))
+
+
+def identity(weight: Tensor) -> tuple:
+    return weight.data_ptr(), weight._version, weight.dtype, weight.shape
 
 
 def sample(weight: Tensor) -> Tensor:

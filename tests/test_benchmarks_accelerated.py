@@ -1,11 +1,13 @@
-"""The benchmarks that only `accelerate` is in: sentence-transformers' encode, and CUDA graphs over a static capacity."""
+"""The benchmarks that only `accelerate` is in: sentence-transformers' encode, its guards, CUDA graphs over a static capacity."""
 
 import functools
 
 import pytest
 import torch
 
-from benchmarks import encode, model_cases, model_providers, results
+from benchmarks import encode, guards, model_cases, model_providers, results
+from fastattn import kept
+from fastattn.integrations.accelerate_checks import Examined
 
 
 def test_encode_runs_and_writes(tmp_path, capsys):
@@ -14,6 +16,21 @@ def test_encode_runs_and_writes(tmp_path, capsys):
     rows = results.read(path)["records"]
     assert [row["provider"] for row in rows] == [encode.PLAIN, encode.OURS]
     assert rows[1]["max_error"] < encode.AGREE and rows[1]["ratio"] > 0 and 0 < rows[1]["fill"] <= 1
+
+
+def test_guards_are_measured_and_put_back(tmp_path, monkeypatch):
+    """What is timed without them asks nothing, what is timed with them asks for each weight."""
+    asked = []
+    unchanged = kept.unchanged
+    monkeypatch.setattr(kept, "unchanged", lambda *args: asked.append(1) or unchanged(*args))
+    assert guards.main(["--quick", "--out", str(tmp_path)]) == 0
+    assert asked and isinstance(Examined.holds, type(guards.main))
+    (path,) = tmp_path.glob("*/guards.json")
+    assert [row["provider"] for row in results.read(path)["records"]] == [guards.SURE, guards.TOLD]
+    before = len(asked)
+    with guards.unwatched():
+        assert Examined.holds(None) and kept.unchanged(None, None)
+    assert len(asked) == before and Examined.holds.__name__ == "holds"
 
 
 @pytest.mark.parametrize("name", ["minilm", "digits-clip"])
