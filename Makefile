@@ -14,8 +14,11 @@ BUILD := pyproject.toml setup.py constraints.txt csrc/build.py $(CSRC)
 bench: ready-bench
 	$(RUN) -m benchmarks.models
 
+# A worker for each core, where pytest-xdist is installed, and one thread for each: tests are many and small.
 test: ready-test
-	$(RUN) -m pytest tests
+	if $(RUN) -c "import xdist" 2> /dev/null; \
+	then OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n logical; \
+	else $(RUN) -m pytest tests; fi
 
 lint: ready-dev
 	$(RUN) -m ruff check .
