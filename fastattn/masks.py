@@ -188,7 +188,8 @@ class Mask:
         for tensor in (getattr(self, name) for name in VECTORS + MATRICES):
             if tensor is not None:
                 return tensor.device
-        return next((device for term in self.terms if (device := term.device()) is not None), None)
+        devices = [term.device() for term in self.terms]
+        return next((device for device in devices if device is not None), None)
 
     def check(self, B: int, H: int, M: int, N: int, device: torch.device | None = None) -> None:
         """Raise ValueError if a tensor of the mask does not fit (B, H, M, N) or lies on another device."""

@@ -173,7 +173,7 @@ class Packing:
             raise ValueError(f"x must have capacity = {self.capacity} rows, got shape {tuple(x.shape)}")
         if x.device != self.indices.device:
             raise ValueError(f"x is on {x.device}, but the packing on {self.indices.device}")
-        rows = self._places + (not self.full)  # the last one gathers rows of no sequence
+        rows = self._places if self.full else self._places + 1  # the last one gathers rows of no sequence
         padded = x.new_zeros(rows, *x.shape[1:]).index_copy_(0, self.indices, x)
         return padded[: self._places].unflatten(0, (self.lengths.numel(), self.max_length))
 

@@ -116,6 +116,7 @@ def pictures():
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_zero_shot_image_classification(batch_size):
+    pytest.importorskip("PIL")
     processors = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     vision = {**SIZES, "image_size": 16, "patch_size": 4}
     text = {**TEXT, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
@@ -131,6 +132,7 @@ def test_zero_shot_image_classification(batch_size):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_image_classification(batch_size):
+    pytest.importorskip("PIL")
     processors = pytest.importorskip("transformers.models.vit.image_processing_pil_vit")
     sizes = {**SIZES, **QUIET, "image_size": 16, "patch_size": 4, "num_labels": 3}
     model = spread(transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)))
