@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -30,6 +29,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 SMALL = 2**14  # elements
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+
+
+class Made(nn.Parameter):
+    """A copy of weights made by `kept`'s `make`, of which more is kept. Nobody else writes to it: it is not compared itself."""
 
 
 class Kept(NamedTuple):
@@ -59,7 +62,9 @@ def kept(weights: Sequence[Tensor], purpose: Hashable, make: Callable[[], Any]) 
 
 def unchanged(found: Kept, weights: Sequence[Tensor]) -> bool:
     """Whether weights are what a copy was made of."""
-    return found.identities == [*map(identity, weights)] and all(map(torch.equal, found.samples, map(sample, weights)))
+    if found.identities != [*map(identity, weights)]:
+        return False
+    return type(weights[0]) is Made or all(map(torch.equal, found.samples, map(sample, weights)))
 
 
 def identity(weight: Tensor) -> tuple:
@@ -67,22 +72,25 @@ def identity(weight: Tensor) -> tuple:
 
 
 def sample(weight: Tensor) -> Tensor:
-    """Bits of a contiguous weight as integers, of a large matrix of one element in `stride`: a view."""
+    """Bits of a contiguous weight as integers, of a large matrix those of `runs`: a view."""
     bits = weight.detach().view(INTEGERS[weight.element_size()])
-    if weight.dim() != 2 or weight.numel() <= SMALL:
+    if weight.dim() != 2 or weight.numel() <= SMALL or weight.shape[0] < 3:
         return bits
-    step = stride(*weight.shape)
-    return bits.as_strided(((weight.numel() - 1) // step + 1,), (step,))
+    count, length, step = runs(*weight.shape)
+    return bits.as_strided((count, length), (step, 1))
 
 
 @functools.cache
-def stride(rows: int, columns: int) -> int:
-    """The greatest step by which the elements of a matrix, one after another, are met in every row and every column.
+def runs(rows: int, columns: int) -> tuple[int, int, int]:
+    """(count, length, step): runs of elements, `step` apart, which meet every row and every column of a matrix of 3 rows or more.
 
-    In every row: it is at most `columns`. In every column: it has no divisor in common with `columns`, so the first `columns`
-    steps end in different ones, and it is at most `rows`, so there are as many steps.
+    Every row: the step is at most its length. Every column: each run begins `length` columns to the left of the one before, so
+    that after columns / length runs, of which there are so many, they have been all the way round. A run lies in one line of
+    the processor's cache, or two, and there is about one for each row: fewer lines could not meet every row.
     """
-    return next(step for step in range(min(rows, columns), 0, -1) if math.gcd(step, columns) == 1)
+    length = -(-columns // (rows - 1))
+    step = max(columns - length, 1)
+    return (rows * columns - length) // step + 1, length, step
 
 
 @contextlib.contextmanager
@@ -110,7 +118,7 @@ def _may_keep(weights: Sequence[Tensor]) -> bool:
     if torch.is_grad_enabled() or getattr(_thread, "nothing", False) or os.environ.get("FASTATTN_PREPACK") == "0":
         return False
     return all(
-        type(w) is nn.Parameter
+        type(w) in (nn.Parameter, Made)
         and w.device.type == "cpu"
         and w.is_contiguous()
         and w.numel() > 0

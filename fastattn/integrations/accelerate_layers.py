@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.kept import kept, nothing_kept
+from fastattn.kept import Made, kept, nothing_kept
 from fastattn.masks import Mask
 from fastattn.ops.attention import attention
 from fastattn.ops.dispatch import autocast_dtype
@@ -147,16 +147,18 @@ def _joined(parts: Parts) -> tuple[Tensor, Tensor | None] | None:
     weights: list[Tensor] = [part.weight for part in projections]
     biases: list[Tensor] = [part.bias for part in projections if part.bias is not None]
 
-    def join() -> tuple[Tensor, Tensor | None]:
-        with torch.inference_mode(False), torch.no_grad():  # packed copies of the copy are kept of parameters with a version
-            weight, *bias = (nn.Parameter(torch.cat(some), requires_grad=False) for some in (weights, biases) if some)
-        return weight, bias[0] if bias else None
+    def join() -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():  # packed copies of the copy are kept of what has a version
+            return Made(torch.cat(weights), requires_grad=False)
 
     if torch.is_grad_enabled() or len(biases) not in (0, 3) or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
+    weight: Tensor | None = None
     if weights[0].is_cuda:
-        return torch.cat(weights), torch.cat(biases) if biases else None
-    return None if traced(weights[0]) else kept(weights + biases, "joined", join)
+        weight = torch.cat(weights)
+    elif not traced(weights[0]):
+        weight = kept(weights, "joined", join)
+    return None if weight is None else (weight, torch.cat(biases) if biases else None)
 
 
 # Families
