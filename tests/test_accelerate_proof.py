@@ -134,6 +134,21 @@ def test_another_attention_function_after_the_first_call(monkeypatch):
     assert not handle.report.left and sum(handle.report.fallbacks.values()) == 2
 
 
+@pytest.mark.parametrize("precision", ["none", "ieee", "tf32", "bf16"])
+def test_the_bound_follows_pytorch_s_switch(precision, errors):
+    """And asks for it in the one way that does not raise where users set it in the other."""
+    switch = torch.backends.mkldnn.matmul
+    before, switch.fp32_precision = switch.fp32_precision, precision
+    try:
+        model = build("bert").eval()
+        fastattn.accelerate(model, strict=True)
+        model(**text())
+        bound = accelerate_proof.bound_of(torch.zeros(1))
+    finally:
+        switch.fp32_precision = before
+    assert max(errors) < 0.5 and bound == {"tf32": 2**-8, "bf16": 2**-5}.get(precision, 2**-15)
+
+
 def test_only_real_tokens_count():
     """One of them that is wrong is enough, in fp32 by little; what stands at padding is nobody's."""
     x, keep = torch.randn(3, 5, 64), torch.arange(5) < torch.tensor([[5], [2], [0]])

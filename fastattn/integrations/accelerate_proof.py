@@ -19,8 +19,8 @@ from fastattn.ops.dispatch import autocast_dtype
 # Rounding units, and how many of them two ways of computing a layer may be apart: sums in another order, and where products are
 # rounded to the dtype, those roundings. tests/test_accelerate_proof.py measures both.
 UNITS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+REDUCED = {"tf32": 2.0**-11, "bf16": 2.0**-8}  # of fp32, where PyTorch's switch says that products may be in less
 FULL, HALF = 512, 8
-TF32 = 2.0**-11
 Layer = Callable[[Tensor], Tensor]  # x -> its output, of one shape
 
 
@@ -64,8 +64,9 @@ def relative_error(ours: Tensor, theirs: Tensor, x: Tensor, keep: Tensor | None)
 def bound_of(x: Tensor) -> float:
     """What `relative_error` may be for products in the dtype that x is multiplied in."""
     dtype = autocast_dtype(x) or x.dtype
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return HALF * (TF32 if x.is_cuda else UNITS[torch.bfloat16])
+    switch = torch.backends.cuda.matmul if x.is_cuda else torch.backends.mkldnn.matmul
+    if dtype == torch.float32 and switch.fp32_precision in REDUCED:
+        return HALF * REDUCED[switch.fp32_precision]
     return UNITS[dtype] * (FULL if dtype in (torch.float32, torch.float64) else HALF)
 
 
