@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +65,10 @@ def relative_error(ours: Tensor, theirs: Tensor, x: Tensor, keep: Tensor | None)
 def bound_of(x: Tensor) -> float:
     """What `relative_error` may be for products in the dtype that x is multiplied in."""
     dtype = autocast_dtype(x) or x.dtype
-    switch = torch.backends.cuda.matmul if x.is_cuda else torch.backends.mkldnn.matmul
-    if dtype == torch.float32 and switch.fp32_precision in REDUCED:
-        return HALF * REDUCED[switch.fp32_precision]
+    library: Any = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
+    precision = library.matmul.fp32_precision
+    if dtype == torch.float32 and precision in REDUCED:
+        return HALF * REDUCED[precision]
     return UNITS[dtype] * (FULL if dtype in (torch.float32, torch.float64) else HALF)
 
 
