@@ -105,7 +105,7 @@ def test_what_only_torch_serves_keeps_working():
             close(a, b)
         grad = torch.func.grad(lambda x: F.scaled_dot_product_attention(x, k, v).square().sum())(q)
     close(grad, torch.func.grad(lambda x: TORCH(x, k, v).square().sum())(q))
-    assert record.calls == 0 and list(record.fallbacks.values()) == [1] * 5
+    assert record.calls == 0 and sum(record.fallbacks.values()) == 5 and len(record.fallbacks) == 4  # nested ones share a reason
 
 
 def test_wrong_calls_stay_errors():

@@ -137,6 +137,8 @@ def _refuse_what_is_no_plain_call(handler: str | None, arguments: tuple) -> None
     """Requests that torch's function takes, and that an op of ours would answer differently or with an internal error."""
     if torch.compiler._is_exporting_flag:  # Dynamo of torch 2.11 takes is_exporting() to be true in every graph
         raise NotImplementedError("an exported program keeps torch's function")
+    if handler == "NestedTensor":
+        raise NotImplementedError("nested tensors are not served")
     if handler is not None:
         raise NotImplementedError(f"the __torch_function__ of {handler} is left to answer")
     for x in arguments:
