@@ -66,7 +66,7 @@ class Examined:
         self._forwards = [vars(m) for m in ours if m is not model]  # others may wrap the model's
         self._ours = [d.get("forward") for d in self._forwards]
         inside = self._modules[len(chain) :]
-        children = [m._modules for m in self._modules]
+        children = [m._modules for m in self._modules if m._modules]  # what a Linear were to gain, its forward would not call
         forward = [*children, *GLOBAL_HOOKS[:2], *(getattr(m, name) for m in inside for name in HOOKS[:2])]
         backward = [*GLOBAL_HOOKS[2:], *(getattr(m, name) for m in inside for name in HOOKS[2:])]
         self._empty, self._empty_backward = ([x for x in some if not x] for some in (forward, backward))
