@@ -352,3 +352,46 @@ def test_restoring_copies():
     handle.restore()
     fastattn.restore(model)
     assert torch.equal(states(model, inputs), expected)
+
+
+def replicated(model, factor):
+    """What nn.DataParallel makes of a model for each further device: here with other weights, so that one sees whose are used."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in copies.items():
+        for name, child in module.named_children():
+            setattr(replica, name, copies[child])
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter * factor)
+    return copies[model]
+
+
+def test_data_parallel_copies_compute_with_their_own_weights():
+    model, inputs = made("bert")
+    twice = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twice.parameters():
+            parameter.mul_(2)
+    handle = fastattn.accelerate(model)
+    expected = states(twice, inputs)
+    assert torch.equal(states(replicated(model, 2), inputs), expected)
+    assert torch.equal(states(replicated(copy.deepcopy(model), 2), inputs), expected)
+    assert "nn.DataParallel runs copies" in next(iter(handle.report.fallbacks))
+    handle.restore()
+    assert not any("_replicate_for_data_parallel" in vars(m) for m in model.modules())
+
+
+def test_identity_in_the_place_of_dropout():
+    model, inputs = made("bert")
+    for m in list(model.modules()):
+        for name, child in list(m.named_children()):
+            if type(child) is nn.Dropout:
+                setattr(m, name, nn.Identity())
+    plain = copy.deepcopy(model)
+    handle = fastattn.accelerate(model, strict=True)
+    keep = inputs["attention_mask"][..., None]
+    for m in (model, plain):
+        m.train()
+        for layer in m.encoder.layer:  # whose own code reads a probability there in training
+            layer.attention.self.eval()
+    torch.testing.assert_close(states(model, inputs) * keep, states(plain, inputs) * keep, rtol=2e-5, atol=2e-5)
+    assert not handle.report.fallbacks

@@ -17,7 +17,12 @@ from fastattn.integrations.accelerate_layers import DROPOUTS, LINEARS, NORMS, Fa
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{name}") for name in HOOKS]
 ATTENTION = "_attn_implementation_internal"  # of a config: a name, whose function may be anybody's
-PLAIN = {**dict.fromkeys(LINEARS, nn.Linear), **dict.fromkeys(NORMS, nn.LayerNorm), **dict.fromkeys(DROPOUTS, nn.Dropout)}
+PLAIN: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(LINEARS, (nn.Linear,)),
+    **dict.fromkeys(NORMS, (nn.LayerNorm,)),
+    **dict.fromkeys(DROPOUTS, (nn.Dropout, nn.Identity)),
+}
+PLAIN_CLASSES = {cls for classes in PLAIN.values() for cls in classes}
 
 
 class Found(NamedTuple):
@@ -125,17 +130,17 @@ def _parts(layer: nn.Module, family: Family, home: str, ours: dict[nn.Module, An
     except AttributeError as error:
         raise _Refused(f"a {type(layer).__name__} is made otherwise: {error}") from None
     names = {id(part): name for name, part in zip(parts._fields, parts, strict=True) if part is not None}
-    for name, kind in PLAIN.items():
+    for name, classes in PLAIN.items():
         part = getattr(parts, name)
-        if part is not None and type(part) is not kind:
-            raise _Refused(f"{name} is a {_described(type(part))}, not a plain {kind.__name__}")
+        if part is not None and type(part) not in classes:
+            raise _Refused(f"{name} is a {_described(type(part))}, not a plain {classes[0].__name__}")
     if activation_name(parts.activation) is None:
         raise _Refused(f"activation {_described(type(parts.activation))} is not served")
     if len({part.weight.shape for part in (parts.query, parts.key, parts.value)}) != 1:
         raise _Refused("query, key and value are of different sizes")
     for path, module in layer.named_modules():
         name = names.get(id(module), path) or type(layer).__name__
-        if type(module) not in PLAIN.values() and module is not parts.activation:
+        if type(module) not in PLAIN_CLASSES and module is not parts.activation:
             _check_class(module, name, home)
         _check_forward(module, name, ours)
         if module is not layer and _has_hooks(module):

@@ -30,6 +30,7 @@ from fastattn.packing import Packing
 
 logger = logging.getLogger("fastattn")
 KEYWORD = "fastattn_batch"
+REPLICATE = "_replicate_for_data_parallel"
 PADDING_ALONE = "only a padding mask (batch, length) is served, got"
 NOTHING_FOUND = Found({}, None, None)
 _lock = threading.RLock()  # held while an encoder is examined
@@ -46,6 +47,7 @@ class Replaced:
         self.before = vars(module).get("forward")
         self.active, self.copied = True, False
         module.forward = self
+        vars(module)[REPLICATE] = self.replica
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "copied": True}
@@ -71,9 +73,19 @@ class Replaced:
         whole = inspect.signature(type(self.module).forward)
         return whole.replace(parameters=list(whole.parameters.values())[1:])
 
+    def replica(self) -> nn.Module:
+        """nn.DataParallel's copy of the module, with weights on another device: it runs its own code."""
+        replica = getattr(type(self.module), REPLICATE)(self.module)
+        for name in ("forward", REPLICATE):
+            vars(replica).pop(name, None)
+        if isinstance(self.settings, Encoder):
+            _tell_fallback(self.settings, "nn.DataParallel runs copies of the model (DistributedDataParallel does not)")
+        return replica
+
     def undo(self) -> None:
         """Where another library has wrapped this since, its wrapper stays, around the module's own forward."""
         self.active = False
+        vars(self.module).pop(REPLICATE, None)
         if vars(self.module).get("forward") is not self:
             return
         del self.module.forward

@@ -51,8 +51,8 @@ class Parts(NamedTuple):
     down: nn.Linear
     activation: nn.Module
     attention: nn.Module  # what holds the numbers of attention
-    attention_output_dropout: nn.Dropout | None = None  # of what attention adds
-    ffn_output_dropout: nn.Dropout | None = None
+    attention_output_dropout: nn.Module | None = None  # of what attention adds
+    ffn_output_dropout: nn.Module | None = None
 
 
 LINEARS, NORMS = ("query", "key", "value", "out", "up", "down"), ("first_norm", "second_norm")
@@ -104,10 +104,10 @@ def compute(family: Family, parts: Parts, x: Tensor, batch: Batch) -> Tensor:
         return x + y if family.pre_norm else _norm_of_sum(second, y, x)
 
 
-def _dropped(dropout: nn.Dropout | None, y: Tensor) -> Tensor:
-    if dropout is None or not dropout.training or dropout.p == 0:
-        return y
-    return F.dropout(y, dropout.p, True)
+def _dropped(dropout: nn.Module | None, y: Tensor) -> Tensor:
+    """By an nn.Dropout, or nothing, or an nn.Identity, which many put in its place."""
+    p = getattr(dropout, "p", 0.0)
+    return F.dropout(y, p, True) if p > 0 and dropout is not None and dropout.training else y
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor) -> Any:
@@ -171,7 +171,7 @@ class Family(NamedTuple):
     parts: dict[str, str]  # name in Parts -> path in a layer
     head_size: str  # in the attention module
     scale: str
-    attention_dropout: str
+    attention_dropout: str  # a probability, or a module that has one
     pre_norm: bool
     encoder: str | None = None  # the module between embeddings and pooler, where padding is taken out; None: there is none
     causal: bool = False
@@ -184,7 +184,8 @@ class Family(NamedTuple):
         return Parts(**{name: operator.attrgetter(path)(layer) for name, path in self.parts.items()})
 
     def dropout_of_attention(self, attention: nn.Module) -> float:
-        return operator.attrgetter(self.attention_dropout)(attention)
+        dropout = getattr(attention, self.attention_dropout)
+        return getattr(dropout, "p", 0.0) if isinstance(dropout, nn.Module) else dropout
 
 
 _BERT = Family(
@@ -205,7 +206,7 @@ _BERT = Family(
     },
     head_size="attention_head_size",
     scale="scaling",
-    attention_dropout="dropout.p",
+    attention_dropout="dropout",
     pre_norm=False,
     encoder="encoder",
 )
@@ -226,7 +227,7 @@ _DISTILBERT = Family(
     },
     head_size="attention_head_size",
     scale="scaling",
-    attention_dropout="dropout.p",
+    attention_dropout="dropout",
     pre_norm=False,
     encoder="transformer",
 )
