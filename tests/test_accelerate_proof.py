@@ -117,6 +117,17 @@ def test_what_differs_is_left(seeded, training, monkeypatch):
     assert not torch.allclose(result(model, text()), result(plain, text()), atol=1e-4)
 
 
+@pytest.mark.parametrize("activation", [nn.GELU("tanh"), nn.GELU(), nn.ReLU(), nn.SiLU()], ids=str)
+def test_activations_of_torch(activation):
+    """PyTorch's GELU is of two kinds, which one class has."""
+    model = build("bert").eval()
+    for layer in model.encoder.layer:
+        layer.intermediate.intermediate_act_fn = activation
+    plain = copy.deepcopy(model)
+    fastattn.accelerate(model, strict=True, prove=False)
+    torch.testing.assert_close(result(model, text()), result(plain, text()), rtol=2e-5, atol=2e-5)
+
+
 def test_another_attention_function_after_the_first_call(monkeypatch):
     model = build("bert").eval()
     handle = fastattn.accelerate(model)
