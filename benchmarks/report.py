@@ -1,8 +1,8 @@
-"""The README's tables, written from result files: `python -m benchmarks.report`, and `--check` for CI.
+"""The tables of README.md and docs/speed.md, written from result files: `python -m benchmarks.report`, and `--check` for CI.
 
 A table stands between `<!-- table: SUITE-DEVICE -->` and `<!-- /table -->`. DEVICE is a folder of benchmarks/results such as
-h100, or cpu for every folder that begins with "cpu-". SUITE is a result file's name, or `refusals`, which `ops` records, or
-`plans`, which is computed from the kernels' tiles.
+h100, or cpu for every folder that begins with "cpu-". SUITE is a result file's name, or `highlights`, some rows of `models`, or
+`refusals`, which `ops` records, or `plans`, which is computed from the kernels' tiles.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 
 from benchmarks import plans, results
 
-README = results.ROOT.parent / "README.md"
 DOCS = results.ROOT.parent / "docs"
+FILES = (results.ROOT.parent / "README.md", DOCS / "speed.md")
+FROM = {"refusals": "ops", "highlights": "models"}  # suites that are a part of another's file
 MARKERS = re.compile(r"(<!-- table: (?P<suite>[\w-]+)-(?P<device>\w+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 NOT_MEASURED = "Not yet measured."
 CPU_NOTE = (
@@ -31,16 +32,19 @@ UNPADDED_NOTE = (
     "“Hugging Face with fastattn.accelerate”, where there is padding."
 )
 BASELINES = {"ratio_vs_eager": "eager"}  # field -> whom a cell is compared with
+HIGHLIGHTS = ("Hugging Face SDPA", "Hugging Face with fastattn.accelerate")
+MUCH_PADDING = 0.6  # share of real tokens of the highlights' rows, at most
 SUITE_BASELINES = {
+    "highlights": {"ratio_vs_sdpa": "SDPA"},
     "masks": {**BASELINES, "ratio_vs_sdpa": "SDPA"},
     "encode": {"ratio": "sentence-transformers alone"},
     "guards": {"ratio": "told that nothing has changed"},
 }
 
 
-def render(readme: str, folder: Path) -> str:
-    """The README with every table made anew from the result files in `folder`."""
-    return MARKERS.sub(lambda m: m[1] + table(m["suite"], m["device"], folder) + "\n" + m[5], readme)
+def render(text: str, folder: Path) -> str:
+    """A file's text with every table made anew from the result files in `folder`."""
+    return MARKERS.sub(lambda m: m[1] + table(m["suite"], m["device"], folder) + "\n" + m[5], text)
 
 
 def table(suite: str, device: str, folder: Path) -> str:
@@ -54,7 +58,7 @@ def table(suite: str, device: str, folder: Path) -> str:
 
 def paths(suite: str, device: str, folder: Path) -> list[Path]:
     pattern = "cpu-*" if device == "cpu" else device
-    return sorted(folder.glob(f"{pattern}/{'ops' if suite == 'refusals' else suite}.json"))
+    return sorted(folder.glob(f"{pattern}/{FROM.get(suite, suite)}.json"))
 
 
 def section(suite: str, content: dict) -> str:
@@ -66,18 +70,25 @@ def section(suite: str, content: dict) -> str:
     if suite == "refusals":
         rows = [[row["provider"], escape(row["answer"])] for row in content.get("refusals", [])]
         return "\n".join([head, "", *markdown(["provider", "answer"], rows)])
-    note = {"masks": MASKS_CPU_NOTE, "guards": None}.get(suite, CPU_NOTE)
+    records = highlights(content["records"]) if suite == "highlights" else content["records"]
+    note = {"masks": MASKS_CPU_NOTE, "guards": None, "highlights": None}.get(suite, CPU_NOTE)
     above = [note] if note and "threads" in cpu else []
-    if any(row["provider"].endswith("+ unpadded") for row in content["records"]):
+    if any(row["provider"].endswith("+ unpadded") for row in records):
         above.append(UNPADDED_NOTE)
-    table, notes = comparison(content["records"], SUITE_BASELINES.get(suite, BASELINES))
+    table, notes = comparison(records, SUITE_BASELINES.get(suite, BASELINES))
     return "\n".join([head, *(line for text in above for line in ("", text)), "", *table, *(["", *notes] if notes else [])])
 
 
+def highlights(records: list[dict]) -> list[dict]:
+    """Whole models on batches that are much padded, in the dtype that was measured first."""
+    dtype = records[0]["dtype"] if records else None
+    return [row for row in records if row["provider"] in HIGHLIGHTS and row["dtype"] == dtype and row["fill"] <= MUCH_PADDING]
+
+
 def picture(suite: str, path: Path) -> str:
-    """A link to the plot that the run left in docs, if it did."""
+    """A link, from a file in docs, to the plot that the run left there, if it did."""
     name = f"{suite}-{path.parent.name}.png"
-    return f"\n\n![{suite}: milliseconds per provider]({DOCS.name}/{name})" if (DOCS / name).exists() else ""
+    return f"\n\n![{suite}: milliseconds per provider]({name})" if (DOCS / name).exists() else ""
 
 
 def comparison(records: list[dict], baselines: dict[str, str]) -> tuple[list[str], list[str]]:
@@ -143,18 +154,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="exit 1 if the README differs from its result files; write nothing")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--check", action="store_true", help="exit 1 if a file differs from the result files; write nothing")
+    parser.add_argument("--readme", type=Path, help="one file, in place of README.md and docs/speed.md")
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     args = parser.parse_args(argv)
-    old = args.readme.read_text(encoding="utf-8")
-    new = render(old, args.results)
-    if args.check:
-        if old != new:
-            print(f"{args.readme} differs from its result files: run python -m benchmarks.report", file=sys.stderr)
-        return int(old != new)
-    args.readme.write_text(new, encoding="utf-8")
-    return 0
+    differ = False
+    for path in [args.readme] if args.readme else FILES:
+        old = path.read_text(encoding="utf-8")
+        new = render(old, args.results)
+        differ = differ or old != new
+        if args.check and old != new:
+            print(f"{path} differs from the result files: run python -m benchmarks.report", file=sys.stderr)
+        elif not args.check:
+            path.write_text(new, encoding="utf-8")
+    return int(args.check and differ)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import importlib.util
 import json
 import pydoc_data.topics
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn.batching import map_in_batches
+from fastattn.pictures import check_place
 from fastattn.timing import interleaved, speedup, synchronised
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -168,15 +168,6 @@ def draw(labels: list[str], similarity: Tensor, title: str, path: Path) -> None:
     pyplot.close(figure)
     with Image.open(path) as picture:  # few colours make a small file
         picture.convert("RGB").quantize(256).save(path, optimize=True)
-
-
-def check_place(path: Path) -> None:
-    """Make the folder of a file to be written. Raises OSError if it cannot be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        path.open("ab").close()
-    else:
-        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def parse() -> tuple[argparse.Namespace, list[str], list[str], Path]:

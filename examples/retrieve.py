@@ -10,7 +10,6 @@ The model is Hugging Face's CLIPModel with the weights that examples/train_digit
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn.models import digits
+from fastattn.pictures import check_place
 
 DOCS = Path(__file__).parent.parent / "docs"
 MOST = 50  # images for each caption; there are fewer of any digit
@@ -59,15 +59,6 @@ def draw(images: digits.Images, order: Tensor, right: Tensor, template: str, pat
     figure.suptitle(f"the {k} held-out images nearest to “{caption}”, best first; ✗ shows another digit", fontsize=10)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
-
-
-def check_place(path: Path) -> None:
-    """Make the folder of a file to be written. Raises OSError if it cannot be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        path.open("ab").close()
-    else:
-        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -92,3 +93,12 @@ def _panel(axis, name: str, mask: Mask) -> None:
 def _file_name(expression: str) -> str:
     """The names and numbers in an expression, joined."""
     return "-".join("".join(c if c.isalnum() or c == "_" else " " for c in expression).split())
+
+
+def check_place(path: Path) -> None:
+    """Make the folder of a file that is to be written. Raises OSError if it cannot be, which is better known before the work."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.open("ab").close()
+    else:
+        tempfile.TemporaryFile(dir=path.parent).close()

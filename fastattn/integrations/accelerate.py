@@ -121,29 +121,12 @@ def accelerate(
     model's own code; `report.fallbacks` counts it, and the logger "fastattn" says so once for each reason.
     """
     _check(model, capacity, unpad)
+    _undo_on_copies(model)
     report = Report()
     handle = Handle(report)
     for name, module in model.named_modules():
-        cls = own_class(module)
-        if cls is None:
-            continue
-        family = FAMILIES[cls.__name__]
-        outside = [(outer, m) for outer, m in model.named_modules() if m is not module and module in set(m.modules())]
-        encoder = Encoder(
-            family, name, list(inspect.signature(cls.forward).parameters)[1:], report, strict, capacity, unpad,  # type: ignore[attr-defined]
-            reader=next((why for _, m in outside if (why := reader_among(m)) is not None), None),
-            pooled=family.causal or getattr(module, "pooler", None) is not None or any(hasattr(m, "config") for _, m in outside),
-            unproven=prove, prove=prove,
-        )  # fmt: skip
-        refusal = look(module, family, {}).refusal
-        if refusal is not None:
-            report.left[name] = refusal
-            continue
-        _replace_encoder(handle, module, encoder)
-        padded = family.encoder is not None and "attention_mask" in encoder.inputs
-        for _, outer in outside if padded else ():
-            if takes_labels(outer) and not isinstance(vars(outer).get("forward"), Replaced):
-                handle._replace(outer, head_forward, None)
+        if own_class(module) is not None:
+            _accelerate_encoder(handle, model, name, module, strict=strict, capacity=capacity, prove=prove, unpad=unpad)
     if strict and (report.left or not report.accelerated):
         handle.restore()
         why = "; ".join(f"{name or 'model'}: {reason}" for name, reason in report.left.items())
@@ -163,6 +146,10 @@ def _check(model: Any, capacity: Any, unpad: Any) -> None:
     check_sizes(capacity=capacity)
     if unpad not in UNPAD:
         raise ValueError(f"unpad must be one of {', '.join(UNPAD)}; got {unpad!r}")
+
+
+def _undo_on_copies(model: nn.Module) -> None:
+    """A copy of an accelerated model is one, but its handle is nowhere. Raises ValueError where there is a handle."""
     for name, module in model.named_modules():
         standing = vars(module).get("forward")
         if not isinstance(standing, Replaced):
@@ -170,7 +157,24 @@ def _check(model: Any, capacity: Any, unpad: Any) -> None:
         if standing.active and not standing.copied:
             where = name or "the model"
             raise ValueError(f"{where} is accelerated already: call restore() of its handle, or fastattn.restore(model)")
-        standing.undo()  # of a copy, whose handle is nowhere
+        standing.undo()
+
+
+def _accelerate_encoder(handle: Handle, model: nn.Module, name: str, module: nn.Module, **settings: Any) -> None:
+    """One encoder inside a model, and the heads around it that take labels; or its line in `report.left`."""
+    cls: Any = own_class(module)
+    family, inputs = FAMILIES[cls.__name__], list(inspect.signature(cls.forward).parameters)[1:]
+    refusal = look(module, family, {}).refusal
+    if refusal is not None:
+        handle.report.left[name] = refusal
+        return
+    outside = [outer for outer in model.modules() if outer is not module and module in set(outer.modules())]
+    reader = next((why for outer in outside if (why := reader_among(outer)) is not None), None)
+    pooled = family.causal or getattr(module, "pooler", None) is not None or any(hasattr(outer, "config") for outer in outside)
+    _replace_encoder(handle, module, Encoder(family, name, inputs, handle.report, reader, pooled, **settings))
+    for outer in outside if family.encoder is not None and "attention_mask" in inputs else ():
+        if takes_labels(outer) and not isinstance(vars(outer).get("forward"), Replaced):
+            handle._replace(outer, head_forward, None)
 
 
 def _replace_encoder(handle: Handle, model: Any, encoder: Encoder) -> None:
@@ -185,6 +189,12 @@ def _replace_encoder(handle: Handle, model: Any, encoder: Encoder) -> None:
         encoder.ours[module] = handle._replace(module, layer_forward, layer)
     encoder.examine(model)
     handle._encoders.append(encoder)
+    _describe(model, encoder)
+
+
+def _describe(model: Any, encoder: Encoder) -> None:
+    """In the report: what is done, and what is to come."""
+    family = encoder.family
     stays = encoder.found.hooked or (encoder.reader if encoder.unpad == "auto" else None)
     if family.encoder is None:
         padding = ""

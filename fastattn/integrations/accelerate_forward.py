@@ -118,23 +118,23 @@ class Encoder:
     name: str
     inputs: list[str]  # names of the model's arguments
     report: Report
-    strict: bool
-    capacity: int | None
-    unpad: str
     reader: str | None  # why padding is always read, or None
     pooled: bool  # whether one token of each sequence is read, padding or not
-    unproven: bool
+    strict: bool  # as the arguments of `accelerate`
+    capacity: int | None
+    prove: bool
+    unpad: str
     layers: list[Layer] = field(default_factory=list)
     ours: dict[nn.Module, Replaced] = field(default_factory=dict)
     examined: Examined | None = None
     found: Found = NOTHING_FOUND
+    unproven: bool = False  # the next call is to compare
     differs: str | None = None  # what a proof found
     overflowed: Tensor | None = None  # of the last packed call
-    prove: bool = True
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy looks at its own modules, and proves itself."""
-        return {**vars(self), "examined": None, "unproven": self.prove}
+        return {**vars(self), "examined": None}
 
     def refusal(self, model: nn.Module) -> str | None:
         """Why the layers are not computed by us, as they are now; what has changed is examined, and has to prove itself."""
@@ -182,9 +182,10 @@ def model_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
         _tell_fallback(encoder, why)
         return at.own(*args, **kwargs)
     mask = inputs.get("attention_mask")
-    batch = _batch(encoder, model, inputs, None if mask is None else mask.bool())
+    keep = None if mask is None else mask.bool()
+    batch = _batch(encoder, model, inputs, keep)
     if encoder.unproven and not any(traced(x) for x in inputs.values() if isinstance(x, Tensor)):
-        batch = _with_proof(batch, mask)
+        batch = _with_proof(batch, keep)
     if batch.proof is None:  # else the layers' own code needs the mask that the model makes
         inputs.pop("attention_mask", None)
     outputs = at.own(**inputs, **{KEYWORD: batch})
@@ -274,10 +275,10 @@ def _unserved(encoder: Encoder, model: Any, inputs: dict[str, Any]) -> str | Non
     return None
 
 
-def _with_proof(batch: Batch, mask: Tensor | None) -> Batch:
+def _with_proof(batch: Batch, keep: Tensor | None) -> Batch:
     """The batch with a proof that its layers are to give, if it can: with tokens that were dropped the model computes others."""
     if batch.packing is None:
-        return batch._replace(proof=Proof(None if mask is None else mask.bool()))
+        return batch._replace(proof=Proof(keep))
     return batch if bool(batch.packing.overflowed) else batch._replace(proof=Proof(batch.packing.live))
 
 

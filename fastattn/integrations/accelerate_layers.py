@@ -141,7 +141,7 @@ def _joined(parts: Parts) -> tuple[Tensor, Tensor | None] | None:
     """Weight (3 H D, C) and bias of query, key and value as one, where a single product is worth it.
 
     On a CPU a copy that is kept; on a GPU, where asking whether a copy is still right would wait, one made in each call of
-    inference: less than two more products.
+    inference, which is expected to cost less than two more products.
     """
     projections = parts.query, parts.key, parts.value
     weights: list[Tensor] = [part.weight for part in projections]
