@@ -58,6 +58,8 @@ class Provider(NamedTuple):
     build: Callable[[Request], Run]
     ours: bool = False
     package: str | None = None  # where it must be importable
+    main: bool = False  # has its turn in any budget
+    slow: bool = False  # takes ten seconds to compile, so that it runs only when asked for
 
 
 def eager(request: Request) -> Run:
@@ -218,19 +220,19 @@ def transformer_engine(request: Request) -> Run:
 
 def providers(device: torch.device) -> list[Provider]:
     """All that could serve on this device, in the order of the tables; the first two are the baselines."""
-    cpu = [Provider("eager", eager), Provider("SDPA", functools.partial(sdpa, None))]
+    baselines = [Provider("eager", eager, main=True), Provider("SDPA", functools.partial(sdpa, None), main=True)]
     elsewhere = ("eager", "cpu") if device.type == "cuda" else ("eager", "triton", "cuda")
     backends = [name for name in BACKENDS if name not in elsewhere]
-    own = [Provider(f"fastattn {name}", functools.partial(ours, name), True) for name in backends]
+    own = [Provider(f"fastattn {name}", functools.partial(ours, name), True, main=True) for name in backends]
     if device.type == "cpu":
         math = Provider("SDPA math", functools.partial(sdpa, SDPBackend.MATH))
-        return [*cpu, math, *own]
+        return [*baselines, math, *own]
     named = {"math": SDPBackend.MATH, "efficient": SDPBackend.EFFICIENT_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
              "cudnn": SDPBackend.CUDNN_ATTENTION}  # fmt: skip
     return [
-        *cpu,
+        *baselines,
         *(Provider(f"SDPA {name}", functools.partial(sdpa, backend)) for name, backend in named.items()),
-        Provider("FlexAttention, compiled", flex),
+        Provider("FlexAttention, compiled", flex, slow=True),
         Provider("flash-attn", flash_attn, package="flash_attn"),
         Provider("xformers", xformers, package="xformers"),
         Provider("Transformer Engine", transformer_engine, package="transformer_engine"),

@@ -63,11 +63,11 @@ def run(found: list[str], source: str, batch: int, seconds: float, device: torch
     error = float(abs(encode[OURS](found, batch_size=batch) - encode[PLAIN](found, batch_size=batch)).max())
     if not error <= AGREE:
         return [results.record(**fields, provider=OURS, wrong=f"embeddings differ by {error:.1e}, more than {AGREE}")]
-    samples = timing.interleaved(calls, device, seconds=seconds, run_ahead=False)
+    samples = timing.interleaved(calls, device, seconds=seconds)
     return [
         results.record(
             **fields, provider=name, ms_median=taken.median, ms_p20=taken.quantile(0.2), ms_p80=taken.quantile(0.8),
-            rounds=len(taken.ms), tokens_per_s=fields["tokens"] / taken.median * 1e3,
+            rounds=len(taken.ms), method=taken.method, tokens_per_s=fields["tokens"] / taken.median * 1e3,
             ratio=timing.speedup(taken, samples[PLAIN]), max_error=error if name == OURS else None,
         )
         for name, taken in samples.items()

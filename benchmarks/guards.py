@@ -66,11 +66,12 @@ def run(shape: Shape, seconds: float, device: torch.device) -> list[dict]:
             forward()
 
     forward()  # the first call proves itself
-    samples = timing.interleaved({SURE: forward, TOLD: told}, device, seconds=seconds, run_ahead=False)
+    samples = timing.interleaved({SURE: forward, TOLD: told}, device, seconds=seconds)
     return [
         results.record(
             **case.fields(), provider=name, device=results.device_name(device), mode="infer",
             ms_median=taken.median, ms_p20=taken.quantile(0.2), ms_p80=taken.quantile(0.8), rounds=len(taken.ms),
+            method=taken.method,
             ratio=timing.speedup(taken, samples[TOLD]),
         )
         for name, taken in samples.items()

@@ -20,14 +20,14 @@ LONGEST = 80  # positions of a tower that are run: the interpreter takes seconds
 TIMEOUT = 60
 
 
-def run(models: list[str]) -> list[str]:
+def run(models: list[str], timeout: float = TIMEOUT) -> list[str]:
     """Lines to print: the error of each kernel on each shape, or why the interpreter did not run."""
     command = [sys.executable, "-m", "benchmarks.interpreter", *models]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
-        return [f"the interpreter was stopped after {TIMEOUT} s"]
+        return [f"the interpreter was stopped after {timeout:.0f} s"]
     if done.returncode:
         return [f"the interpreter did not run: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"]
     return json.loads(done.stdout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -11,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks import gate, results
+from benchmarks import budget, gate, results
 from fastattn import timing
 from fastattn.testing import Yardstick
 
@@ -19,12 +20,17 @@ Result = TypeVar("Result")
 
 
 class Contender(NamedTuple):
-    """`build()` gives run(*inputs) -> output, or raises; `package` must be importable for it."""
+    """`build()` gives run(*inputs) -> output, or raises; `package` must be importable for it.
+
+    Main ones have their turn in any budget, slow ones only when they are asked for.
+    """
 
     name: str
     build: Callable[[], Callable[..., Tensor]]
     ours: bool = False
     package: str | None = None
+    main: bool = False
+    slow: bool = False
 
 
 class Task(NamedTuple):
@@ -65,29 +71,52 @@ def is_failure(contender_is_ours: bool, refusal: str) -> bool:
     return contender_is_ours and not refusal.startswith("NotImplementedError")
 
 
-def measure(task: Task, device: torch.device, *, seconds: float, modes: tuple[str, ...]) -> list[dict]:
+def measure(
+    task: Task, device: torch.device, *, seconds: float, modes: tuple[str, ...], slow: bool = False,
+    share: budget.Share | None = None,
+) -> list[dict]:  # fmt: skip
+    share = share or budget.Share(math.inf)
     inputs = task.inputs(0)
     yardstick = task.yardstick(inputs)
-    accepted: dict[str, Callable[..., Tensor]] = {}
-    errors: dict[str, dict[str, float]] = {}
+    accepted: dict[str, Accepted] = {}
     rows = []
-    for contender in task.contenders:
-        answer, refusal = attempt(functools.partial(trial, contender.build, task, inputs), contender.package)
-        wrong = ""
+    for contender in sorted(task.contenders, key=lambda one: not one.main):
+        answer, refusal, wrong = _ask(contender, task, inputs, yardstick, slow, share)
         if answer is not None:
-            run, actual = answer
-            try:
-                errors[contender.name] = check(actual, task, yardstick, contender)
-                accepted[contender.name] = run
-            except AssertionError as error:
-                wrong = str(error)
-        elif is_failure(contender.ours, refusal):
-            refusal, wrong = "", refusal
-        if refusal or wrong:
+            accepted[contender.name] = answer
+        else:
             rows += [_row(task, contender.name, device, mode, refusal=refusal or None, wrong=wrong or None) for mode in modes]
-    for mode in modes:
-        rows += _time(task, accepted, errors, mode, device, seconds)
-    return rows
+    sets = input_sets(task, device)
+    for index, mode in enumerate(modes):
+        rows += _time(task, accepted, sets, mode, device, share.timing(seconds * (len(modes) - index)) / (len(modes) - index))
+    order = [contender.name for contender in task.contenders]
+    return sorted(rows, key=lambda row: (modes.index(row["mode"]), order.index(row["provider"])))
+
+
+class Accepted(NamedTuple):
+    """Who passed the gate, with which errors."""
+
+    contender: Contender
+    run: Callable[..., Tensor]
+    errors: dict[str, float]  # of each mode
+
+
+def _ask(
+    contender: Contender, task: Task, inputs: tuple[Tensor, ...], yardstick: Yardstick, slow: bool, share: budget.Share
+) -> tuple[Accepted | None, str, str]:
+    """(whom the gate let through, "", ""), or (None, the refusal, what is wrong) with one of the two empty."""
+    if contender.slow and not slow:
+        return None, budget.SLOW, ""
+    if not contender.main and not share.open:
+        return None, budget.SPENT, ""
+    answer, refusal = attempt(functools.partial(trial, contender.build, task, inputs), contender.package)
+    if answer is None:
+        return (None, "", refusal) if is_failure(contender.ours, refusal) else (None, refusal, "")
+    run, actual = answer
+    try:
+        return Accepted(contender, run, check(actual, task, yardstick, contender)), "", ""
+    except AssertionError as error:
+        return None, "", str(error)
 
 
 def trial(
@@ -110,38 +139,64 @@ def check(actual: dict[str, Tensor], task: Task, yardstick: Yardstick, contender
     }
 
 
-def _time(task, accepted, errors, mode: str, device, seconds: float) -> list[dict]:
-    calls = {name: call(task, run, mode, device) for name, run in accepted.items()}
-    samples = timing.interleaved(calls, device, seconds=seconds)
-    flops, moved = task.work[mode]
+def _time(
+    task: Task, accepted: dict[str, Accepted], sets: list[tuple[Tensor, ...]], mode: str, device: torch.device, seconds: float
+) -> list[dict]:
+    turns: dict[str, list[timing.Call]] = {}
     rows = []
+    for name, (contender, run, _) in accepted.items():
+        found, refusal = attempt(functools.partial(calls, task, run, mode, sets, device))  # where memory may run out
+        if found is not None:
+            turns[name] = found
+        else:
+            failed = is_failure(contender.ours, refusal)
+            rows.append(_row(task, name, device, mode, **{"wrong" if failed else "refusal": refusal}))
+    samples = timing.kernels(dict(turns), device, seconds=seconds)
     for name, taken in samples.items():
-        ms = taken.median
-        row = _row(
-            task, name, device, mode,
-            ms_median=ms, ms_p20=taken.quantile(0.2), ms_p80=taken.quantile(0.8), rounds=len(taken.ms),
-            tokens_per_s=task.fields["tokens"] / ms * 1e3, peak_bytes=peak_bytes(calls[name], device), host_us=taken.host_us,
-            ratio_vs_eager=timing.speedup(taken, samples["eager"]) if "eager" in samples else None,
-            ratio_vs_sdpa=timing.speedup(taken, samples["SDPA"]) if "SDPA" in samples else None,
-            useful_flops=flops, useful_bytes=moved, tflops=flops / ms * 1e-9, gbps=moved / ms * 1e-6,
-            max_error=errors[name][mode],
-        )  # fmt: skip
-        rows.append(row)
+        how = {"method": taken.method, "method_reason": taken.reason, "host_us": taken.host_us}
+        if taken.ms:
+            times = _times(task, mode, taken, samples)
+            peak = peak_bytes(turns[name][0], device)
+            rows.append(_row(task, name, device, mode, **times, **how, peak_bytes=peak, max_error=accepted[name].errors[mode]))
+        else:
+            rows.append(_row(task, name, device, mode, **how, refusal=f"not timed: {taken.reason}"))
     return rows
 
 
-def call(task: Task, run: Callable[..., Tensor], mode: str, device: torch.device) -> timing.Call:
-    """Inputs take turns so that a GPU finds none of them in its L2; backward alone runs on graphs built beforehand."""
+def _times(task: Task, mode: str, taken: timing.Samples, samples: dict[str, timing.Samples]) -> dict:
+    ms = taken.median
+    flops, moved = task.work[mode]
+    ratios = {
+        field: timing.speedup(taken, samples[name]) if name in samples and samples[name].ms else None
+        for field, name in (("ratio_vs_eager", "eager"), ("ratio_vs_sdpa", "SDPA"))
+    }
+    return {
+        "ms_median": ms, "ms_p20": taken.quantile(0.2), "ms_p80": taken.quantile(0.8), "rounds": len(taken.ms),
+        "tokens_per_s": task.fields["tokens"] / ms * 1e3, **ratios,
+        "useful_flops": flops, "useful_bytes": moved, "tflops": flops / ms * 1e-9, "gbps": moved / ms * 1e-6,
+    }  # fmt: skip
+
+
+def input_sets(task: Task, device: torch.device) -> list[tuple[Tensor, ...]]:
+    """As many as must take turns so that a GPU finds none of them in its L2."""
     first = task.inputs(0)
     count = timing.copies(sum(x.numel() * x.element_size() for x in first), device)
-    sets = [first, *(task.inputs(seed) for seed in range(1, count))]
+    return [first, *(task.inputs(seed) for seed in range(1, count))]
+
+
+def calls(
+    task: Task, run: Callable[..., Tensor], mode: str, sets: list[tuple[Tensor, ...]], device: torch.device
+) -> list[timing.Call]:
+    """The same work on each set of inputs. Backward alone runs on graphs built beforehand."""
     if mode == "forward":
-        return timing.rotate(torch.no_grad()(run), sets)
-    graphs = []
-    for args in sets:
-        leaves = [x.detach().requires_grad_() for x in args[: len(task.gradients)]]
-        graphs.append((run(*leaves, *args[len(leaves) :]), leaves))
-    return timing.rotate(lambda out, leaves: torch.autograd.grad(out, leaves, task.cotangent, retain_graph=True), graphs)
+        return [functools.partial(torch.no_grad()(run), *args) for args in sets]
+    found: list[timing.Call] = []
+    with timing.capturing(device):
+        for args in sets:
+            leaves = [x.detach().requires_grad_() for x in args[: len(task.gradients)]]
+            out = run(*leaves, *args[len(leaves) :])
+            found.append(functools.partial(torch.autograd.grad, out, leaves, task.cotangent, retain_graph=True))
+    return found
 
 
 def peak_bytes(call: timing.Call, device: torch.device) -> int | None:

@@ -36,6 +36,12 @@ class Case:
     def is_clip(self) -> bool:
         return "vision_config" in self.config
 
+    @property
+    def dropout(self) -> float:
+        """The largest probability in the config."""
+        parts = (self.config, self.config.get("text_config"), self.config.get("vision_config"))
+        return max(part[key] for part in parts if part is not None for key in DROPOUTS if key in part)
+
     def outputs(self, result) -> dict[str, Tensor]:
         """What is compared and, in training, differentiated; padded positions are nobody's result and become 0."""
         if self.is_clip:
@@ -76,7 +82,7 @@ def load(name: str, *, batch: int, seq: int | None, fill: float, layers: int | N
     inputs, lengths, source = _inputs(name, config, batch, seq, fill)
     cast = {key: (x.to(dtype) if x.is_floating_point() else x).to(device) for key, x in inputs.items()}
     if state is None:
-        state = random_state(json.dumps(config))
+        state = random_state(json.dumps(config), device)
     kept = [key for key, _ in reference(config, "eager", state).named_parameters()]  # a cut model leaves layers out
     state = {key: state[key].to(device, dtype) for key in kept}
     return Case(name, config, full, state, weights, cast, lengths, source, dtype, device)
@@ -95,12 +101,13 @@ def reference(config: dict, implementation, state: dict[str, Tensor]) -> torch.n
     return model
 
 
-@functools.lru_cache(maxsize=1)  # seconds for a large model, whose cases follow each other
-def random_state(text: str) -> dict[str, Tensor]:
-    """The weights of a new model whose config.json says `text`."""
+@functools.lru_cache(maxsize=2)  # seconds for a large model, whose cases take turns with another's
+def random_state(text: str, device: torch.device) -> dict[str, Tensor]:
+    """The weights of a new model whose config.json says `text`, made where they are used."""
     config = json.loads(text)
     torch.manual_seed(0)
-    model = clip.CLIPModel(config, "eager") if "vision_config" in config else bert.BertModel(config, "eager", False)
+    with torch.device(device):
+        model = clip.CLIPModel(config, "eager") if "vision_config" in config else bert.BertModel(config, "eager", False)
     return {key: x.detach() for key, x in model.named_parameters()}
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import gate, measure, model_cases, model_providers, results
+from benchmarks.budget import Share
 from benchmarks.model_cases import Case
 from benchmarks.model_providers import Built, Provider
 from fastattn import timing
 
 SEQUENCES = 4  # of a training step that the fp64 run takes at a time
+TRAINING = "not captured: a training step is timed as called"
 
 
 class Exact(NamedTuple):
@@ -47,26 +49,36 @@ class Measured(NamedTuple):
     outputs: dict[str, dict[str, Tensor]]  # of each provider that passed
 
 
-def run(case: Case, mode: str, providers: list[Provider], *, seconds: float, deadline: float) -> Measured:
-    """`deadline` is in `time.monotonic()`: providers that take long to build are not begun when too little is left."""
+def run(
+    case: Case, mode: str, providers: list[Provider], *, seconds: float, share: Share | None = None,
+    refuse: Callable[[Provider], str | None] = lambda provider: None,
+) -> Measured:  # fmt: skip
+    """`refuse` is asked before a provider begins, the main ones first: it gives the words why this one does not, or None."""
+    share = share or Share(math.inf)
     exact = exact_run(case, mode)
-    calls, outputs, errors, rows = {}, {}, {}, []
+    accepted: dict[str, tuple[Provider, Built]] = {}
+    outputs, errors, rows = {}, {}, []
     bound: Bound | None = None
-    for provider in providers:
-        trial, refusal, wrong = _attempt(provider, case, mode, exact, deadline)
+    for provider in sorted(providers, key=lambda one: not one.main):
+        trial, refusal, wrong = _attempt(provider, case, mode, exact, refuse)
         if trial is not None:
             built, outputs[provider.name], errors[provider.name] = trial
-            calls[provider.name] = _call(built, case, mode, exact)
+            accepted[provider.name] = provider, built
             if provider.name.endswith("eager"):
                 bound = _bounds(errors[provider.name], exact, case.dtype, bound)
         else:
             rows.append(_row(case, provider.name, mode, refusal=refusal or None, wrong=wrong or None))
-    for name in list(calls):
+    for name in list(accepted):
         wrong = _judge(errors[name], bound)
         if wrong:
-            del calls[name], outputs[name]
+            del accepted[name], outputs[name]
             rows.append(_row(case, name, mode, wrong=wrong, max_error=finite(errors[name].output)))
-    return Measured(_time(case, mode, calls, errors, seconds) + rows, outputs)
+    calls = {name: _call(built, case, mode, exact) for name, (_, built) in accepted.items()}
+    rows += _time(case, mode, calls, errors, share.timing(seconds))
+    if case.device.type == "cuda":
+        rows = with_graphs(rows, case, mode, accepted, exact, bound, share.timing(seconds))
+    order = [provider.name for provider in providers]
+    return Measured(sorted(rows, key=lambda row: order.index(row["provider"])), outputs)
 
 
 def exact_run(case: Case, mode: str) -> Exact:
@@ -94,14 +106,15 @@ def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _attempt(provider: Provider, case: Case, mode: str, exact: Exact, deadline: float):
+def _attempt(provider: Provider, case: Case, mode: str, exact: Exact, refuse: Callable[[Provider], str | None]):
     """((built, outputs, errors), None, None), or (None, the refusal, what is wrong) with one of the two empty."""
     if provider.package is not None and importlib.util.find_spec(provider.package) is None:
         return None, f"{provider.package} is not installed", ""
     if provider.exported and (mode == "train" or case.dtype != torch.float32):
         return None, "not run: exported models are measured in float32 inference alone", ""
-    if provider.patience and time.monotonic() + provider.patience > deadline:
-        return None, f"not run: less than {provider.patience:.0f} s of the time budget were left", ""
+    refused = refuse(provider)
+    if refused:
+        return None, refused, ""
     trial, refusal = measure.attempt(lambda: _trial(provider, case, mode, exact))
     if trial is None and measure.is_failure(provider.ours, refusal):
         return None, "", refusal
@@ -112,13 +125,17 @@ def _trial(provider: Provider, case: Case, mode: str, exact: Exact) -> tuple[Bui
     built = provider.build(case, mode)
     with torch.set_grad_enabled(mode == "train"):
         outputs = case.outputs(built.forward(**case.inputs))
-    output_error = max(float((outputs[name].double() - x).abs().max()) for name, x in exact.outputs.items())
+    output_error = _output_error(outputs, exact)
     if mode == "infer":
         return built, outputs, Error(output_error, {})
     torch.autograd.backward(list(outputs.values()), list(exact.cotangents.values()))
     errors = _gradient_errors(built.module, exact.grads)
     built.module.zero_grad()
     return built, {name: x.detach() for name, x in outputs.items()}, Error(output_error, errors)
+
+
+def _output_error(outputs: dict[str, Tensor], exact: Exact) -> float:
+    return max(float((outputs[name].double() - x).abs().max()) for name, x in exact.outputs.items())
 
 
 def _gradient_errors(module: torch.nn.Module, exact: dict[str, Tensor]) -> dict[str, float]:
@@ -182,8 +199,8 @@ def _call(built: Built, case: Case, mode: str, exact: Exact) -> timing.Call:
     return step
 
 
-def _time(case: Case, mode: str, calls: dict[str, timing.Call], errors, seconds: float) -> list[dict]:
-    samples = timing.interleaved(calls, case.device, seconds=seconds, least=5 if mode == "infer" else 3, run_ahead=False)
+def _time(case: Case, mode: str, calls: dict[str, timing.Call], errors: dict[str, Error], seconds: float) -> list[dict]:
+    samples = timing.interleaved(calls, case.device, seconds=seconds, least=3 if seconds else 2)
     eager, sdpa = (model_providers.baseline(list(calls), kind) for kind in ("eager", "SDPA"))
     flops, moved = case.work(mode)
     rows = []
@@ -192,6 +209,7 @@ def _time(case: Case, mode: str, calls: dict[str, timing.Call], errors, seconds:
         row = _row(
             case, name, mode,
             ms_median=ms, ms_p20=taken.quantile(0.2), ms_p80=taken.quantile(0.8), rounds=len(taken.ms),
+            method=taken.method, host_us=taken.host_us,
             tokens_per_s=case.fields()["tokens"] / ms * 1e3, peak_bytes=measure.peak_bytes(calls[name], case.device),
             ratio_vs_eager=timing.speedup(taken, samples[eager]) if eager else None,
             ratio_vs_sdpa=timing.speedup(taken, samples[sdpa]) if sdpa else None,
@@ -202,6 +220,56 @@ def _time(case: Case, mode: str, calls: dict[str, timing.Call], errors, seconds:
     return rows
 
 
+def with_graphs(
+    rows: list[dict], case: Case, mode: str, accepted: dict[str, tuple[Provider, Built]], exact: Exact, bound: Bound | None,
+    seconds: float,
+) -> list[dict]:  # fmt: skip
+    """The rows; those that have a time with that of a CUDA graph of the same call beside it, or why there is none."""
+    if mode == "train":
+        graphs = {name: _without_graph(TRAINING) for name in accepted}
+    else:
+        graphs = captured(case, accepted, exact, bound, seconds)
+    return [row if row["ms_median"] is None else {**row, **graphs[row["provider"]]} for row in rows]
+
+
+def captured(
+    case: Case, accepted: dict[str, tuple[Provider, Built]], exact: Exact, bound: Bound | None, seconds: float
+) -> dict[str, dict]:
+    """Fields of each provider's row. A graph is held to the same bound, by what its last replay has left in its outputs."""
+    calls: dict[str, list[timing.Call]] = {}
+    results_of: dict[str, object] = {}
+    fields = {}
+    for name, (provider, built) in accepted.items():
+        build = functools.partial(provider.static, case, "infer") if provider.static else lambda built=built: built
+        found, refusal = (None, provider.uncapturable) if provider.uncapturable else measure.attempt(build)
+        if found is not None:
+            calls[name] = [functools.partial(_keep, results_of, name, found.forward, case)]
+        else:
+            failed = measure.is_failure(provider.ours, refusal) and not provider.uncapturable
+            fields[name] = {**_without_graph(refusal), **({"wrong": refusal} if failed else {})}
+    samples = timing.kernels(dict(calls), case.device, seconds=seconds, graphs_alone=True)
+    sdpa = model_providers.baseline([name for name, taken in samples.items() if taken.ms], "SDPA")
+    for name, taken in samples.items():
+        fields[name] = _without_graph(taken.reason or "")
+        if taken.ms:
+            wrong = _judge(Error(_output_error(case.outputs(results_of[name]), exact), {}), bound)
+            ratio = timing.speedup(taken, samples[sdpa]) if sdpa else None
+            fields[name] = {"captured_ms": taken.median, "captured_refusal": None, "captured_ratio_vs_sdpa": ratio}
+            fields[name] |= {**_without_graph(wrong), "wrong": f"in a CUDA graph: {wrong}"} if wrong else {}
+    return fields
+
+
+def _without_graph(why: str) -> dict:
+    return {"captured_ms": None, "captured_refusal": why, "captured_ratio_vs_sdpa": None}
+
+
+@torch.no_grad()
+def _keep(results_of: dict[str, object], name: str, forward: Callable, case: Case) -> None:
+    """What a capture makes here is memory that each replay writes again."""
+    results_of[name] = forward(**case.inputs)
+
+
 def _row(case: Case, provider: str, mode: str, **fields) -> dict:
     device = results.device_name(case.device)
-    return results.record(**case.fields(), provider=provider, device=device, mode=mode, **fields)
+    dropout = {"dropout": case.dropout} if mode == "train" else {}
+    return results.record(**case.fields(), provider=provider, device=device, mode=mode, **dropout, **fields)

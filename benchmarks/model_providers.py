@@ -25,15 +25,22 @@ class Built(NamedTuple):
     module: nn.Module
 
 
+Build = Callable[[Case, str], Built]  # (case, "infer" or "train"); raises its refusal
+
+
 class Provider(NamedTuple):
     name: str
-    build: Callable[[Case, str], Built]  # (case, "infer" or "train"); raises its refusal
+    build: Build
     ours: bool = False
     package: str | None = None
     exported: bool = False  # runs fp32 inference alone
-    patience: float = 0.0  # seconds that building it may take: it is left out where less of the budget remains
+    main: bool = False  # has its turn in any budget
+    patience: float = 0.0  # seconds that building it may take: it comes after all others, and where as much of the budget is left
+    static: Build | None = None  # in place of `build` where a CUDA graph is captured
+    uncapturable: str | None = None  # why none can be
 
 
+ACCELERATED = "Hugging Face with fastattn.accelerate"
 FASTATTN = IMPLEMENTATIONS["fastattn"]
 ATTENTION_ONLY = IMPLEMENTATIONS["sdpa"]._replace(mask=FASTATTN.mask, attention=FASTATTN.attention)
 
@@ -67,29 +74,26 @@ def hugging_face(attention: str, case: Case, mode: str) -> Built:
     settings = {key: value for key, value in case.config.items() if key != "model_type"}
     config = transformers.AutoConfig.for_model(case.config["model_type"], **settings)
     extra = {} if case.is_clip else {"add_pooling_layer": False}
-    with no_init_weights():  # seconds of random numbers, all of which the case's weights replace
+    with torch.device(case.device), no_init_weights():  # no seconds of random numbers that the case's weights replace
         model = transformers.AutoModel.from_config(config, attn_implementation=attention, **extra)
     model.to(case.device, case.dtype).load_state_dict(case.state)
     return _ready(model, mode)
 
 
-def accelerated(build: Callable[[Case, str], Built], case: Case, mode: str) -> Built:
+def accelerated(build: Build, case: Case, mode: str) -> Built:
     built = build(case, mode)
     fastattn.accelerate(built.module, strict=True)
     return built
 
 
-def graphed(build: Callable[[Case, str], Built], case: Case, mode: str) -> Built:
-    """CUDA graphs by torch.compile, which need static shapes: as many packed rows as there are real tokens, in steps of 64."""
-    if mode == "train":
-        raise NotImplementedError("not run: CUDA graphs are measured in inference alone")
-    torch._dynamo.reset()
+def accelerated_for_graphs(build: Build, case: Case, mode: str) -> Built:
+    """With a capacity, so that no call asks how many real tokens there are: as many rows as this batch has, in steps of 64."""
     built = build(case, mode)
     fastattn.accelerate(built.module, strict=True, capacity=-(-int(case.lengths[0].sum()) // 64) * 64)
-    return built._replace(forward=torch.compile(built.forward, mode="reduce-overhead"))
+    return built
 
 
-def compiled(build: Callable[[Case, str], Built], case: Case, mode: str) -> Built:
+def compiled(build: Build, case: Case, mode: str) -> Built:
     """With constants folded into the weights ("freezing") where that exists: inference on a CPU."""
     torch._dynamo.reset()  # each case is compiled for itself
     built = build(case, mode)
@@ -112,33 +116,36 @@ def providers(device: torch.device) -> list[Provider]:
     else:
         eager, sdpa = (functools.partial(reference, kind) for kind in ("eager", "sdpa"))
     linears = "+ oneDNN linears" if device.type == "cpu" else "+ linears and norms"
-    found = [Provider(f"{whose} eager", eager), Provider(f"{whose} SDPA", sdpa)]
+    counts = "not captured: each call asks how many real tokens there are"
+    found = [Provider(f"{whose} eager", eager, main=True), Provider(f"{whose} SDPA", sdpa, main=True)]
     if installed:
         found.append(Provider("reference eager", functools.partial(reference, "eager")))
     else:
         found.append(Provider("Hugging Face", functools.partial(hugging_face, "eager"), package="transformers"))
     found += [
         Provider("fastattn: attention", functools.partial(reference, ATTENTION_ONLY), True),
-        Provider(f"fastattn: {linears}", functools.partial(reference, "fastattn"), True),
-        Provider("fastattn: + unpadded", unpadded, True),
-        Provider(f"{whose} torch.compile", functools.partial(compiled, sdpa), patience=25 if device.type == "cpu" else 40),
+        Provider(f"fastattn: {linears}", functools.partial(reference, "fastattn"), True, main=not installed),
+        Provider("fastattn: + unpadded", unpadded, True, uncapturable=counts),
     ]
     if installed:
-        found[-1:-1] = [
+        fast, static = (functools.partial(one, sdpa) for one in (accelerated, accelerated_for_graphs))
+        found += [
             Provider("Hugging Face with fastattn", functools.partial(hugging_face, "fastattn"), True),
-            Provider("Hugging Face with fastattn.accelerate", functools.partial(accelerated, sdpa), True),
+            Provider(ACCELERATED, fast, True, main=True, static=static),
         ]
-    if installed and device.type == "cuda":
-        name = "Hugging Face with fastattn.accelerate and CUDA graphs"
-        found.append(Provider(name, functools.partial(graphed, sdpa), True, patience=20))
-    if device.type == "cpu":
-        for name, export, package in (
-            ("ONNX Runtime", exported.onnx_runtime, "onnxruntime"),
-            ("OpenVINO", exported.openvino, "openvino"),
-        ):
-            build = functools.partial(_exported, export, eager)
-            found.append(Provider(name, build, package=package, exported=True, patience=15))
-    return found
+    return [*found, *_slow(f"{whose} torch.compile", eager, sdpa, device)]
+
+
+def _slow(name: str, eager: Build, sdpa: Build, device: torch.device) -> list[Provider]:
+    """Who compiles or exports the model first."""
+    if device.type != "cpu":
+        return [Provider(name, functools.partial(compiled, sdpa), patience=40)]
+    onnx, openvino = (functools.partial(_exported, export, eager) for export in (exported.onnx_runtime, exported.openvino))
+    return [
+        Provider(name, functools.partial(compiled, sdpa), patience=25),
+        Provider("ONNX Runtime", onnx, package="onnxruntime", exported=True, patience=15),
+        Provider("OpenVINO", openvino, package="openvino", exported=True, patience=15),
+    ]
 
 
 def baseline(names: list[str], kind: str) -> str | None:
@@ -146,7 +153,7 @@ def baseline(names: list[str], kind: str) -> str | None:
     return next((name for who in ("Hugging Face", "reference") for name in names if name == f"{who} {kind}"), None)
 
 
-def _exported(export: Callable, build: Callable[[Case, str], Built], case: Case, mode: str) -> Built:
+def _exported(export: Callable, build: Build, case: Case, mode: str) -> Built:
     plain = _Plain(build(case, mode).forward, case)
     return Built(export(plain, case), plain)
 

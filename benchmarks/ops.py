@@ -2,7 +2,8 @@
 
 `--suite masks`: attention under structured masks instead, of 1,280 tokens of text and image.
 Every provider that is installed is asked; one that refuses is a row with its own words, and none is timed before its result has
-passed the accuracy gate on that very shape. On a CPU the inputs are warm: more than 100% of the floor means its caches.
+passed the accuracy gate on that very shape. On a GPU a time is that of the kernels, without the host, whose own stands beside it.
+On a CPU the inputs are warm: more than 100% of the floor means its caches.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,15 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 import fastattn
-from benchmarks import attention_providers, mask_cases, measure, refusals, results, shapes
+from benchmarks import attention_providers, mask_cases, measure, refusals, results, selection, shapes, summary
+from benchmarks.budget import Budget
 from fastattn import masks, testing, timing
 from fastattn.activations import ACTIVATIONS
 from fastattn.ops import ffn as ffn_op
 from fastattn.ops import norm as norm_op
 
 MODES = ("forward", "backward")
+COMPILED, LIGER = "torch.compile", "Liger, after an add"
 EPS = 1e-12
 COLUMNS = {
     "op": "", "model": "", "mode": "", "fill": ".2f", "provider": "", "ms_median": ".4f", "host_us": ".0f",
@@ -89,7 +92,7 @@ def _attention_inputs(size: tuple[int, ...], dtype: torch.dtype, device: torch.d
 
 def _attention_contenders(request: attention_providers.Request) -> list[measure.Contender]:
     return [
-        measure.Contender(p.name, functools.partial(p.build, request), p.ours, p.package)
+        measure.Contender(p.name, functools.partial(p.build, request), p.ours, p.package, p.main, p.slow)
         for p in attention_providers.providers(request.device)
     ]
 
@@ -145,17 +148,23 @@ def norm_task(shape: shapes.FeedForwardShape, tokens: int, dtype: torch.dtype, d
 
     contenders = _pointwise_contenders(eager, own, norm_op.BACKENDS, device)
     if device.type == "cuda":
-        contenders.insert(-1, measure.Contender("Liger, after an add", liger, package="liger_kernel"))
+        contenders.insert(-1, measure.Contender(LIGER, liger, package="liger_kernel"))
     fields = _fields("add_layer_norm", shape.name, dtype, None, None, 1.0, tokens, hidden=d)
     work = shapes.norm_work(d, tokens, dtype.itemsize)
     return measure.Task(fields, contenders, inputs, dy, "y", ("dx",), yardstick, work)
 
 
 def _pointwise_contenders(eager, own, backends: tuple[str, ...], device: torch.device) -> list[measure.Contender]:
-    names = [name for name in backends if name != "eager" and (device.type == "cuda") != (name == "cpu")] or ["eager"]
-    compiled = measure.Contender("torch.compile", lambda: torch.compile(eager, dynamic=False))
-    ours = [measure.Contender(f"fastattn {name}", functools.partial(own, name), True) for name in names]
-    return [measure.Contender("eager", lambda: eager), *([compiled] if device.type == "cuda" else []), *ours]
+    compiled = measure.Contender(COMPILED, lambda: torch.compile(eager, dynamic=False), slow=True)
+    ours = [
+        measure.Contender(f"fastattn {name}", functools.partial(own, name), True, main=True)
+        for name in _backends_of(backends, device)
+    ]
+    return [measure.Contender("eager", lambda: eager, main=True), *([compiled] if device.type == "cuda" else []), *ours]
+
+
+def _backends_of(backends: tuple[str, ...], device: torch.device) -> list[str]:
+    return [name for name in backends if name != "eager" and (device.type == "cuda") != (name == "cpu")] or ["eager"]
 
 
 def _fields(op: str, name: str, dtype, B, S, fill: float, tokens: int, **extra) -> dict:
@@ -170,29 +179,40 @@ def _normal(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, see
     return torch.randn(size, generator=generator, device=device).to(dtype)
 
 
-Make = Callable[[], measure.Task]  # of one task, so that the tensors of one shape live at a time
+class Case(NamedTuple):
+    """`make` is called when the case's turn comes, so that the tensors of one shape live at a time."""
+
+    name: str
+    make: Callable[[], measure.Task]
 
 
-def tasks(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Make]:
+def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Case]:
+    """In the order of a run, which may be cut: BERT's, and of attention the ragged batch first."""
     gpu = device.type == "cuda"
-    found: list[Make] = []
+    found: list[Case] = []
     for shape in shapes.ATTENTION[:1] if quick else shapes.ATTENTION:
         B = 2 if quick else shape.batch if gpu else shape.cpu_batch
-        found += [functools.partial(attention_task, shape, B, fill, dtype, device) for fill in shape.fills]
+        found += [
+            Case(f"attention {shape.name} fill {fill}", functools.partial(attention_task, shape, B, fill, dtype, device))
+            for fill in sorted(shape.fills)
+        ]
     for layer in shapes.FEED_FORWARD[:1] if quick else shapes.FEED_FORWARD:
         tokens = 64 if quick else layer.tokens if gpu else layer.cpu_tokens
-        found += [functools.partial(make, layer, tokens, dtype, device) for make in (feed_forward_task, norm_task)]
-    return found
+        for op, make in (("ffn", feed_forward_task), ("add_layer_norm", norm_task)):
+            found.append(Case(f"{op} {layer.name}", functools.partial(make, layer, tokens, dtype, device)))
+    return sorted(found, key=lambda case: " bert" not in case.name)
 
 
-def mask_tasks(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Make]:
+def masked_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Case]:
     layout = mask_cases.TINY if quick else mask_cases.FULL
     B, H = (32, 12) if device.type == "cuda" and not quick else (2, 8)
-    cases = mask_cases.cases(layout, B, device)
-    return [functools.partial(mask_task, case, B, H, layout.S, 64, dtype, device) for case in cases]
+    return [
+        Case(f"attention {case.name}", functools.partial(mask_task, case, B, H, layout.S, 64, dtype, device))
+        for case in mask_cases.cases(layout, B, device)
+    ]
 
 
-SUITES = {"ops": tasks, "masks": mask_tasks}
+SUITES = {"ops": cases, "masks": masked_cases}
 
 
 def pick_device(name: str) -> torch.device:
@@ -219,41 +239,122 @@ def ask(device: torch.device, dtype: torch.dtype) -> list[dict]:
     return asked
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ops", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--suite", default="ops", choices=SUITES, help="what is measured, and the name of the result file")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which cases are left out")
+    parser.add_argument("--rows", help="cases whose name contains this, such as bert, 'fill 0.5' or ffn")
+    parser.add_argument(
+        "--providers", help="names or parts of names, comma-separated; the baselines eager and SDPA run with them"
+    )
+    parser.add_argument("--slow", action="store_true", help="FlexAttention and torch.compile too: ten seconds for each case")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help="seconds, dealt out to the cases; default 90 on a GPU, as many as it takes on a CPU. In a case that begins the\n"
+        "baselines and fastattn are timed, however long they take",
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run; written only where --out says")
     parser.add_argument("--out", type=Path, help="folder of results; default benchmarks/results")
-    args = parser.parse_args(argv)
-    start = time.monotonic()
+    return parser.parse_args(argv)
+
+
+def select(found: list[Case], rows: str | None) -> list[Case]:
+    selected = [case for case in found if rows is None or rows in case.name]
+    if not selected:
+        raise SystemExit(f"--rows: {rows!r} is in none of {'; '.join(case.name for case in found)}")
+    return selected
+
+
+def known_providers(device: torch.device) -> list[str]:
+    """Of every op."""
+    attention = [provider.name for provider in attention_providers.providers(device)]
+    pointwise = _backends_of(ffn_op.BACKENDS, device) + _backends_of(norm_op.BACKENDS, device)
+    return [*attention, *(f"fastattn {name}" for name in pointwise), *([COMPILED, LIGER] if device.type == "cuda" else [])]
+
+
+def only(task: measure.Task, providers: list[str] | None) -> measure.Task:
+    if providers is None:
+        return task
+    kept = [one for one in task.contenders if one.name in (*providers, "eager", "SDPA")]
+    return task._replace(contenders=kept)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    providers = args.providers and selection.chosen(args.providers, known_providers(device), "--providers")
+    selected = select(SUITES[args.suite](device, dtype, args.quick), args.rows)
+    unsaid = 90.0 if device.type == "cuda" else float("inf")
+    budget = Budget(unsaid if args.budget is None else args.budget)
     functorch_config.donated_buffer = False  # a compiled backward must survive being run again and again
+    print(f"{results.device_name(device)}: {len(selected)} cases{budget.words}", flush=True)
     ceilings = timing.ceilings(device, dtype)
-    records = []
-    for make in results.progress(SUITES[args.suite](device, dtype, args.quick), args.suite):
-        if time.monotonic() > start + args.budget:
-            print("not run: a case: the time budget was spent; --budget SECONDS sets another")
+    records, left_out = run(selected, providers, args, device, {dtype: ceilings}, budget)
+    ceilings = ceilings.better(timing.ceilings(device, dtype))
+    extra = {"refusals": ask(device, dtype)} if args.suite == "ops" and not args.rows else {}
+    path = save(records, args, device, {dtype: ceilings}, complete=True, left_out=left_out, **extra)
+    results.print_table(records, {**COLUMNS, "method": ""} if device.type == "cuda" else COLUMNS)
+    print("\n".join(["", *([f"wrote {path}"] if path else []), *summary.lines(records, "fastattn", left_out)]))
+    return complain(records)
+
+
+def run(
+    selected: list[Case],
+    providers: list[str] | None,
+    args: argparse.Namespace,
+    device: torch.device,
+    ceilings: dict,
+    budget: Budget,
+) -> tuple[list[dict], list[str]]:
+    """(the records, the names of cases that time or memory left out). What is done is on disk before the next case begins."""
+    seconds = 0.2 if args.quick else 0.6 if device.type == "cuda" else 1.5
+    records: list[dict] = []
+    left_out = []
+    for index, case in enumerate(selected):
+        if budget.left <= 0:
+            print(f"not run: {case.name}: the time budget was spent; --budget SECONDS sets another")
+            left_out.append(case.name)
             continue
-        seconds = 0.2 if args.quick else 0.6 if device.type == "cuda" else 1.5
-        records += measure.measure(make(), device, seconds=seconds, modes=MODES)
+        share = budget.share(len(selected) - index)
+        try:
+            rows = measure.measure(
+                only(case.make(), providers), device, seconds=seconds, modes=MODES, slow=args.slow, share=share
+            )
+        except torch.OutOfMemoryError as error:
+            print(f"not run: {case.name}: {measure.words(error, [])}")
+            left_out.append(f"{case.name} (memory)")
+        else:
+            records += rows
+            print(progress(index, len(selected), budget, case.name, rows), flush=True)
+            save(records, args, device, ceilings, complete=False)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    ceilings = ceilings.better(timing.ceilings(device, dtype))
-    results.add_floor(records, {dtype: ceilings})
-    results.print_table(records, COLUMNS)
-    extra = {"refusals": ask(device, dtype)} if args.suite == "ops" else {}
-    if args.out or not args.quick:
-        path = results.write(records, args.suite, device, quick=args.quick, out=args.out, ceilings={dtype: ceilings}, **extra)
-        print(f"\nwrote {path}")
+    return records, left_out
+
+
+def progress(index: int, count: int, budget: Budget, name: str, rows: list[dict]) -> str:
+    """A line for a case that is done: who took how long."""
+    timed = [f"{row['provider']} {row['ms_median']:.3g}" for row in rows if row["mode"] == rows[0]["mode"] and row["ms_median"]]
+    return f"[{index + 1}/{count}, {budget.used:.0f} s] {name}: {rows[0]['mode']}, ms: {', '.join(timed) or 'none'}"
+
+
+def save(records: list[dict], args: argparse.Namespace, device: torch.device, ceilings: dict, **extra) -> Path | None:
+    """A part of the suite replaces no file that holds the whole, where no folder is named for it."""
+    results.add_floor(records, ceilings)
+    if (args.quick or args.rows or args.providers) and not args.out:
+        return None
+    return results.write(records, args.suite, device, quick=args.quick, out=args.out, ceilings=ceilings, **extra)
+
+
+def complain(records: list[dict]) -> int:
     wrong = results.failures(records)
     for row in wrong:
-        print(f"WRONG: {row['op']} {row['model']} {row['mode']}, {row['provider']}: {row['wrong']}", file=sys.stderr)
+        print(f"WRONG: {summary.case_name(row)}, {row['provider']}: {row['wrong']}", file=sys.stderr)
     return 1 if wrong else 0
 
 

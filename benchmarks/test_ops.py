@@ -49,5 +49,6 @@ def test_attention(benchmark, index: int, fill: float, name: str, mode: str) -> 
     errors = measure.check(actual, found, yardstick, contender)
     benchmark.group = f"attention {found.fields['model']} fill {found.fields['fill']} {mode}"
     benchmark.extra_info.update(device=str(DEVICE), fill=found.fields["fill"], max_error=errors[mode])
-    call = timing.synchronised(measure.call(found, run, mode, DEVICE), DEVICE)
+    turns = measure.calls(found, run, mode, measure.input_sets(found, DEVICE), DEVICE)
+    call = timing.synchronised(timing.rotate(turns), DEVICE)
     benchmark.pedantic(call, rounds=20, iterations=1, warmup_rounds=2)

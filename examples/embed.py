@@ -117,7 +117,7 @@ def compare(minilm: MiniLM, accelerated: Any, ids: list[list[int]], max_tokens: 
     }
     device = minilm.model.device
     timed = {name: synchronised(call, device) for name, call in ways.items()}
-    samples = interleaved(timed, device, seconds=seconds, least=3, run_ahead=False)
+    samples = interleaved(timed, device, seconds=seconds, least=3)
     first = next(iter(samples.values()))
     padded = sum(len(chunk) * max(map(len, chunk)) for chunk in chunks)
     print(f"\ntimes of {len(ids)} texts: {sum(lengths)} tokens, {padded} with the padding of {AS_GIVEN} at a time")

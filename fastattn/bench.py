@@ -98,7 +98,7 @@ def _call(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[
 
 def _report(calls: dict[str, Call], device: torch.device) -> int:
     with torch.no_grad():
-        samples = interleaved(calls, device, seconds=SECONDS, run_ahead=False)
+        samples = interleaved(calls, device, seconds=SECONDS)
     for name, sample in samples.items():
         print(f"{name:9} {sample.median:9.3f} ms   {speedup(sample, samples['sdpa']):5.2f}x sdpa")
     return 0

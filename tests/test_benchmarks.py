@@ -38,7 +38,7 @@ TINY = {**shapes.bert(2, 32, 4), "vocab_size": 30522}
 def tiny(monkeypatch):
     """`benchmarks.models` on a BERT of width 32, with the reference models as its only providers and no interpreter."""
     monkeypatch.setitem(shapes.CONFIGS, "bert-base", TINY)
-    monkeypatch.setattr(models.interpreter, "run", lambda names: [])
+    monkeypatch.setattr(models.interpreter, "run", lambda names, limit: [])
     monkeypatch.setattr(models.plots, "draw", lambda records, path, title: "no picture")
     monkeypatch.setattr(timing, "ceilings", lambda device, dtype: CEILINGS)
     found = [
@@ -55,40 +55,6 @@ def run_tiny(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
     code = models.main([*command, *arguments])
     (path,) = tmp_path.glob("*/models.json")
     return code, results.read(path)["records"]
-
-
-# Timing
-
-
-def test_quantiles_interpolate_and_the_median_is_one() -> None:
-    samples = timing.Samples([4.0, 1.0, 3.0, 2.0, 5.0])
-    assert samples.median == samples.quantile(0.5) == 3.0
-    assert samples.quantile(0.2) == pytest.approx(1.8)
-    assert (samples.quantile(0.0), samples.quantile(1.0)) == (1.0, 5.0)
-    assert timing.Samples([7.0]).quantile(0.8) == 7.0
-
-
-def test_speedup_pairs_rounds() -> None:
-    """A machine that slows down halfway must not change the ratio: the ratio of medians here would be 1."""
-    ours, baseline = timing.Samples([1.0, 1.0, 10.0]), timing.Samples([2.0, 2.0, 1.0])
-    assert timing.speedup(ours, baseline) == 2.0
-
-
-def test_rivals_take_turns_within_the_rounds_asked_for() -> None:
-    order: list[str] = []
-    calls = {name: functools.partial(order.append, name) for name in "AB"}
-    taken = timing.interleaved(calls, CPU, seconds=0.0, least=4, most=9)
-    assert [len(samples.ms) for samples in taken.values()] == [4, 4]
-    switches = [name for n, name in enumerate(order) if n == 0 or order[n - 1] != name]
-    assert "".join(switches) == "AB" * 5  # one turn of warming up, four rounds
-
-
-def test_rotation_visits_every_set_of_inputs() -> None:
-    seen: list[int] = []
-    call = timing.rotate(seen.append, [(0,), (1,), (2,)])
-    for _ in range(5):
-        call()
-    assert seen == [0, 1, 2, 0, 1]
 
 
 # Shapes
@@ -239,7 +205,7 @@ def test_the_request_that_others_refuse_has_an_answer_from_everyone() -> None:
 
 @pytest.mark.parametrize("index", range(3))
 def test_every_op_passes_its_own_gate(index: int) -> None:
-    task = ops.tasks(CPU, torch.float32, quick=True)[-3:][index]()
+    task = ops.cases(CPU, torch.float32, quick=True)[-3:][index].make()
     rows = measure.measure(task, CPU, seconds=0.0, modes=ops.MODES)
     assert not results.failures(rows)
     timed = {(row["provider"], row["mode"]) for row in rows if row["ms_median"]}
@@ -272,7 +238,7 @@ def test_the_masks_suite_writes_its_own_file(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(timing, "ceilings", lambda device, dtype: CEILINGS)
     monkeypatch.setattr(sys, "argv", ["benchmarks/ops.py"])
     monkeypatch.setattr(timing, "interleaved", functools.partial(timing.interleaved, least=1, most=1))
-    monkeypatch.setattr(timing, "_repeats", lambda call, device, run_ahead: 1)
+    monkeypatch.setattr(timing, "_repeats", lambda call, device: 1)
     assert ops.main(["--suite", "masks", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/*.json")
     content = results.read(path)
@@ -290,7 +256,9 @@ def test_a_spent_budget_leaves_cases_out(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(timing, "ceilings", lambda device, dtype: CEILINGS)
     assert ops.main(["--suite", "masks", "--device", "cpu", "--quick", "--budget", "-1", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/masks.json")
-    assert results.read(path)["records"] == [] and capsys.readouterr().out.count("budget was spent") == len(MASK_CASES)
+    content = results.read(path)
+    assert content["records"] == [] and capsys.readouterr().out.count("budget was spent") == len(MASK_CASES)
+    assert content["left_out"] == [f"attention {case.name}" for case in MASK_CASES]
 
 
 @pytest.mark.parametrize("index", range(len(MASK_CASES)), ids=lambda index: MASK_CASES[index].name)
@@ -316,6 +284,7 @@ def test_models_writes_records_for_both_modes(tiny, tmp_path) -> None:
         assert (row["layers"], row["full_layers"], row["hidden"], row["heads"]) == (1, 2, 32, 4)
         assert 0 < row["max_error"] < 1e-4 and row["peak_bytes"] is None and 0 < row["fill"] < 1
         assert (row["gradient_error"] is not None) == (row["mode"] == "train")
+        assert row["method"] == "wall clock" and row.get("dropout") == (0.0 if row["mode"] == "train" else None)
 
 
 @pytest.mark.parametrize("mode", models.MODES)
@@ -372,7 +341,7 @@ def test_unpadded_providers_compute_real_tokens_alone(monkeypatch, fill: float, 
     found = {provider.name: provider for provider in model_providers.providers(CPU)}
     for name in PACKED:
         rows.clear()
-        measured = model_measure.run(case, mode, [found["Hugging Face eager"], found[name]], seconds=0.0, deadline=float("inf"))
+        measured = model_measure.run(case, mode, [found["Hugging Face eager"], found[name]], seconds=0.0)
         timed = {row["provider"]: row for row in measured.rows}
         assert not results.failures(measured.rows) and timed[name]["ms_median"] > 0 and timed[name]["ratio_vs_eager"] > 0
         assert set(rows) == {int(case.lengths[0].sum())}
@@ -382,7 +351,7 @@ def test_unpadded_providers_compute_real_tokens_alone(monkeypatch, fill: float, 
 def test_unpadded_providers_of_clip_pass_the_gate(mode: str) -> None:
     case = load_tiny("digits-clip", 1.0)
     found = [provider for provider in model_providers.providers(CPU) if provider.name.endswith(("eager", *PACKED))]
-    measured = model_measure.run(case, mode, found, seconds=0.0, deadline=float("inf"))
+    measured = model_measure.run(case, mode, found, seconds=0.0)
     assert {row["provider"] for row in measured.rows if row["ms_median"]} == {provider.name for provider in found}
     assert set(PACKED) < {provider.name for provider in found}
 
@@ -394,11 +363,20 @@ def load_tiny(name: str, fill: float) -> model_cases.Case:
 def test_a_default_run_has_each_fill_of_bert_and_its_training_step() -> None:
     for defaults in (models.CPU, models.GPU):
         asked = models.requests(models.parse([]), defaults, [torch.float32])
+        first = [(request.model, request.mode, request.fill) for request in asked[1:4]]
+        assert first == [("bert-base", "infer", 0.5), ("bert-base", "train", 0.5), ("clip-vit-b-32", "infer", 0.5)]
+        assert asked[0].model == "minilm" and asked[0].mode == "infer"
         bert = [(request.mode, request.fill) for request in asked if request.model == "bert-base"]
-        assert bert == [("infer", 1.0), ("infer", 0.75), ("infer", 0.5), ("train", 0.5)]
+        assert bert == [("infer", 0.5), ("train", 0.5), ("infer", 0.75), ("infer", 1.0)]
         assert {request.model for request in asked} == set(defaults.models)
     asked = models.requests(models.parse(["--fill", "0.25", "--mode", "train"]), models.CPU, [torch.float32])
-    assert [(request.model, request.fill) for request in asked] == [(name, 0.25) for name in models.CPU.models]
+    assert sorted((request.model, request.fill) for request in asked) == [(name, 0.25) for name in sorted(models.CPU.models)]
+
+
+def test_a_dtype_follows_when_the_one_before_is_through() -> None:
+    asked = models.requests(models.parse([]), models.CPU, [torch.float32, torch.bfloat16])
+    half = len(asked) // 2
+    assert [one._replace(dtype=torch.bfloat16) for one in asked[:half]] == asked[half:]
 
 
 def test_unknown_models_and_modes_are_refused(capsys) -> None:
