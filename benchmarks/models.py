@@ -359,8 +359,7 @@ def interpret(models: list[str], seconds: float) -> list[str]:
 def picture(run: Run) -> str:
     folder = run.args.plots or run.args.out or results.ROOT.parent / "docs"
     path = folder / f"{run.args.suite}-{results.device_slug(run.device)}.png"
-    title = f"{results.device_name(run.device)}: milliseconds, shorter is better; x = times faster than eager"
-    return plots.draw(run.records, path, title)
+    return plots.draw(run.records, path, "models")
 
 
 if __name__ == "__main__":

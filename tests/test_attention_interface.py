@@ -9,8 +9,6 @@ from torch.utils.checkpoint import checkpoint
 import fastattn
 from fastattn import masks
 from fastattn.lowering import LoweredMask
-from fastattn.ops.attention import BACKENDS as BACKEND_NAMES
-from fastattn.ops.attention import AttentionProblem, order
 
 
 def inputs(backend, requires_grad=True, L=19, dtype=None):
@@ -235,15 +233,6 @@ ELSEWHERE = torch.zeros(2, dtype=torch.int32, device="meta")
 def test_bad_input_raises_a_sentence(error, words, call):
     with pytest.raises(error, match=words):
         call()
-
-
-@pytest.mark.parametrize(
-    ("N", "D", "first"),
-    [(1, 64, "cuda"), (288, 64, "cuda"), (289, 64, "triton"), (288, 128, "cuda"), (289, 128, "triton")],
-)
-def test_short_heads_go_to_the_cuda_kernels_first(N, D, first):
-    problem = AttentionProblem("cuda", torch.float16, B=1, H=1, M=9, N=N, D=D, Hkv=1, Dv=D)
-    assert order(problem)[0] == first and set(order(problem)) == set(BACKEND_NAMES)
 
 
 @pytest.mark.parametrize("backend", [TRITON, CUDA])

@@ -39,7 +39,7 @@ def tiny(monkeypatch):
     """`benchmarks.models` on a BERT of width 32, with the reference models as its only providers and no interpreter."""
     monkeypatch.setitem(shapes.CONFIGS, "bert-base", TINY)
     monkeypatch.setattr(models.interpreter, "run", lambda names, limit: [])
-    monkeypatch.setattr(models.plots, "draw", lambda records, path, title: "no picture")
+    monkeypatch.setattr(models.plots, "draw", lambda records, path, suite: "no picture")
     monkeypatch.setattr(timing, "ceilings", lambda device, dtype: CEILINGS)
     found = [
         model_providers.Provider("reference eager", functools.partial(model_providers.reference, "eager")),

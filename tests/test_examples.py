@@ -23,7 +23,7 @@ from fastattn.models import digits
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-LARGEST = 150_000  # bytes of a picture that the README shows
+LARGEST = 150_000  # bytes of a picture that docs/examples.md shows
 LINES = [
     "The cat sat on the mat.",
     "Shares of the bank fell by $5, then by $6.",
@@ -239,7 +239,7 @@ def test_help(monkeypatch, capsys, path):
 
 
 @pytest.mark.parametrize("name", ["embed", "retrieve"])
-def test_pictures_of_the_readme_are_small(name):
-    path = ROOT / "docs" / f"{name}.png"
-    assert path.stat().st_size < LARGEST
-    assert f"(docs/{name}.png)" in (ROOT / "README.md").read_text() and f"examples/{name}.py" in (ROOT / "README.md").read_text()
+def test_pictures_of_the_examples_are_small_and_shown(name):
+    assert (ROOT / "docs" / f"{name}.png").stat().st_size < LARGEST
+    page = (ROOT / "docs" / "examples.md").read_text()
+    assert f"({name}.png)" in page and f"examples/{name}.py" in page and "docs/examples.md" in (ROOT / "README.md").read_text()
