@@ -291,6 +291,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.weights is not None and len(args.models or ()) != 1:
         parser.error("--weights needs exactly one model in --models")
+    if args.weights is not None and not args.weights.is_dir():
+        parser.error(f"--weights: there is no folder {args.weights}")
     return args
 
 

@@ -216,10 +216,12 @@ SUITES = {"ops": cases, "masks": masked_cases}
 
 
 def pick_device(name: str) -> torch.device:
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    known = ["cpu", *["cuda"] * bool(gpus), *gpus]
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit(f"--device {name}: PyTorch sees no CUDA device here")
+        name = "cuda" if gpus else "cpu"
+    if name not in known:
+        raise SystemExit(f"--device {name}: here there are {', '.join(known)}")
     return torch.device(name)
 
 

@@ -60,7 +60,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _request_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--shape", type=_shape, default=SHAPE, help="B,H,L,D or B,H,M,N,D (default %(default)s)")
-    command.add_argument("--mask", choices=testing.MASKS, default=MASK, help="(default %(default)s)")
+    command.add_argument(
+        "--mask", choices={**testing.REQUESTS, **testing.MASKS}, default=MASK, metavar="NAME",
+        help="a function of fastattn.masks, with arguments that suit the shape, or a combination: "
+        f"{', '.join((*testing.REQUESTS, *testing.MASKS))} (default %(default)s)",
+    )  # fmt: skip
     command.add_argument("--dtype", choices=testing.DTYPES, default="fp32", help="(default %(default)s)")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     command.add_argument("--device", type=_device, default=default, help="(default %(default)s)")

@@ -3,32 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import fastattn
-from fastattn import testing
+from fastattn import masks, testing
 from fastattn.models.checkpoint import read_config
-from fastattn.timing import Call, interleaved, speedup
+from fastattn.timing import Call, interleaved, kernels, speedup
 
 SECONDS = 3.0
 
 
 def attention(x: testing.AttentionInputs) -> int:
-    """Forward of one request: PyTorch's attention with the same mask as a bool tensor, then ours."""
-    yardstick = testing.attention_yardstick(x)
+    """Forward of one request: PyTorch's attention with the same mask as a bool tensor, then ours.
+
+    Padding that is given by lengths is timed with query lengths as well, as a user should give it: then no padding is computed.
+    """
     B, H, M, _ = x.q.shape
-    N = x.k.shape[2]
-    dense = None if x.mask is None else x.mask.dense(B, H, M, N, x.q.device)
-    testing.assert_accurate({"out": fastattn.attention(x.q, x.k, x.v, x.mask, scale=x.scale)}, yardstick)
+    N, device = x.k.shape[2], x.q.device
+    mask = masks.full() if x.mask is None else x.mask
+    dense = None if x.mask is None else mask.dense(B, H, M, N, device)
     print(fastattn.explain(x.q, x.k, x.v, x.mask, scale=x.scale))
-    calls: dict[str, Call] = {
-        "sdpa": lambda: F.scaled_dot_product_attention(x.q, x.k, x.v, dense, scale=x.scale),
-        "fastattn": lambda: fastattn.attention(x.q, x.k, x.v, x.mask, scale=x.scale),
-    }
-    return _report(calls, x.q.device)
+    print(f"{mask} on {_processor(device)}{_real(mask.pairs(M, N, device))}", flush=True)
+    calls: dict[str, Call] = {"sdpa": lambda: F.scaled_dot_product_attention(x.q, x.k, x.v, dense, scale=x.scale)}
+    for form in _forms(mask, M, N):
+        print(f"checking fastattn with {form} against fp64", flush=True)
+        request = replace(x, mask=form)
+        testing.assert_accurate({"out": _attention(request)}, testing.attention_yardstick(request))
+        calls[f"fastattn, {form}"] = partial(_attention, request)
+    _report(calls, device)
+    if len(calls) > 2:
+        print("the last one has query lengths too, and outputs of 0 for the padding queries, which nobody should read")
+    return 0
+
+
+def _attention(x: testing.AttentionInputs) -> Tensor:
+    out = fastattn.attention(x.q, x.k, x.v, x.mask, scale=x.scale)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _forms(mask: masks.Mask, M: int, N: int) -> list[masks.Mask]:
+    """The mask; and, where lengths of keys alone hide padding, and queries are the keys, with the same lengths for queries."""
+    if mask.key_end is None or mask.keys is not None or mask.query_end is not None or M != N:
+        return [mask]
+    return [mask, mask & masks.padding(mask.key_end, mask.key_end)]
+
+
+def _processor(device: torch.device) -> str:
+    threads = torch.get_num_threads()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU, {threads} thread{'s' * (threads > 1)}"
+
+
+def _real(pairs: Tensor) -> str:
+    """How much of a batch is no padding. pairs: as `Mask.pairs`, each dimension its size or 1."""
+    if not pairs.numel():
+        return ""
+    keys, visible = pairs.any(-2).double().mean(), pairs.double().mean()
+    return f": {keys:.0%} of the keys are real, {visible:.0%} of the pairs visible"
 
 
 def load(directory: Path, device: str) -> dict[str, torch.nn.Module]:
@@ -45,6 +82,7 @@ def load(directory: Path, device: str) -> dict[str, torch.nn.Module]:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in ("bert", "clip"):
         raise ValueError(f"config.json says model_type {kind!r}; bench serves 'bert' and 'clip'")
+    print(f"loading {directory} three times", flush=True)
     return {name: _load(kind, directory, name).to(device, torch.float32) for name in ("eager", "sdpa", "fastattn")}
 
 
@@ -55,11 +93,14 @@ def checkpoint(models: dict[str, torch.nn.Module], batch: int, length: int) -> i
     calls: dict[str, Call] = {name: _call(model, inputs) for name, model in models.items()}
     outputs = {name: call() for name, call in calls.items()}
     error = max(float((outputs[name] - outputs["eager"]).abs().max()) for name in outputs)  # type: ignore[operator]
-    print(f"{type(models['eager']).__name__}, batch {batch}, largest difference from eager {error:.1e}")
+    shape = " x ".join(map(str, inputs["input_ids"].shape))
+    print(f"{type(models['eager']).__name__} on {_processor(device)}, {shape} tokens, no padding among them")
+    print(f"largest difference from eager {error:.1e}")
     if not error <= 1e-3 * float(outputs["eager"].abs().max()):  # type: ignore[attr-defined]
         print("the implementations disagree: nothing is timed")
         return 1
-    return _report(calls, device)
+    _report(calls, device)
+    return 0
 
 
 def _load(kind: str, directory: Path, implementation: str) -> torch.nn.Module:
@@ -96,9 +137,19 @@ def _call(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[
     return run
 
 
-def _report(calls: dict[str, Call], device: torch.device) -> int:
+def _report(calls: dict[str, Call], device: torch.device) -> None:
+    print(f"timing {len(calls)} calls in turns, as called from Python, for {SECONDS:g} s or five rounds", flush=True)
     with torch.no_grad():
         samples = interleaved(calls, device, seconds=SECONDS)
+        graphs = kernels({name: [call] for name, call in calls.items()}, device, seconds=1.0) if device.type == "cuda" else {}
+    width = max(map(len, calls))
+    print(f"{'':{width}} {'median':>9}      times as fast: median of each round's quotient")
     for name, sample in samples.items():
-        print(f"{name:9} {sample.median:9.3f} ms   {speedup(sample, samples['sdpa']):5.2f}x sdpa")
-    return 0
+        print(f"{name:{width}} {sample.median:9.3f} ms   {speedup(sample, samples['sdpa']):5.2f}x sdpa")
+    for name, taken in graphs.items():
+        time = (
+            f"{taken.median:9.3f} ms   without the host: {taken.method}"
+            if taken.ms
+            else f"  no time without the host: {taken.reason}"
+        )
+        print(f"{name:{width}} {time}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastattn.lowering import LoweredMask, pack_bits, packed_rows, tile_lists, tile_status
 from fastattn.packing import INTEGERS, Integers, Packing, check_bool, int64, integer, integers, lasting, readable
+from fastattn.terms import AnyOf, Dense, Grid, Shifted, Term, text
 
 ALIGNMENTS = ("bottom_right", "top_left")
 INT32_MAX = 2**31 - 1
@@ -43,7 +44,7 @@ class Mask:
     keys: Tensor | None = None
     ids: Tensor | None = None
     key_ids: Tensor | None = None  # None: equal to ids
-    terms: tuple[Dense | Grid | AnyOf | Shifted, ...] = ()
+    terms: tuple[Term, ...] = ()
     _bits: dict = field(default_factory=dict, init=False, repr=False)
 
     def __and__(self, other: Mask) -> Mask:
@@ -78,6 +79,28 @@ class Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         return Mask(terms=(AnyOf((self, other)),))
+
+    def __repr__(self) -> str:
+        """The functions that make such a mask; of a tensor its dtype and shape."""
+        parts = [
+            *_window_text(self.low_bottom_right, self.high_bottom_right),
+            *_window_text(self.low_top_left, self.high_top_left, "top_left"),
+        ]
+        if self.keys is not None:
+            parts.append(text("key_padding", self.keys))
+        if self.query_end is not None:
+            parts.append(text("padding", self.key_end, self.query_end))
+        elif self.key_end is not None and self.keys is None:
+            parts.append(text("padding", self.key_end))
+        if self.prefix_bottom_right is not None:
+            parts.append(text("prefix_lm", self.prefix_bottom_right))
+        if self.prefix_top_left is not None:
+            parts.append(text("prefix_lm", self.prefix_top_left, "top_left"))
+        if self.ids is not None:
+            parts.append(text("documents", *(x for x in (self.ids, self.key_ids) if x is not None)))
+        alone = len(parts) + len(self.terms) == 1
+        parts += [f"({term})" if " | " in str(term) and not alone else str(term) for term in self.terms]
+        return " & ".join(parts) or "full()"
 
     def lower(self, M: int, N: int, device: torch.device | None = None) -> LoweredMask:
         """The mask for M queries and N keys. `device` is where bits are made; that of the mask's tensors if it has any."""
@@ -208,101 +231,7 @@ class Mask:
             term.check(B, H, M, N, device)
 
 
-@dataclass(frozen=True, eq=False)
-class Dense:
-    """A term: a bool tensor of four dimensions, each 1 or that of (B, H, M, N)."""
-
-    keep: Tensor
-
-    def pairs(self, M: int, N: int, device: torch.device | None, delta: Tensor | None = None) -> Tensor:
-        return self.keep
-
-    def device(self) -> torch.device:
-        return self.keep.device
-
-    def check(self, B: int, H: int, M: int, N: int, device: torch.device | None) -> None:
-        for size, expected in zip(self.keep.shape, (B, H, M, N), strict=True):
-            if size != 1 and size != expected:
-                shape = tuple(self.keep.shape)
-                raise ValueError(f"mask: a bool tensor of shape {shape} does not broadcast to {(B, H, M, N)}")
-        if device is not None and self.keep.device != device:
-            raise ValueError(f"mask is on {self.keep.device}, but q is on {device}; build the mask on q's device")
-
-
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """A term: `prefix` tokens of text, then an image of h x w tokens by rows, each of which sees earlier ones.
-
-    Of the image a token sees those at most `row_reach` rows and `column_reach` columns away.
-    """
-
-    h: int
-    w: int
-    row_reach: int
-    column_reach: int
-    prefix: int
-
-    def pairs(self, M: int, N: int, device: torch.device | None, delta: Tensor | None = None) -> Tensor:
-        x = torch.arange(M, device=device)[:, None] + (N - M if delta is None else delta)  # the query's place among the keys
-        j = torch.arange(N, device=device)
-        row, column, key_row, key_column = (
-            part(y - self.prefix, self.w) for y in (x, j) for part in (torch.floor_divide, torch.remainder)
-        )
-        near = ((row - key_row).abs() <= self.row_reach) & ((column - key_column).abs() <= self.column_reach)
-        pairs = (j <= x) & ((x < self.prefix) | (j < self.prefix) | near)
-        return pairs[None, None] if delta is None else pairs
-
-    def device(self) -> None:
-        return None
-
-    def check(self, B: int, H: int, M: int, N: int, device: torch.device | None) -> None:
-        size = self.prefix + self.h * self.w
-        if size < N:
-            raise ValueError(f"mask: {N} keys, but a prefix of {self.prefix} and an image of {self.h} x {self.w} are {size}")
-
-
-@dataclass(frozen=True, eq=False)
-class AnyOf:
-    """A term: visible where one of the masks says so."""
-
-    parts: tuple[Mask, ...]
-
-    def pairs(self, M: int, N: int, device: torch.device | None, delta: Tensor | None = None) -> Tensor:
-        first, *others = (part.pairs(M, N, device, delta) for part in self.parts)
-        for other in others:
-            first = first | other
-        return first
-
-    def by_rank(self, packing: Packing, key_packing: Packing) -> AnyOf:
-        return AnyOf(tuple(part._by_rank(packing, key_packing) for part in self.parts))
-
-    def device(self) -> torch.device | None:
-        return next((device for part in self.parts if (device := part.device()) is not None), None)
-
-    def check(self, B: int, H: int, M: int, N: int, device: torch.device | None) -> None:
-        for part in self.parts:
-            part.check(B, H, M, N, device)
-
-
-@dataclass(frozen=True, eq=False)
-class Shifted:
-    """A term: a mask whose sequence b has delta[b] more keys than queries; delta is (B, 1, 1, 1)."""
-
-    mask: Mask
-    delta: Tensor
-
-    def pairs(self, M: int, N: int, device: torch.device | None, delta: Tensor | None = None) -> Tensor:
-        return self.mask.pairs(M, N, device, self.delta)
-
-    def device(self) -> torch.device:
-        return self.delta.device
-
-    def check(self, B: int, H: int, M: int, N: int, device: torch.device | None) -> None:
-        self.mask.check(B, H, M, N, device)
-
-
-for _class in (Mask, Dense, Grid, AnyOf, Shifted):
-    torch.export.register_dataclass(_class)
+torch.export.register_dataclass(Mask)
 
 
 def full() -> Mask:
@@ -438,6 +367,12 @@ def _ids_by_rank(ids: Tensor, packing: Packing, name: str) -> Tensor:
     if ids.device != packing.cu_seqlens.device:
         raise ValueError(f"mask is on {ids.device}, but the packing is on {packing.cu_seqlens.device}")
     return torch.nn.functional.pad(ids, (0, 1), value=-1)[packed_rows(packing.cu_seqlens, packing.max_length, ids.shape[0])]
+
+
+def _window_text(low: int | None, high: int | None, *align: str) -> list[str]:
+    if low is None and high is None:
+        return []
+    return [text("causal", *align) if (low, high) == (None, 0) else text("window", None if low is None else -low, high, *align)]
 
 
 def _both(combine, a, b):

@@ -111,7 +111,7 @@ def attention_inputs(
     Hkv: int | None = None, Dv: int | None = None,
     mask: str = "none", seed: int = 0, amplitude: float = 1.0, dlse: bool = False,
 ) -> AttentionInputs:  # fmt: skip
-    """Seeded normal inputs with a mask from MASKS; amplitude multiplies q and k (4 gives hot scores)."""
+    """Seeded normal inputs with a mask from MASKS or REQUESTS; amplitude multiplies q and k (4 gives hot scores)."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(length: int, heads: int, width: int, factor: float = 1.0) -> Tensor:
@@ -122,7 +122,7 @@ def attention_inputs(
     v, dout = normal(N, Hkv, Dv), normal(M, H, Dv)
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     lse_grad = torch.randn(B, H, M, generator=g).to(device, lse_dtype) if dlse else None
-    return AttentionInputs(q, k, v, dout, lse_grad, MASKS[mask](B, H, M, N, g, device), D**-0.5)
+    return AttentionInputs(q, k, v, dout, lse_grad, (REQUESTS | MASKS)[mask](B, H, M, N, g, device), D**-0.5)
 
 
 def run_attention(x: AttentionInputs, backend: str) -> dict[str, Tensor]:
@@ -249,6 +249,13 @@ MASKS: dict[str, Callable[[int, int, int, int, torch.Generator, str], Mask | Non
     "dense": lambda B, H, M, N, g, device: masks.dense((torch.rand(B, H, M, N, generator=g) < 0.7).to(device)),
     "dense_rows": lambda B, H, M, N, g, device: masks.dense((torch.rand(M, 1, generator=g) < 0.7).to(device)),
 }  # fmt: skip
+
+# the functions of `fastattn.masks` that MASKS has under another name, or only in combination; the rest it has under their own
+REQUESTS: dict[str, Callable[[int, int, int, int, torch.Generator, str], Mask | None]] = {
+    "full": MASKS["none"],
+    "key_padding": MASKS["holes"],
+    "columns": lambda B, H, M, N, g, device: _grid(N, masks.columns),
+}
 
 
 # Linear, FFN and norms

@@ -302,13 +302,22 @@ def test_what_is_no_model():
 
     with pytest.raises(TypeError, match=r"must be a torch.nn.Module, got Pipeline: give it .model"):
         fastattn.accelerate(Pipeline())
-    with pytest.raises(TypeError, match="got str$"):
+    with pytest.raises(TypeError, match=r"got str: load it first.*AutoModel.from_pretrained\('bert-base-uncased'\)"):
         fastattn.accelerate("bert-base-uncased")
     with pytest.raises(ValueError, match="unpad must be one of auto, always, never; got 'no'"):
         fastattn.accelerate(build("bert"), unpad="no")
     for capacity, error in ((-1, ValueError), (8.0, TypeError), ("8", TypeError), (True, TypeError)):
         with pytest.raises(error, match="capacity"):
             fastattn.accelerate(build("bert"), capacity=capacity)
+
+
+def test_repr_of_a_handle_says_what_it_holds():
+    model = torch.nn.Sequential(build("bert"))
+    handle = fastattn.accelerate(model)
+    assert repr(handle) == "<Handle of accelerate: 1 encoder accelerated, none left; print its report for more>"
+    handle.restore()
+    assert repr(handle) == "<Handle of accelerate: the model was restored>"
+    assert "0 encoders accelerated, 1 left" in repr(fastattn.accelerate(torch.nn.Linear(2, 2)))
 
 
 def test_wrapped_by_another_library():

@@ -197,6 +197,7 @@ def test_sdpa_mask_per_sequence_with_leading_dimensions():
 Q = torch.zeros(2, 4, 6, 16)
 ANY = torch.ones(6, 6, dtype=torch.bool)
 SIX_IDS = torch.zeros(2, 6, dtype=torch.int32)
+LINEAR = torch.nn.Linear(16, 16)
 ELSEWHERE = torch.zeros(2, dtype=torch.int32, device="meta")
 
 
@@ -209,7 +210,7 @@ ELSEWHERE = torch.zeros(2, dtype=torch.int32, device="meta")
         (ValueError, "q has 4 heads, which is no multiple of k's 3", lambda: fastattn.attention(Q, Q[:, :3], Q[:, :3])),
         (ValueError, "need key_ids", lambda: fastattn.attention(Q, Q[:, :, :5], Q[:, :, :5], masks.documents(SIX_IDS))),
         (ValueError, "6 keys, but a prefix of 1 and an image", lambda: fastattn.attention(Q, Q, Q, masks.rows(2, 2, 1))),
-        (NotImplementedError, "attn_mask of dtype", lambda: fastattn.scaled_dot_product_attention(Q, Q, Q, torch.zeros(6, 6))),
+        (NotImplementedError, "attn_mask of dtype", lambda: fastattn.scaled_dot_product_attention(Q, Q, Q, torch.ones(6, 6))),
         (NotImplementedError, "triton", lambda: fastattn.attention(Q.double(), Q.double(), Q.double(), backend="triton")),
         (ValueError, "attn_mask and is_causal", lambda: fastattn.scaled_dot_product_attention(Q, Q, Q, ANY, is_causal=True)),
         (NotImplementedError, "torch.float32 is not served", lambda: fastattn.attention(Q, Q, Q, backend="cuda")),
@@ -222,12 +223,16 @@ ELSEWHERE = torch.zeros(2, dtype=torch.int32, device="meta")
         (ValueError, r"key_end has shape \(3,\)", lambda: fastattn.attention(Q, Q, Q, masks.padding([1, 2, 3]))),
         (ValueError, r"keys has shape \(2, 5\)", lambda: fastattn.attention(Q, Q, Q, masks.key_padding(ANY[:2, :5]))),
         (ValueError, "does not broadcast", lambda: fastattn.attention(Q, Q, Q, torch.ones(5, 6) > 0)),
+        (ValueError, r"masks.key_padding\(mask\), or mask\[:, None, None, :\]", lambda: fastattn.attention(Q, Q, Q, ANY[:2])),
+        (ValueError, r"masks.key_padding\(mask\)", lambda: fastattn.scaled_dot_product_attention(Q, Q, Q, ANY[:2])),
+        (ValueError, r"shape \(1, 1, 3, 6\) does not broadcast to \(2, 4, 6, 6\)$", lambda: fastattn.attention(Q, Q, Q, ANY[:3])),
         (ValueError, "mask is on meta", lambda: fastattn.attention(Q, Q, Q, masks.padding(ELSEWHERE))),
         (TypeError, "mask must be", lambda: fastattn.attention(Q, Q, Q, torch.ones(6, 6))),
         (TypeError, "mask must be", lambda: fastattn.attention(Q, Q, Q, "causal")),
         (TypeError, "k is torch.float64", lambda: fastattn.attention(Q, Q.double(), Q)),
         (TypeError, "q must be fp16", lambda: fastattn.attention(Q.int(), Q.int(), Q.int())),
         (TypeError, "q must be a tensor", lambda: fastattn.attention([1], Q, Q)),
+        (TypeError, "k must be a tensor, got Linear: pass its .weight and .bias", lambda: fastattn.attention(Q, LINEAR, Q)),
     ],
 )  # fmt: skip
 def test_bad_input_raises_a_sentence(error, words, call):

@@ -1,5 +1,6 @@
 """The commands of `python -m fastattn`."""
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastattn
+from benchmarks import encode, models, ops
 from fastattn import masks, pictures, testing, verify
-from fastattn.__main__ import main
+from fastattn.__main__ import _inputs, main, parse
 from fastattn.models import digits
 
 
@@ -67,17 +70,76 @@ def test_verify_passes_and_fails(capsys, monkeypatch):
     assert "rule 1" in capsys.readouterr().out
 
 
+API = [
+    name
+    for name, f in vars(masks).items()
+    if inspect.isfunction(f) and f.__annotations__.get("return") == "Mask" and name[0] != "_"
+]
+
+
+@pytest.mark.parametrize("name", API)
+def test_a_mask_is_asked_for_by_its_name_in_the_api(name, capsys):
+    assert len(API) == 11
+    mask = _inputs(parse(["explain", "--mask", name, "--shape", "2,2,40,16", "--device", "cpu"])).mask or masks.full()
+    assert repr(mask).startswith(f"{name}(") and " & " not in repr(mask)
+
+
 def test_bench_of_a_shape(capsys, monkeypatch):
+    """It says what was timed: threads, how much of it was real, and padding in both of its forms."""
     monkeypatch.setattr("fastattn.bench.SECONDS", 0.05)
-    assert main(["bench", "--shape", "1,2,32,16", "--device", "cpu"]) == 0
-    assert "x sdpa" in capsys.readouterr().out
+    assert main(["bench", "--shape", "3,2,32,16", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    lengths = testing.attention_inputs(3, 2, 32, 32, 16, torch.float32, mask="padding").mask.key_end
+    real = f"{float(lengths.sum()) / (3 * 32):.0%}"
+    assert (
+        f"{torch.get_num_threads()} thread" in printed and f"{real} of the keys are real, {real} of the pairs visible" in printed
+    )
+    *before, sdpa, keys, both, note = printed.splitlines()
+    assert sdpa.startswith("sdpa ") and "1.00x sdpa" in sdpa
+    assert keys.startswith("fastattn, padding(int32 (3,)) ") and keys.endswith("x sdpa")
+    assert both.startswith("fastattn, padding(int32 (3,), int32 (3,)) ") and both.endswith("x sdpa")
+    assert any(line.startswith("timing 3 calls in turns") for line in before) and "the padding queries" in note
+
+
+@pytest.mark.parametrize(
+    ("mask", "shape", "rows"),
+    [
+        ("causal", "1,2,32,16", 2),
+        ("padding", "2,2,16,32,16", 2),
+        ("key_padding", "2,2,32,16", 2),
+        ("dense", "2,2,32,16", 2),
+        ("causal_padding", "2,2,32,16", 3),
+    ],
+)
+def test_bench_times_query_lengths_where_queries_are_the_keys(mask, shape, rows, capsys, monkeypatch):
+    monkeypatch.setattr("fastattn.bench.SECONDS", 0.05)
+    assert main(["bench", "--shape", shape, "--mask", mask, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("x sdpa") == rows
+
+
+def test_bench_times_nothing_that_is_wrong(monkeypatch, capsys):
+    """Query lengths included: here they hide one query too many."""
+    monkeypatch.setattr("fastattn.bench.SECONDS", 0.05)
+    attention = fastattn.attention
+
+    def wrong(q, k, v, mask, **options):
+        return attention(
+            q, k, v, mask if mask.query_end is None else mask & masks.padding(mask.key_end, mask.query_end - 1), **options
+        )
+
+    monkeypatch.setattr(fastattn, "attention", wrong)
+    with pytest.raises(AssertionError, match="rule 1"):
+        main(["bench", "--shape", "3,2,32,16", "--device", "cpu"])
+    assert "x sdpa" not in capsys.readouterr().out
 
 
 def test_bench_of_a_checkpoint(capsys, monkeypatch):
     monkeypatch.setattr("fastattn.bench.SECONDS", 0.05)
     checkpoint = str(digits.DIRECTORY)
     assert main(["bench", checkpoint, "--shape", "2,4,40,16", "--device", "cpu"]) == 0
-    assert "x sdpa" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "x sdpa" in printed and "no padding" in printed and f"{torch.get_num_threads()} thread" in printed
+    assert printed.index("loading ") < printed.index("timing 3 calls in turns") < printed.index("x sdpa")
 
 
 GPUS = torch.cuda.device_count()
@@ -152,6 +214,22 @@ def refused(words, arguments, capsys):
     *usage, sentence = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2 and words in sentence and f"python -m fastattn {arguments[0]}: error: " in sentence
     assert usage[0].startswith("usage: ") and not any(line.startswith("Traceback") for line in usage)
+
+
+@pytest.mark.parametrize(
+    ("words", "command", "arguments"),
+    [
+        *(
+            (f"--device {name}: here there are cpu", command, ["--device", name])
+            for command, name in ((ops, "tpu"), (models, "meta"), (encode, "cuda:x"), (ops, f"cuda:{GPUS}"))
+        ),
+        ("--weights: there is no folder nowhere", models, ["--models", "bert-base", "--weights", "nowhere"]),
+    ],
+)
+def test_a_mistake_to_a_benchmark_is_a_sentence(words, command, arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command.main([*arguments, "--quick"] if command is not encode else arguments)
+    assert words in capsys.readouterr().err + str(exit.value)
 
 
 @pytest.mark.parametrize(

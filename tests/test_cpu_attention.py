@@ -92,6 +92,45 @@ def test_blocks_that_repeat_and_results_that_are_merged(name, B):
     assert_accurate(run_attention(x, "cpu"), attention_yardstick(x), cpu_half_gradients=True)
 
 
+def times(mask, shape):
+    """How often the calls compute each pair that they show, (B, 1, L, L)."""
+    B, _, L, _ = shape
+    found = torch.zeros(B, 1, L, L, dtype=torch.int32)
+    for part in parts_of(mask, shape):
+        for block in part.blocks:
+            if block.words is None:
+                shown = torch.ones(1, 1, 1, 1) if block.full else part.visible(block)
+            else:
+                shown = attention_parts.unpacked(block.words, block.keys, torch.float32) == 0
+            for n in range(block.count):
+                rows, *runs = (
+                    attention_parts._positions(where, range(x.start + n * shift, x.stop + n * shift, x.step))
+                    for where, x, shift in (
+                        (part.queries, block.rows, block.row_shift),
+                        *((part.keys, run, block.key_shift) for run in block.runs),
+                    )
+                )
+                keys = torch.cat(runs)
+                found[part.batch, :, rows[:, None], keys] += shown.int().expand(-1, -1, len(rows), len(keys))
+    return found
+
+
+@pytest.mark.parametrize("prefix", [0, 5, 16, 40, 77])
+@pytest.mark.parametrize(("h", "w"), [(16, 8), (24, 24), (32, 8), (8, 24)])
+def test_each_visible_pair_is_computed_once(h, w, prefix):
+    """Blocks of the text's keys may take keys of the image with them, which no later block may compute once more."""
+    grids = masks.rows(h, w, prefix), masks.columns(h, w, prefix), masks.conv(h, w, 3, prefix)
+    for cut, H, D in ((0, 12, 64), (3, 1, 16), (h * w // 2, 4, 64)):
+        L = prefix + h * w - cut
+        for mask in (*grids, grids[0] | masks.window(3, 3), grids[2] & masks.padding([L, L // 2])):
+            assert torch.equal(times(mask, (2, H, L, D)), mask.dense(2, 1, L, L).int())
+
+
+def test_an_image_behind_a_short_text():
+    x = replace(attention_inputs(4, 4, 128, 128, 64, torch.float32, dlse=True), mask=masks.rows(16, 8, 5))
+    assert_accurate(run_attention(x, "cpu"), attention_yardstick(x))
+
+
 def test_a_merged_block_may_hold_rows_that_see_nothing_more():
     keep = IMAGES["rows"].dense(1, 8, 320, 320).clone()
     keep[:, 1, 130:320:3, 128:] = False  # one head's

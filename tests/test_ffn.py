@@ -114,6 +114,37 @@ def test_gradcheck(backend, activation):
         assert torch.autograd.gradcheck(lambda *a: fastattn.ffn(*a, activation=activation, backend=backend), leaves)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", EAGER)
+def test_an_activation_of_one_row_is_served_by_plain_pytorch(backend, dtype, monkeypatch):
+    """A function and its derivative are all that eager and cpu need: what oneDNN does not fuse comes after the product."""
+    monkeypatch.setitem(ACTIVATIONS, "unknown", (F.mish, torch.ops.aten.mish_backward))
+    x, weight, b, residual, dy = tensors(33, 65, 96, dtype)
+    yardstick = linear_yardstick(x, weight, b, residual, dy, "unknown")
+    assert_accurate(run_linear(x, weight, b, residual, dy, "unknown", backend), yardstick)
+    with torch.no_grad():
+        y = fastattn.linear(x, weight, b, activation="unknown", residual=residual, backend=backend)
+    assert_accurate({"y": y}, yardstick)
+    explained = fastattn.explain_linear(x, weight, activation="unknown")
+    assert explained.backend == "cpu" and "the activation after it" in str(explained)
+
+
+@pytest.mark.parametrize("backend", [TRITON, CUDA])
+def test_a_kernel_refuses_an_activation_that_it_lacks(backend, monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "unknown", (F.mish, torch.ops.aten.mish_backward))
+    x, w1, b1, w2, b2, _ = ffn_tensors(3, 8, 16, dtype_of(backend), device_of(backend))
+    calls = [
+        lambda: fastattn.linear(x, w1, activation="unknown", backend=backend),
+        lambda: fastattn.ffn(x, w1, b1, w2, b2, activation="unknown", backend=backend),
+    ]
+    for call in calls:
+        with pytest.raises(NotImplementedError, match=f"{backend}: activation 'unknown' is not in its kernels"):
+            call()
+    rejected = fastattn.explain_linear(x, w1, activation="unknown", backend=backend).rejected[backend]
+    assert rejected == ["activation 'unknown' is not in its kernels"]
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation_is_the_named_one(name):
     """In fp64, so that no flavour of GELU passes for another."""
@@ -376,6 +407,7 @@ def test_cuda_graph_captures_forward_and_backward(backend):
 
 
 X, W = torch.zeros(2, 3, 8), torch.zeros(5, 8)
+LINEAR = torch.nn.Linear(8, 5)
 
 
 @pytest.mark.parametrize(
@@ -401,6 +433,8 @@ X, W = torch.zeros(2, 3, 8), torch.zeros(5, 8)
         (TypeError, "residual must be fp16.* got torch.int64", lambda: fastattn.linear(X, W, residual=(X @ W.T).long())),
         (TypeError, "x must be a tensor, got NoneType", lambda: fastattn.linear(None, W)),
         (TypeError, "x must be a tensor, got ndarray", lambda: fastattn.ffn(X.numpy(), W, None, W.T, None)),
+        (TypeError, "weight must be a tensor, got Linear: pass its .weight and .bias", lambda: fastattn.linear(X, LINEAR)),
+        (TypeError, "w2 must be a tensor, got Linear: pass", lambda: fastattn.ffn(X, W, None, LINEAR, None)),
         (TypeError, "weight must be a tensor, got NoneType", lambda: fastattn.linear(X, None)),
         (TypeError, "bias must be a tensor, got list", lambda: fastattn.linear(X, W, [0.0] * 5)),
         (TypeError, "residual must be a tensor, got float", lambda: fastattn.linear(X, W, residual=0.0)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -181,12 +182,25 @@ def test_decoding_with_a_cache_equals_eager():
     torch.testing.assert_close(steps[1], steps[0], atol=5e-6, rtol=0)
 
 
-def test_training_with_attention_dropout_raises():
-    torch.manual_seed(0)
-    config = transformers.BertConfig(**TEXT, attention_probs_dropout_prob=0.1)
-    model = AutoModel.from_config(config, attn_implementation="fastattn").train()
-    with pytest.raises(NotImplementedError, match="dropout=0.1"):
-        model(**inputs("bert"))
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "vit", "clip_text"])
+def test_training_with_attention_dropout_raises_what_to_do(name, tmp_path):
+    config = CONFIGS[name]()
+    key = "attention_dropout" if name in ("distilbert", "clip_text") else "attention_probs_dropout_prob"
+    setattr(config, key, 0.1)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, attn_implementation="fastattn").train()
+    setattr(model.config, key, 0.0)  # too late, as the message says
+    with pytest.raises(NotImplementedError, match="dropout=0.1") as raised:
+        model(**inputs(name))
+    (argument,) = re.findall(r"from_pretrained\(\.\.\., (\w+)=0\.0\)", str(raised.value))
+    assert argument == key and "the config of a loaded model" in str(raised.value)
+    AutoModel.from_pretrained(tmp_path, attn_implementation="fastattn", **{argument: 0.0}).train()(**inputs(name))
+
+
+def test_attention_dropout_of_an_unknown_name():
+    x = torch.randn(1, 2, 4, 8)
+    with pytest.raises(NotImplementedError, match="load the model without it, call model.eval"):
+        integration.attention_forward(torch.nn.Linear(1, 1), x, x, x, None, dropout=0.1)
 
 
 @pytest.mark.parametrize("config", ["MPNetConfig", "DebertaConfig", "DebertaV2Config", "LongformerConfig"])

@@ -1,6 +1,7 @@
 """Masks against a pair-by-pair definition written out here, and what kernels receive of them against the masks."""
 
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from backends import TRITON, device_of
 import fastattn
 from fastattn import masks
 from fastattn.lowering import EMPTY, FULL, PARTIAL, TILE, LoweredMask, pack_bits, tile_lists, tile_status
-from fastattn.packing import INTEGERS
+from fastattn.packing import INTEGERS, Packing
 from fastattn.testing import MASKS
 
 B, H, M, N = 3, 2, 4, 6
@@ -270,11 +271,82 @@ def test_nothing_is_kept_of_a_trace():
     assert all(type(x) is torch.Tensor for made in mask._bits.values() for x in made.values())
 
 
+@dataclass(frozen=True, eq=False)
+class Stripes:
+    """The keys at a multiple of `step` from the query, counted from the last of both."""
+
+    step: int
+
+    def __repr__(self):
+        return f"stripes({self.step})"
+
+    def pairs(self, M, N, device, delta=None):
+        i, j = torch.arange(M, device=device), torch.arange(N, device=device)
+        return ((j - i[:, None] - (N - M if delta is None else delta)) % self.step == 0).reshape(-1, 1, M, N)
+
+    def device(self):
+        return None
+
+    def check(self, B, H, M, N, device):
+        if N % self.step:
+            raise ValueError(f"mask: stripes of {self.step} do not fit {N} keys")
+
+
+def test_a_term_needs_what_the_protocol_lists():
+    """Of a class that nothing else knows: alone, combined, in a call, packed beside other lengths of keys, and refused."""
+    stripes = masks.Mask(terms=(Stripes(3),))
+    expected = torch.tensor([[(j - i - DELTA) % 3 == 0 for j in range(N)] for i in range(M)])
+    assert torch.equal(stripes.dense(B, H, M, N), expected.expand(B, H, M, N))
+    either = masks.causal() & (stripes | masks.padding(LENGTHS))
+    assert repr(either) == "causal() & (stripes(3) | padding(int32 (3,)))"
+    q, k = torch.randn(B, H, M, 16), torch.randn(B, H, N, 16)
+    torch.testing.assert_close(
+        fastattn.attention(q, k, k, either), fastattn.attention(q, k, k, either.dense(B, H, M, N), backend="eager")
+    )
+    queries, keys = Packing.from_lengths([2, 4], 4), Packing.from_lengths([6, 3], 6)
+    q, k = torch.randn(6, H, 16), torch.randn(9, H, 16)
+    out = fastattn.varlen_attention(q, k, k, queries, stripes, key_packing=keys)
+    for rows, columns in ((slice(0, 2), slice(0, 6)), (slice(2, 6), slice(6, 9))):
+        q_s, k_s = (x.transpose(0, 1)[None] for x in (q[rows], k[columns]))
+        expected = fastattn.attention(q_s, k_s, k_s, stripes, backend="eager")
+        torch.testing.assert_close(out[rows].transpose(0, 1)[None], expected)
+    with pytest.raises(ValueError, match="stripes of 3 do not fit 5 keys"):
+        fastattn.attention(q_s, q_s[:, :, [0] * 5], q_s[:, :, [0] * 5], stripes)
+
+
 def test_mask_is_a_pytree():
     mask = masks.causal() & masks.padding(LENGTHS) & (masks.rows(2, 3, 1) | masks.dense(PAIRS))
     leaves, spec = torch.utils._pytree.tree_flatten(mask)
     rebuilt = torch.utils._pytree.tree_unflatten(leaves, spec)
     assert torch.equal(rebuilt.dense(B, H, M, N), mask.dense(B, H, M, N))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "full()",
+        "causal()",
+        "window(9, 4) & window(-2, None, 'top_left')",
+        "causal('top_left') & rows(2, 3, 1)",
+        "columns(1, 4, 0) | conv(2, 2, 1, 3) | conv(2, 2, 3, 3)",
+        "causal() & (window(3, 3) | conv(2, 3, 3, 1) | window(1, 1) & rows(2, 3, 1))",
+    ],
+)
+def test_repr_is_the_expression(text):
+    assert repr(eval(text, vars(masks))) == text
+
+
+def test_repr_has_tensors_as_shapes():
+    padding = masks.padding(LENGTHS, QUERIES)
+    assert repr(padding) == "padding(int32 (3,), int32 (3,))"
+    assert repr(masks.causal() & masks.padding(LENGTHS)) == "causal() & padding(int32 (3,))"
+    assert repr(masks.key_padding(KEEP)) == repr(masks.dense(KEEP[:, None, None])) == "key_padding(bool (3, 6))"
+    assert repr(masks.key_padding(KEEP) & padding) == "key_padding(bool (3, 6)) & padding(int32 (3,), int32 (3,))"
+    assert repr(masks.prefix_lm(LENGTHS) | masks.dense(PAIRS)) == "prefix_lm(int32 (3,)) | dense(bool (1, 1, 4, 6))"
+    two = masks.documents(IDS, KEY_IDS) & masks.documents(IDS[0])
+    assert repr(two) == "documents(int32 (3, 4), int32 (3, 6)) & documents(int32 (4,))"
+    shifted = (masks.causal() & masks.window(1, 2))._shifted(torch.ones(3, 1, 1, 1, dtype=torch.int64))
+    assert repr(shifted) == "shifted(window(1, 0), int64 (3, 1, 1, 1))"  # what packed sequences make of an alignment
 
 
 @pytest.mark.parametrize(

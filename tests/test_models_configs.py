@@ -8,8 +8,8 @@ import json
 import pytest
 import transformers
 
-from fastattn.models.bert import BertConfig
-from fastattn.models.clip import CLIPConfig
+from fastattn.models.bert import BertConfig, BertModel
+from fastattn.models.clip import CLIPConfig, CLIPModel
 
 BERT = transformers.BertConfig(vocab_size=50, hidden_size=36, hidden_act="relu", tie_word_embeddings=False, pad_token_id=None)
 CLIP = transformers.CLIPConfig(
@@ -70,3 +70,9 @@ def test_clip_configs_that_are_refused():
             CLIPConfig.read(change)
     with pytest.raises(ValueError, match="hidden_size 33 is not a multiple"):
         CLIPConfig.read({"vision_config": {"hidden_size": 33}})
+
+
+@pytest.mark.parametrize("model", [BertModel, CLIPModel])
+def test_a_folder_that_is_not_there(model):
+    with pytest.raises(FileNotFoundError, match="there is no folder bert-base-uncased: .* nothing is downloaded"):
+        model.from_pretrained("bert-base-uncased")

@@ -1,5 +1,7 @@
 """add_layer_norm and add_rms_norm: every backend against the fp64 specification, and as PyTorch operators."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -239,7 +241,14 @@ def test_second_derivative_and_forward_mode_raise(backend, rms):
         norm(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()))
 
 
-X = torch.zeros(2, 3, 8)
+X, NORM = torch.zeros(2, 3, 8), torch.nn.LayerNorm(8)
+
+
+def test_defaults_of_eps_are_told_apart_from_pytorch_s():
+    """They are BERT's and T5's; the documentation names the one that users of PyTorch expect."""
+    text = inspect.getdoc(fastattn.add_layer_norm)
+    ours = inspect.signature(fastattn.add_layer_norm).parameters["eps"].default
+    assert ours != NORM.eps and f"nn.LayerNorm's {NORM.eps:g}".replace("e-0", "e-") in text and f"{ours:g}" in text
 
 
 @pytest.mark.parametrize(
@@ -264,6 +273,7 @@ X = torch.zeros(2, 3, 8)
         (TypeError, "x must be a tensor, got ndarray", lambda: fastattn.add_rms_norm(X.numpy(), None, None)),
         (TypeError, "residual must be a tensor, got ndarray", lambda: fastattn.add_rms_norm(X, X.numpy(), None)),
         (TypeError, "weight must be a tensor, got list", lambda: fastattn.add_layer_norm(X, X, [1.0] * 8, None)),
+        (TypeError, "weight must be a tensor, got LayerNorm: pass its", lambda: fastattn.add_layer_norm(X, X, NORM, None)),
         (TypeError, "bias must be a tensor, got float", lambda: fastattn.add_layer_norm(X, X, None, 0.0)),
         (ValueError, "backend must be", lambda: fastattn.add_layer_norm(X, X, None, None, backend="cuda")),
     ],

@@ -62,7 +62,8 @@ def imported(path):
     [
         ("lowering.py", ()),
         ("packing.py", ()),
-        ("masks.py", ("lowering", "packing")),
+        ("terms.py", ("packing",)),
+        ("masks.py", ("lowering", "packing", "terms")),
         ("activations.py", ()),
         ("kept.py", ()),
         ("batching.py", ()),

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import fastattn
 from fastattn.integrations.torch_sdpa import sdpa_override
 
 TORCH = F.scaled_dot_product_attention
@@ -68,7 +70,9 @@ def test_grouped_heads():
 
 
 REFUSED = {
-    "float mask": ({"attn_mask": torch.zeros(5, 5)}, "attn_mask"),
+    "float mask": ({"attn_mask": torch.full((5, 5), 0.5)}, "attn_mask"),
+    "finite": ({"attn_mask": torch.tensor([[0.0, 0.0, 0.0, 0.0, -1e9]])}, "attn_mask"),
+    "learned": ({"attn_mask": torch.zeros(5, 5, requires_grad=True)}, "attn_mask"),
     "dropout": ({"dropout_p": 0.5}, "dropout"),
 }
 
@@ -114,6 +118,7 @@ def test_wrong_calls_stay_errors():
         lambda: F.scaled_dot_product_attention(q, k[..., :4], v),
         lambda: F.scaled_dot_product_attention(q, k, v.double()),
         lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(4, 5, dtype=torch.bool)),
+        lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(2, 4, 1, 5)),  # of four heads
         lambda: F.scaled_dot_product_attention(q, k, v, window=3),
         lambda: F.scaled_dot_product_attention(q, k, v, None, 0.0, False, 0.3),  # scale has to be named
     ]
@@ -151,7 +156,7 @@ def test_restored_after_an_exception():
 
 def test_nested_overrides_all_count_and_the_innermost_is_strict():
     q, k, v = heads(1, 2, 4, 8)
-    bias = torch.zeros(4, 4)
+    bias = torch.ones(4, 4)
     with sdpa_override() as outer:
         F.scaled_dot_product_attention(q, k, v)
         with sdpa_override(strict=True) as inner:
@@ -186,18 +191,92 @@ def test_other_threads_see_it():
     assert record.calls == 3
 
 
-def test_multi_head_attention_in_training():
-    torch.manual_seed(0)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("hides", ["nothing", "keys", "pairs", "keys and pairs", "all keys of a sequence"])
+def test_multi_head_attention_in_training(hides, autocast):
+    """It makes floats of 0 and -inf of the bool masks that it is given, repeated for each head."""
     layer = nn.MultiheadAttention(32, 4, batch_first=True).train()
-    x = torch.randn(2, 6, 32)
-    hidden = torch.arange(6) >= torch.tensor([[6], [4]])
-    expected = [layer(x, x, x, need_weights=False)[0], layer(x, x, x, key_padding_mask=hidden, need_weights=False)[0]]
+    x, weight = torch.randn(2, 6, 32), torch.randn(2, 6, 32)
+    masks = {"need_weights": False}
+    if "keys" in hides:
+        masks["key_padding_mask"] = torch.arange(6) >= torch.tensor([[6], [0 if "all" in hides else 4]])
+    if "pairs" in hides:
+        masks["attn_mask"] = torch.ones(6, 6).triu(2).bool()
+
+    def gradients():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = layer(x, x, x, **masks)[0]
+        return out, *torch.autograd.grad((out * weight).sum(), list(layer.parameters()))
+
+    expected = gradients()
+    with sdpa_override(strict=True) as record:
+        found = gradients()
+    for ours, torchs in zip(found, expected, strict=True):
+        bound = 2e-2 * float(torchs.abs().max()) if autocast else 1e-5
+        torch.testing.assert_close(ours, torchs, atol=bound, rtol=0)
+    assert (record.calls, record.fallbacks) == (1, {})
+
+
+def test_a_padding_mask_repeated_for_each_head_is_padding():
+    """So that it costs what padding costs: the kernels see no bits."""
+    seen = []
+    q, k, v = heads(2, 4, 6, 8)
+    hidden = torch.zeros(2, 4, 1, 6).masked_fill(torch.arange(6) >= torch.tensor([6, 4]).view(2, 1, 1, 1), float("-inf"))
+    for mask in (hidden, hidden.roll(1, 1) + hidden.flip(0)):
+        lowered = fastattn.ops.attention.as_mask(fastattn.ops.attention.visible_pairs(mask, q))
+        seen.append((lowered.keys is not None, len(lowered.terms)))
+        close(fastattn.scaled_dot_product_attention(q, k, v, mask), TORCH(q, k, v, mask))
+    assert seen == [(True, 0), (True, 0)]
+    hidden[0, 1, 0, 2] = float("-inf")  # of one head alone
+    close(fastattn.scaled_dot_product_attention(q, k, v, hidden), TORCH(q, k, v, hidden))
+    assert fastattn.ops.attention.as_mask(fastattn.ops.attention.visible_pairs(hidden, q)).terms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_float_masks_of_0_and_minus_infinity(dtype):
+    q, k, v = (x.to(dtype) for x in heads(2, 3, 7, 8))
+    for shape in ((1, 7), (7, 1), (2, 1, 1, 7), (3, 7, 7), (2, 3, 7, 7)):
+        mask = torch.zeros(shape, dtype=dtype).masked_fill(torch.rand(shape) < 0.4, float("-inf"))
+        out, expected = fastattn.scaled_dot_product_attention(q, k, v, mask), TORCH(q, k, v, mask)
+        torch.testing.assert_close(out, expected, atol=2e-2 if dtype == torch.bfloat16 else 2e-6, rtol=0)
+
+
+def test_float_masks_whose_values_cannot_be_read():
+    """Nothing is guessed of them: in a graph or a trace, under vmap, or where the host would have to wait for a GPU."""
+    q, k, v = heads(2, 3, 5, 8)
+    mask = torch.zeros(5, 5)
+    ours = fastattn.scaled_dot_product_attention
+    calls = [
+        lambda: ours(q, k, v, mask.to("meta")),  # which stands for a GPU: not on a CPU
+        lambda: torch.jit.trace(lambda m: ours(q, k, v, m), mask),
+        lambda: torch.vmap(lambda m: ours(q, k, v, m))(mask[None]),
+        lambda: make_fx(lambda m: ours(q, k, v, m))(mask),
+        lambda: ours(q, k, v, mask.double()),
+        lambda: torch.autocast("cpu", torch.bfloat16)(ours)(q, k, v, mask.double()),
+        lambda: ours(q, k, v, mask.long()),
+        lambda: ours(q, k, v, torch.full((5, 5), float("nan"))),
+        lambda: ours(q, k, v, torch.full((5, 5), float("inf"))),
+    ]
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="attn_mask of dtype"):
+            call()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="attn_mask of dtype"):
+        torch.compile(ours, backend="eager", fullgraph=True)(q, k, v, mask)
+    with pytest.raises(NotImplementedError, match=r"looked at on CPUs only.*masks.key_padding\(~key_padding_mask\)"):
+        calls[0]()
+
+
+def test_a_record_without_calls_says_why_that_can_be():
+    layer = nn.MultiheadAttention(16, 2, batch_first=True)
+    x = torch.randn(1, 4, 16)
     with sdpa_override() as record:
-        close(layer(x, x, x, need_weights=False)[0], expected[0])
-        assert (record.calls, record.fallbacks) == (1, {})
-        close(layer(x, x, x, key_padding_mask=hidden, need_weights=False)[0], expected[1])
-    [(reason, count)] = record.fallbacks.items()  # nn.MultiheadAttention makes the padding mask a float tensor
-    assert record.calls == 1 and count == 1 and "float" in reason
+        layer(x, x, x)
+        with torch.no_grad():
+            layer.eval()(x, x, x, need_weights=False)
+        assert "calls=0, fallbacks={}): no call of F.scaled_dot_product_attention came this way" in repr(record)
+        assert "need_weights=True" in repr(record) and "set_fastpath_enabled(False)" in repr(record)
+        F.scaled_dot_product_attention(*heads(1, 2, 4, 8))
+    assert repr(record) == "OverrideRecord(calls=1, fallbacks={})"
 
 
 def test_compiled_functions(monkeypatch):

@@ -62,6 +62,13 @@ class Handle:
             encoder.examined = None
         clear_packed()
 
+    def __repr__(self) -> str:
+        done, left = len(self.report.accelerated), len(self.report.left) or "none"
+        state = f"{done} encoder{'' if done == 1 else 's'} accelerated, {left} left; print its report for more"
+        if done and not self._replaced:
+            state = "the model was restored"
+        return f"<Handle of accelerate: {state}>"
+
     def __enter__(self) -> Handle:
         return self
 
@@ -142,6 +149,8 @@ def _check(model: Any, capacity: Any, unpad: Any) -> None:
     if not isinstance(model, nn.Module):
         inner = next((name for name in ("model", "module") if isinstance(getattr(model, name, None), nn.Module)), None)
         hint = "" if inner is None else f": give it .{inner}"
+        if isinstance(model, str):
+            hint = f": load it first, for instance by transformers.AutoModel.from_pretrained({model!r})"
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
     check_sizes(capacity=capacity)
     if unpad not in UNPAD:

@@ -22,6 +22,11 @@ _lock = threading.Lock()
 _active: list[tuple[OverrideRecord, bool]] = []  # (record, strict) of every open override, innermost last
 _with_handlers = 0  # calls, in all threads, that a __torch_function__ is answering
 _NO_HANDLER = torch._C._disabled_torch_function_impl
+NO_CALL = (
+    "no call of F.scaled_dot_product_attention came this way. nn.MultiheadAttention makes none with need_weights=True, its "
+    "default, nor on its fast path for inference (torch.backends.mha.set_fastpath_enabled(False)); a name that was imported "
+    "from torch.nn.functional before is not reached, and calls inside compiled code are not counted"
+)
 
 
 @dataclass(eq=False)
@@ -30,6 +35,10 @@ class OverrideRecord:
 
     calls: int = 0  # served by fastattn
     fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> calls that went to torch's function
+
+    def __repr__(self) -> str:
+        counts = f"OverrideRecord(calls={self.calls}, fallbacks={self.fallbacks})"
+        return counts if self.calls or self.fallbacks else f"{counts}: {NO_CALL}"
 
 
 @contextmanager
@@ -44,7 +53,7 @@ def sdpa_override(strict: bool = False) -> Iterator[OverrideRecord]:
     A call that fastattn refuses goes to torch's function, is counted under its reason and is logged once per reason and
     block by the logger "fastattn". A call that is wrong for torch as well raises torch's error. Where overrides are nested,
     all of them count and the innermost decides about `strict`. Besides what `fastattn.scaled_dot_product_attention` refuses
-    (float masks, dropout), these calls are left to torch and counted:
+    (dropout, float masks of more than 0 and -inf, on a GPU all of them), these calls are left to torch and counted:
 
     - nested tensors, devices other than "cpu" and "cuda", transforms of `torch.func`;
     - an argument whose class has a `__torch_function__` (`torch.nn.attention.bias.CausalBias`, `torch.fx` proxies, any subclass

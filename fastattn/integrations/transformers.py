@@ -29,6 +29,7 @@ from fastattn.ops.varlen import varlen_attention
 from fastattn.packing import Packing
 
 NAME = "fastattn"
+DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")  # what configs call it
 
 _INSTEAD = 'load the model with attn_implementation="sdpa" or "eager" for that'
 
@@ -64,9 +65,9 @@ def attention_forward(
     """
     if dropout:
         raise NotImplementedError(
-            f'fastattn does not serve attention dropout yet (dropout={dropout}): set it to 0 in the config, call model.eval(), '
+            f"fastattn does not serve attention dropout yet (dropout={dropout}): {_without_dropout(module)}, call model.eval(), "
             'or load the model with attn_implementation="sdpa"'
-        )  # fmt: skip
+        )
     if getattr(module, "num_key_value_groups", 1) > 1:
         raise NotImplementedError(f"fastattn does not serve grouped heads (num_key_value_groups > 1) yet: {_INSTEAD}")
     M, N, packed = query.shape[2], key.shape[2], cu_seq_lens_q is not None
@@ -142,6 +143,14 @@ def check(model: PreTrainedModel) -> None:
     if not parts:
         _check_class(type(model))
         raise ValueError(f'{type(model).__name__} does not use fastattn: call model.set_attn_implementation("{NAME}") first')
+
+
+def _without_dropout(module: nn.Module) -> str:
+    config = getattr(module, "config", None)
+    name = next((name for name in DROPOUTS if hasattr(config, name)), None)
+    if name is None:
+        return "load the model without it"
+    return f"load the model by from_pretrained(..., {name}=0.0) (the config of a loaded model is no longer read)"
 
 
 def _packing(cu_seqlens: Tensor | None, max_length: int | None, x: Tensor) -> Packing:

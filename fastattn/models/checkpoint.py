@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
+    if not Path(directory).is_dir():
+        raise FileNotFoundError(f"there is no folder {directory}: models are read from folders, nothing is downloaded")
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} has no config.json")

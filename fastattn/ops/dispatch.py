@@ -147,6 +147,12 @@ def explain(op: str, backends: tuple[str, ...], problem: Problem, backend: str, 
     return Explanation(problem, chosen, rejected, notes)
 
 
+def check_tensor(x: Any, name: str) -> None:
+    if not isinstance(x, Tensor):
+        hint = ": pass its .weight and .bias" if isinstance(getattr(x, "weight", None), Tensor) else ""
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}{hint}")
+
+
 def check_backend(backend: str, backends: tuple[str, ...]) -> None:
     if backend != "auto" and backend not in backends:
         raise ValueError(f"backend must be one of {', '.join(('auto', *backends))}; got {backend!r}")

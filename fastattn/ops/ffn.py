@@ -327,8 +327,7 @@ def _checked_input(x: Tensor, activation: str | None, backend: str) -> tuple[Ten
 
 
 def _check_tensor(x: Any, name: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    dispatch.check_tensor(x, name)
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {x.dtype}")
 

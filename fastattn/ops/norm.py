@@ -135,7 +135,7 @@ def add_layer_norm(
         x: (..., d) in fp16, bf16, fp32 or fp64.
         residual: (..., d) in any of these, or None for a plain LayerNorm of x.
         weight, bias: (d,) in x's dtype or fp32, or None.
-        eps: added to the variance, > 0.
+        eps: added to the variance, > 0. The default is BERT's 1e-12, not nn.LayerNorm's 1e-5: give the eps of your norm.
         dropout, seed: not served yet; anything but the default raises NotImplementedError.
         return_sum: also return residual + x, in the wider of their dtypes, as pre-norm models need it.
         backend: "auto", "triton", "cpu" or "eager".
@@ -164,7 +164,8 @@ def add_rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """s * rsqrt(mean(s^2) + eps) * weight with s = residual + x: T5's norm (Zhang and Sennrich, 2019, arXiv:1910.07467).
 
-    Arguments, results and errors are those of `add_layer_norm`; there is no bias, and no mean is subtracted.
+    Arguments, results and errors are those of `add_layer_norm`; there is no bias, and no mean is subtracted. The default of eps
+    is T5's 1e-6; nn.RMSNorm's depends on the dtype.
     """
     return _add_norm(x, residual, weight, None, eps, dropout, seed, return_sum, backend, rms=True)
 
@@ -183,8 +184,8 @@ def _add_norm(x, residual, weight, bias, eps, dropout, seed, return_sum, backend
 
 def _check_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
-        if not isinstance(tensor, Tensor) and (name == "x" or tensor is not None):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if name == "x" or tensor is not None:
+            dispatch.check_tensor(tensor, name)
     for name, tensor in (("x", x), ("residual", residual)):
         if tensor is not None and tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")

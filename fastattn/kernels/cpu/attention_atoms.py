@@ -127,7 +127,8 @@ def layers(mask: LoweredMask, queries: int, keys: slice | Tensor, N: int, price:
     others = [atom for atom in natural if not atom.rows & common.rows]
     first = _joined(mask, _sorted([*others, common]), price)
     rows = range(_lowest(common.rows), common.rows.bit_length())
-    second, more = _cheapest(mask, limits, rows, alive & ~common.some, N, price)
+    taken = next(atom.some for atom in first if atom.rows & common.rows)  # more than the common keys where others were joined
+    second, more = _cheapest(mask, limits, rows, alive & ~taken, N, price)
     split = price(first) + more + len(rows) * MERGED * price.pair
     return ([first, second], split) if split < cost else ([atoms], cost)
 

@@ -19,6 +19,8 @@ def unsupported(problem) -> list[str]:
     reasons = library.problems(problem.device)
     if problem.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"{problem.dtype} is not served: the CUDA kernels take fp16 and bf16")
+    if problem.activation not in ACTIVATIONS:
+        reasons.append(f"activation {problem.activation!r} is not in its kernels")
     if max(problem.inputs, problem.outputs) > 2**31 - 1:
         reasons.append("a width is beyond 2^31 - 1")
     return reasons

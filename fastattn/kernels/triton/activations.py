@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+NAMES = (None, "gelu", "gelu_tanh", "quick_gelu", "relu", "silu")  # what `activate` and `derivative` have a branch for
+
 # A constant stands right of a tensor: the interpreter takes `constant * tensor` for a constant.
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from fastattn.kernels.triton.activations import NAMES
 from fastattn.kernels.triton.ffn_backward import _linear_dgrad_kernel, _linear_dz_kernel
 from fastattn.kernels.triton.ffn_forward import _linear_forward_kernel
 from fastattn.kernels.triton.launch import LONGEST_ROW, Launch, matrix, matrix_arguments, precision, refusals, run
@@ -52,6 +53,8 @@ ROWS = RowsConfig(16, 128, 8, 4, 1)
 
 def unsupported(problem) -> list[str]:
     reasons = refusals(problem)
+    if problem.activation not in NAMES:
+        reasons.append(f"activation {problem.activation!r} is not in its kernels")
     if max(problem.inputs, problem.outputs) >= LONGEST_ROW:
         reasons.append(f"a width of {max(problem.inputs, problem.outputs)} is not below {LONGEST_ROW}")
     return reasons
