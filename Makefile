@@ -17,7 +17,7 @@ bench: ready-bench
 # A worker for each core, where pytest-xdist is installed, and one thread for each: tests are many and small.
 test: ready-test
 	if $(RUN) -c "import xdist" 2> /dev/null; \
-	then OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n logical; \
+	then OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n logical --dist loadgroup; \
 	else $(RUN) -m pytest tests; fi
 
 lint: ready-dev

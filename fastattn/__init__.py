@@ -1,5 +1,7 @@
 """Fused masked multi-head attention and FFN for encoders: BERT, CLIP, ViT and their kin."""
 
+import torch
+
 from fastattn import batching, masks
 from fastattn.integrations.accelerate import accelerate, restore
 from fastattn.integrations.torch_sdpa import sdpa_override
@@ -32,3 +34,8 @@ __all__ = [
     "sdpa_override",
     "varlen_attention",
 ]
+
+# PyTorch calls Intel's vector library (oneMKL 2024.2) from several threads. In the first such call of a process, exp, sqrt or
+# erf, it writes down the type of processor in two steps and without a lock: a thread that reads between them computes its part
+# of that one call to some twelve bits. So one thread comes first.
+torch.exp(torch.zeros(1, dtype=torch.float32, device="cpu"))

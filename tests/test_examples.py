@@ -79,6 +79,7 @@ def embedded(tmp_path_factory):
     return folder, done.stdout
 
 
+@pytest.mark.xdist_group("embedded")
 def test_embeddings_of_the_manual(embedded):
     """Against the model itself, one text at a time; the pairs against a search of all of them."""
     folder, printed = embedded
@@ -102,6 +103,7 @@ def test_embeddings_of_the_manual(embedded):
     assert (folder / "alike.png").stat().st_size < LARGEST
 
 
+@pytest.mark.xdist_group("embedded")
 def test_embeddings_are_those_of_sentence_transformers(embedded):
     models = pytest.importorskip("sentence_transformers")
     _, texts = functions("embed.py")["read"](None)

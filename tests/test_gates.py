@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.xdist_group("gates"),  # `present` compiles for half a minute: once
+]
 MOST_SPILLED = 64  # bytes of stack
 
 # Variants that spill, each with its reason: (kernel, dtype and case) -> bytes of stack at most.

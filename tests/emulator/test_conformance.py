@@ -9,6 +9,8 @@ import torch
 
 from fastattn.kernels.cuda import emulator
 
+pytestmark = pytest.mark.xdist_group("primitives")  # libraries compiled once
+
 BLOCKS = 50
 EXP2_ERROR = 2**-22 + 2**-24  # relative: that of the instruction by the PTX ISA, and the rounding of the emulator's result
 SPECIAL = [0, -0.0, 1e-40, -1e-40, np.inf, -np.inf, np.nan, -1, 1, -127, 128, 2**126, 2**127, 65504, 65520]

@@ -10,7 +10,7 @@ import torch
 
 from fastattn.kernels.cuda import emulator
 
-pytestmark = pytest.mark.emulator
+pytestmark = [pytest.mark.emulator, pytest.mark.xdist_group("primitives")]  # a library of their own, compiled once
 
 BLOCKS = 20
 LANES = np.arange(32)

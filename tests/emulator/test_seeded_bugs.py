@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from emulated import READ, READ_AND_WRITE, WRITE, WRITE_SOME, Emulated
 
-pytestmark = pytest.mark.emulator
+pytestmark = [pytest.mark.emulator, pytest.mark.xdist_group("bugs")]  # a library of their own, compiled once
 
 SOURCE = Path(__file__).with_name("bugs.cu")
 THREADS, INPUTS, ROW, STRIDE = 64, 70, 8, 12
