@@ -1,4 +1,4 @@
-"""`python -m fastattn info | explain | verify | bench | masks`."""
+"""`python -m fastattn info | explain | verify | bench | masks | tune`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     command = commands.add_parser("info", help="versions, devices, and which backends are available")
     command.add_argument("--json", action="store_true", help="for a program to read")
+    command.add_argument("--verbose", action="store_true", help="also the name of each CUDA kernel")
     command.set_defaults(run=run_info, parser=command)
 
     command = commands.add_parser("explain", help="which backend a request takes, and why not the others")
@@ -55,6 +56,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command = commands.add_parser("masks", help="draw each kind of mask, and the tiles that kernels skip, into PNG files")
     command.add_argument("--out", type=Path, default=Path("masks"), help="the folder for them (default %(default)s)")
     command.set_defaults(run=run_masks, parser=command)
+
+    command = commands.add_parser("tune", help="time tiles of the Triton kernels on this GPU, and keep the best for later calls")
+    command.add_argument("--quick", action="store_true", help="bf16, 64 columns, a few sizes: two minutes on an H100")
+    command.add_argument("--out", type=Path, help="the table (default: FASTATTN_TUNED, or the device's file in the user's cache)")
+    command.add_argument("--kernels", help="NAME,...: these only (default: all)")
+    command.set_defaults(run=run_tune, parser=command)
     return parser.parse_args(argv)
 
 
@@ -147,8 +154,10 @@ def run_info(args: argparse.Namespace) -> int:
     else:
         archs = ", ".join(f"sm_{arch}" for arch in cuda["archs"])
         print(f"{'cuda build':10} nvcc {cuda['nvcc']} for {archs}; needs a driver of CUDA {cuda['nvcc'].split('.')[0]} or later")
-        for kernel in cuda["kernels"]:
+        for kernel in cuda["kernels"] if args.verbose else ():
             print(f"{'kernel':10} {kernel}")
+    for device, tables in found["tiles"].items():
+        print(f"{'tiles':10} of {device}: {', then '.join(tables)}")
     return 0
 
 
@@ -202,6 +211,23 @@ def run_masks(args: argparse.Namespace) -> int:
         _refuse(args, f"--out: {error}")
     print("\n".join(map(str, paths)))
     return 0
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        _refuse(args, "tune times kernels on a GPU, and PyTorch finds no CUDA device here")
+    try:
+        from fastattn import tune
+    except ModuleNotFoundError as error:
+        _refuse(args, f"{error.name} is needed for tiles: pip install {error.name}")
+    kernels = args.kernels.split(",") if args.kernels else tune.KERNELS
+    if unknown := [name for name in kernels if name not in tune.KERNELS]:
+        _refuse(args, f"--kernels: {unknown[0]!r} is not one of {', '.join(tune.KERNELS)}")
+    try:
+        path = tune.table_path(args.out, tune.launch.gpu_of(torch.device("cuda", torch.cuda.current_device())))
+    except (OSError, ValueError) as error:
+        _refuse(args, f"--out: {error}")
+    return tune.main(args.quick, path, kernels)
 
 
 if __name__ == "__main__":

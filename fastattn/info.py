@@ -23,6 +23,7 @@ def info() -> dict[str, Any]:
         "devices": _devices(),
         "backends": {name: {"available": reason is None, "reason": reason} for name, reason in _reasons().items()},
         "cuda_build": _cuda_build(),
+        "tiles": _tiles(),
     }
 
 
@@ -76,6 +77,22 @@ def _cuda_build() -> dict[str, Any] | None:
     if record is None or not record["cuda"]:
         return record
     return {**record, "kernels": sorted(library.module().kernels)}
+
+
+def _tiles() -> dict[str, list[str]]:
+    """For each kind of GPU the tables of tiles that the Triton kernels look into, in order, or what is wrong with one."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    from fastattn.kernels.triton import launch, tuned
+
+    found = {}
+    for gpu in dict.fromkeys(launch.gpu_of(torch.device("cuda", i)) for i in range(torch.cuda.device_count())):
+        try:
+            tables = [table.name for table in tuned.tiles_of(gpu).tables]
+        except ValueError as error:
+            tables = [str(error)]
+        found[str(gpu.name)] = tables
+    return found
 
 
 def _devices() -> list[str]:

@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,79 +22,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastattn import Packing, masks
-from fastattn.kernels.triton import attention, ffn, norm
-from fastattn.kernels.triton.launch import Launch
+from fastattn.kernels.triton.ahead import compile_only
+from fastattn.kernels.triton.launch import GPU, Launch
+from fastattn.launches import attention_launches, linear_launches, norm_launches
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.bool: "*i1"}
-
-
-def attention_launches(
-    dtype: torch.dtype, D: int, mask: str, L: int = 640, inside: bool = True, sm: int = 90, Dv: int | None = None, group: int = 1,
-    packed: bool = False,
-) -> list[Launch]:  # fmt: skip
-    """The launches of a request, on tensors that hold no data worth computing with. `inside`: (B, L, H, D) memory; `packed`:
-    sequences of up to L tokens end to end, (T, H, D)."""
-    lengths = [L, L // 2, L // 3] if packed else [L, L]
-    packing = Packing.from_lengths(lengths, L)
-    B, rows, H = (1, packing.total, 2) if packed else (2, L, 2)
-
-    def empty(heads: int, width: int) -> Tensor:
-        shape = (B, rows, heads, width) if inside else (B, heads, rows, width)
-        x = torch.zeros(shape, dtype=dtype)
-        return x.transpose(1, 2) if inside else x
-
-    Dv = D if Dv is None else Dv
-    q, dq, out, dout = empty(H * group, D), empty(H * group, D), empty(H * group, Dv), empty(H * group, Dv)
-    k, dk, v, dv = empty(H, D), empty(H, D), empty(H, Dv), empty(H, Dv)
-    lse = torch.zeros(B, H * group, rows)
-    made = _mask(mask, len(lengths), H * group, L, packing if packed else None)
-    lowered = made.lower_packed(packing, packing, H * group) if packed else made.lower(L, L)
-    forward = attention.forward_launch(q, k, v, out, lse, lowered, D**-0.5, sm)
-    return [forward, *attention.backward_launches(dout, None, q, k, v, out, lse, dq, dk, dv, lowered, D**-0.5, sm)]
-
-
-def _mask(name: str, B: int, H: int, L: int, packing: Packing | None) -> masks.Mask:
-    lengths = torch.zeros(B, dtype=torch.int32)
-    ids = torch.zeros((B, L) if packing is None else (packing.total,), dtype=torch.int32)
-    return {
-        "none": masks.full,
-        "causal": masks.causal,
-        "padding": lambda: masks.padding(lengths),
-        "causal_padding": lambda: masks.causal() & masks.padding(lengths),
-        "prefix": lambda: masks.prefix_lm(lengths),
-        "keys": lambda: masks.key_padding(torch.ones(B, L, dtype=torch.bool)),
-        "documents": lambda: masks.documents(ids),
-        "bits": lambda: masks.dense(torch.ones(B, H, L, L, dtype=torch.bool)),
-    }[name]()
-
-
-def linear_launches(dtype: torch.dtype, activation: str, M: int, K: int, N: int) -> list[Launch]:
-    """Forward with bias, residual and z; dz with its sums; dz in the epilogue of the product with the second weight."""
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x, weight, bias, hidden = empty(M, K), empty(N, K), empty(N), empty(M, N)
-    sums = empty(ffn.dz_parts(hidden), N, dtype=torch.float32)
-    dy, second = empty(M, K), empty(K, N)
-    second_sums = empty(ffn.dgrad_parts(dy, second), N, dtype=torch.float32)
-    return [
-        ffn.forward_launch(x, weight, bias, hidden, hidden, hidden, activation),
-        ffn.dz_launch(hidden, hidden, hidden, sums, activation),
-        ffn.dgrad_launch(dy, second, hidden, hidden, second_sums, activation),
-    ]
-
-
-def norm_launches(dtype: torch.dtype, N: int, rms: bool, M: int = 128) -> list[Launch]:
-    """Forward and backward with everything that a request can have; an RMSNorm has neither mean nor bias."""
-    x, weight, rstd = (torch.empty(s, device="meta", dtype=d) for s, d in (((M, N), dtype), (N, dtype), (M, torch.float32)))
-    mean, bias = (None, None) if rms else (rstd, weight)
-    dweight = torch.empty(norm.parts(x, True)[0], N, device="meta")
-    return [
-        norm.forward_launch(x, x, weight, bias, x, x, mean, rstd, 1e-6),
-        norm.backward_launch(x, x, x, mean, rstd, weight, x, dweight, None if rms else dweight),
-    ]
 
 
 def compile_launch(launch: Launch, capability: int):
@@ -147,8 +80,8 @@ MORE_ATTENTION = [  # with the above, every row of the config tables
     (torch.float16, 64, "causal", {"group": 4}),
     (torch.float16, 128, "none", {"group": 4}),
     (torch.float16, 64, "causal_padding", {"Dv": 128}),
-    *itertools.product([torch.float16], [32, 64], ["none", "causal_padding", "keys"], [{"L": 64}, {"L": 128}]),
-    *itertools.product([torch.float16], [128], ["none", "causal_padding", "keys"], [{"L": 64}]),
+    *itertools.product([torch.float16], [32, 64], ["none", "causal_padding", "keys"], [{"L": 64}, {"L": 128}, {"L": 256}]),
+    *itertools.product([torch.float16], [128], ["none", "causal_padding", "keys"], [{"L": 64}, {"L": 128}]),
     *itertools.product([torch.float16], [16, 32, 64, 80, 128], ["bits"], [{}]),
     *itertools.product([torch.float16], [32, 128], ["documents"], [{}]),
     *itertools.product([torch.float32], [16, 32, 80, 128], ["causal_padding"], [{}]),
@@ -157,8 +90,10 @@ MORE_ATTENTION = [  # with the above, every row of the config tables
     *itertools.product([torch.float16], [64], ["keys", "bits"], [{"packed": True}]),
     *itertools.product([torch.float32], [64], ["none", "causal_padding", "bits", "documents"], [{"packed": True}]),
     *itertools.product([torch.float16], [32, 64], ["none", "keys"], [{"L": 64, "packed": True}]),
-    *itertools.product([torch.float16], [32, 64], ["keys"], [{"L": 128, "packed": True}]),
-    *itertools.product([torch.float16], [128], ["causal_padding", "keys"], [{"L": 64, "packed": True}]),
+    *itertools.product([torch.float16], [32, 64], ["keys"], [{"L": 128, "packed": True}, {"L": 256, "packed": True}]),
+    *itertools.product(
+        [torch.float16], [128], ["causal_padding", "keys"], [{"L": 64, "packed": True}, {"L": 128, "packed": True}]
+    ),
 ]
 # dtype, activation, (rows, inputs, outputs): three kernels each. The sizes lead to large tiles, to small ones, to those of rows
 # that are no multiple of 16 bytes
@@ -172,7 +107,7 @@ MORE_LINEAR = [
 # dtype, width, is it an RMSNorm: two kernels each
 NORM = [(torch.bfloat16, 768, False), (torch.float16, 512, True), (torch.float32, 8192, False)]
 MORE_NORM = [
-    *itertools.product([torch.bfloat16], [33, 64, 1024, 2048, 4096, 8192], [False]),
+    *itertools.product([torch.bfloat16], [16, 32, 33, 64, 128, 256, 1024, 2048, 4096, 8192], [False]),
     *itertools.product([torch.float32], [33, 768, 4096], [False]),
     *itertools.product([torch.bfloat16, torch.float32], [768, 8192], [True]),
 ]
@@ -196,14 +131,15 @@ class Variant(NamedTuple):
 
 def launches(more: bool, sm: int) -> Iterator[tuple[torch.dtype, str, Launch]]:
     """(dtype, case, launch) of attention, linear and norms: what CI compiles, or with `more` everything that is shipped."""
+    gpu = GPU(sm)
     for dtype, D, mask, options in ATTENTION + MORE_ATTENTION * more:
         case = " ".join([f"D={D}", mask, *(f"{name}={value}" for name, value in options.items())])
-        yield from ((dtype, case, launch) for launch in attention_launches(dtype, D, mask, sm=sm, **options))
+        yield from ((dtype, case, launch) for launch in attention_launches(dtype, D, mask, gpu=gpu, **options))
     for dtype, activation, size in LINEAR + MORE_LINEAR * more:
-        yield from ((dtype, f"{activation} {size}", launch) for launch in linear_launches(dtype, activation, *SIZES[size]))
+        yield from ((dtype, f"{activation} {size}", launch) for launch in linear_launches(dtype, activation, *SIZES[size], gpu))
     for dtype, width, rms in NORM + MORE_NORM * more:
         case = f"width={width} {'rms' if rms else 'layer'}{' odd' if width % 8 else ''}"
-        yield from ((dtype, case, launch) for launch in norm_launches(dtype, width, rms))
+        yield from ((dtype, case, launch) for launch in norm_launches(dtype, width, rms, gpu=gpu))
 
 
 def shipped() -> Iterator[Variant]:
@@ -224,24 +160,11 @@ def _variant(dtype: torch.dtype, case: str, sm: int, launch: Launch) -> Variant:
     return Variant(launch.kernel.__name__.strip("_"), str(dtype).removeprefix("torch."), case, sm, launch)
 
 
-class _NoDriver:
-    """Enough of a driver for the launcher to compile for sm_90 without launching."""
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-
 def lengths(packed: bool) -> dict[str, int]:
-    """How many variants of each kernel 30 lengths compile, of attention in the two memory layouts that models use; or, of
-    attention alone, 30 batches of packed sequences."""
-    triton.runtime.driver.set_active(_NoDriver())
-    kernels = {}
+    """How many variants of each kernel and choice of tiles 30 lengths compile at most, of attention in the two memory layouts
+    that models use; or, of attention alone, 30 batches of packed sequences."""
+    compile_only(90)
+    variants: dict[str, Counter] = {}
     for L in range(50, 650, 20):
         rows = L + L % 7
         case = torch.float16, 64, "causal_padding", rows
@@ -250,9 +173,11 @@ def lengths(packed: bool) -> dict[str, int]:
             requests.append(linear_launches(torch.float16, "gelu", 8 * rows, 768, 3072))
             requests.append(norm_launches(torch.float16, 768, False, 8 * rows))
         for launch in itertools.chain(*requests):
+            before = len(launch.kernel.device_caches[0][0])
             launch.kernel.warmup(grid=(1,), **launch.arguments, **launch.config._asdict())
-            kernels[launch.kernel.__name__.strip("_")] = launch.kernel
-    return {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
+            found = variants.setdefault(launch.kernel.__name__.strip("_"), Counter())
+            found[launch.config] += len(launch.kernel.device_caches[0][0]) - before
+    return {name: max(found.values()) for name, found in variants.items()}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_name("gates.json")
 SOURCES = {
     "cuda": ("csrc/attention/*", "csrc/ffn/*", "csrc/common/*"),
-    "triton": ("fastattn/kernels/triton/*.py", "tests/aot.py"),
+    "triton": ("fastattn/kernels/triton/*.py", "fastattn/data/tiles/*.json", "fastattn/launches.py", "tests/aot.py"),
 }
 Row = dict[str, Any]
 

@@ -348,9 +348,10 @@ def test_extreme_scores_stay_finite(backend, value):
 @pytest.mark.parametrize("backend", [TRITON])
 def test_grid_beyond_65535_programs(backend):
     from fastattn.kernels.triton import attention
+    from fastattn.kernels.triton.launch import GPU
 
     q, lse = torch.empty(70_000, 1, 1, 16, device="meta"), torch.empty(70_000, 1, 1, device="meta")
-    launch = attention.forward_launch(q, q, q, q, lse, LoweredMask(), 1.0, 90)
+    launch = attention.forward_launch(q, q, q, q, lse, LoweredMask(), 1.0, GPU(90))
     assert launch.programs == 70_000  # on the first axis of the grid, which ends at 2^31 - 1
 
 

@@ -271,8 +271,9 @@ def test_inference_mode():
 @pytest.mark.parametrize("backend", [TRITON])
 def test_fp32_follows_pytorch_s_tf32_switch(backend, setting, expected, matmul_precision):
     from fastattn.kernels.triton import attention
+    from fastattn.kernels.triton.launch import GPU
 
     matmul_precision.fp32_precision = setting
     single, half = torch.zeros(1, 1, 4, 16), torch.zeros(1, 1, 4, 16, dtype=torch.float16)
-    assert attention.forward_launch(*[single] * 5, LoweredMask(), 1.0, 90).arguments["PRECISION"] == expected
-    assert attention.forward_launch(*[half] * 4, single, LoweredMask(), 1.0, 90).arguments["PRECISION"] == "ieee"
+    assert attention.forward_launch(*[single] * 5, LoweredMask(), 1.0, GPU(90)).arguments["PRECISION"] == expected
+    assert attention.forward_launch(*[half] * 4, single, LoweredMask(), 1.0, GPU(90)).arguments["PRECISION"] == "ieee"

@@ -18,12 +18,50 @@ from fastattn.models import digits
 def test_info_json_has_the_contract_s_keys(capsys):
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"fastattn", "python", "torch", "triton", "devices", "backends", "cuda_build"}
+    assert set(found) - {"tiles"} == {"fastattn", "python", "torch", "triton", "devices", "backends", "cuda_build"}
     assert found["backends"]["cpu"] == {"available": True, "reason": None}
     assert {"available", "reason"} == set(found["backends"]["triton"])
     assert found["cuda_build"] is None or {"cuda", "reason", "nvcc", "archs"} <= set(found["cuda_build"])
     assert main(["info"]) == 0
     assert "backend    cpu: available" in capsys.readouterr().out
+
+
+def test_info_fits_on_a_screen(capsys, monkeypatch):
+    """The names of the kernels are for those who ask."""
+    kernels = [f"kernel_{n}<Half, 64>" for n in range(40)]
+    build = {"cuda": True, "reason": "", "nvcc": "13.0", "archs": ["80", "90"], "kernels": kernels}
+    monkeypatch.setattr("fastattn.info._cuda_build", lambda: build)
+    assert main(["info"]) == 0
+    short = capsys.readouterr().out
+    assert len(short.splitlines()) <= 24 and "kernel_7" not in short and "sm_80, sm_90" in short
+    assert main(["info", "--verbose"]) == 0
+    assert [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("kernel ")] == kernels
+
+
+def test_info_names_the_tables_of_tiles(capsys, monkeypatch, tmp_path):
+    launch, tuned = (pytest.importorskip(f"fastattn.kernels.triton.{name}") for name in ("launch", "tuned"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(launch, "gpu_of", lambda device: launch.GPU(90, "NVIDIA H100 80GB HBM3"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for text, words in (
+        ('{"device": "NVIDIA H100 80GB HBM3", "rows": []}', f"{tmp_path}/mine.json, then sm_90.json, shipped"),
+        ('{"device": "NVIDIA A100", "rows": []}', f"{tmp_path}/mine.json: this table is of NVIDIA A100"),
+    ):
+        (tmp_path / "mine.json").write_text(text)
+        monkeypatch.setenv("FASTATTN_TUNED", str(tmp_path / "mine.json"))
+        tuned.tiles_of.cache_clear()
+        assert main(["info"]) == 0
+        assert f"tiles      of NVIDIA H100 80GB HBM3: {words}" in capsys.readouterr().out
+    tuned.tiles_of.cache_clear()
+
+
+def test_explain_names_the_table_of_tiles(capsys, monkeypatch):
+    pytest.importorskip("triton")
+    for request in (["--shape", "1,2,40,64", "--dtype", "fp16"], ["--linear", "8,16,32", "--activation", "gelu"]):
+        assert main(["explain", *request, "--device", "cpu", "--backend", "triton"]) == 0
+        printed = capsys.readouterr().out
+        assert "tiles from sm_90.json, shipped (compiled)" in printed or "served by: none" in printed
 
 
 def test_explain(capsys):

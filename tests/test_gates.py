@@ -100,6 +100,28 @@ def test_table_is_of_the_present_sources(table, present):
     assert table["sources"] == present["sources"], "run `make gates`"
 
 
+@pytest.mark.parametrize("sm", [80, 90])
+def test_every_row_of_the_tables_of_tiles_is_compiled(sm):
+    """Whatever a table says some variant of gates.json has, or nobody would know what it holds."""
+    import aot
+
+    from fastattn.kernels.triton import tuned
+    from fastattn.kernels.triton.launch import GPU
+
+    compiled = set()
+    for dtype, _, launch in aot.launches(True, sm):
+        arguments, config = launch.arguments, launch.config
+        attention = "BLOCK_D" in arguments
+        block = max(arguments["BLOCK_D"], arguments["BLOCK_DV"]) if attention else None
+        listed = arguments["tiles"] is not None if attention else None
+        compiled.add((launch.kernel.__name__[1:-7], tuned.dtype_class(dtype), block, listed, config))
+    for row in tuned.shipped(GPU(sm)).tables[-1].rows:
+        dtypes = [row.fields["dtype"]] if row.fields["dtype"] else ["half"]
+        block, listed = row.fields.get("block_d"), row.fields.get("listed")
+        if row.config is not None:
+            assert {(row.kernel, dtype, block, listed, row.config) for dtype in dtypes} <= compiled, row
+
+
 @pytest.mark.slow
 def test_sample_is_as_the_table_says(table, present):
     recorded = {key(row): row for row in table["rows"]}

@@ -8,8 +8,8 @@ pytest.importorskip("triton")
 from backends import TRITON, device_of
 
 from fastattn.kernels.triton import attention
-from fastattn.kernels.triton.attention import CONFIGS, SINGLE, Config, single_config
-from fastattn.lowering import TILE
+from fastattn.kernels.triton.attention import Config, single_config
+from fastattn.kernels.triton.launch import GPU
 from fastattn.ops.attention import AttentionProblem
 from fastattn.testing import assert_accurate, attention_inputs, attention_yardstick, run_attention
 
@@ -55,25 +55,17 @@ def test_one_backward_kernel(backend, mask, monkeypatch):
 def test_when_one_kernel_makes_the_backward(backend):
     half = torch.float16
     for sm in (80, 86, 89, 90, 100, 120):
-        assert single_config(sm, half, 64, 128, 50, False).BLOCK_N == 64
-        assert single_config(sm, half, 64, 128, 128, False).BLOCK_N == 128
-        assert single_config(sm, half, 64, 128, 129, False) is None
-        assert single_config(sm, half, 64, 4096, 77, False) is None, "many queries, few programs"
-        assert single_config(sm, half, 64, 128, 128, True) is None, "tiles are listed"
-        assert single_config(sm, torch.float32, 64, 128, 50, False) is None
-        assert single_config(sm, half, 128, 64, 64, False) and single_config(sm, half, 128, 128, 128, False) is None
+        assert single_config(GPU(sm), half, 64, 128, 50, False).BLOCK_N == 64
+        assert single_config(GPU(sm), half, 64, 128, 128, False).BLOCK_N == 128
+        assert single_config(GPU(sm), half, 64, 128, 257, False) is None
+        assert single_config(GPU(sm), half, 64, 4096, 77, False) is None, "many queries, few programs"
+        assert single_config(GPU(sm), half, 64, 128, 128, True) is None, "tiles are listed"
+        assert single_config(GPU(sm), torch.float32, 64, 128, 50, False) is None
+        assert single_config(GPU(sm), half, 128, 64, 64, False) and single_config(GPU(sm), half, 128, 128, 129, False) is None
     x = attention_inputs(1, 2, 20, 20, 64, half, device_of(backend))
     lse = torch.zeros(1, 2, 20)
     tensors = (x.dout, None, x.q, x.k, x.v, x.q, lse, x.q, x.k, x.v, x.lowered(), 1.0)
-    assert [len(attention.backward_launches(*tensors, sm)) for sm in (80, 89, 90)] == [1, 1, 1]
-
-
-def test_listed_tiles_are_walked_in_whole_steps():
-    for (_, listed, _), configs in CONFIGS.items():
-        assert not listed or all(TILE % size == 0 for c in configs for size in (c.BLOCK_M, c.BLOCK_N))
-    for table in SINGLE.values():
-        for configs in table.values():
-            assert [c.BLOCK_N for c in configs] == sorted(c.BLOCK_N for c in configs)
+    assert [len(attention.backward_launches(*tensors, GPU(sm))) for sm in (80, 89, 90)] == [1, 1, 1]
 
 
 def test_refusals_name_the_size():

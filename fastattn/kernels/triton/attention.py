@@ -11,90 +11,47 @@ N the most queries and keys of one: each program then looks up where its own seq
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from fastattn.kernels.triton import attention_backward, attention_forward, primitives, tiles
 from fastattn.kernels.triton.attention_backward import _attention_backward_kernel, _attention_dkdv_kernel, _attention_dq_kernel
 from fastattn.kernels.triton.attention_forward import _attention_forward_kernel
-from fastattn.kernels.triton.launch import Launch, capability, precision, refusals, run, vector
+from fastattn.kernels.triton.launch import GPU, Launch, gpu_here, gpu_of, precision, refusals, run, settle_keys, vector
+from fastattn.kernels.triton.tuned import ONE_KERNEL, Config, Row, dtype_class, sources, tiles_of
 from fastattn.lowering import LoweredMask
 from fastattn.plans import KernelPlan, tensor_bytes
 
+settle_keys(primitives, tiles, attention_forward, attention_backward)
+
 MASK_FIELDS = ("low", "high", "prefix_high", "prefix", "key_begin", "key_end", "query_end", "keys", "ids", "key_ids", "bits")
 LONGEST = 2**29  # queries or keys: sums of a place, a bound and a tile stay below 2^31
+# The one backward kernel has few programs, one for each head of k and v: with more queries two kernels fill a GPU better.
+SINGLE_ROWS = 512
 
 
-class Config(NamedTuple):
-    """Tile sizes in queries and keys, warps per program, pipeline stages of the loop."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
+def configs(gpu: GPU, dtype: torch.dtype, block_d: int, N: int, listed: bool) -> tuple[Config, Config, Config]:
+    """Of forward, dq and dkdv. block_d: columns of the wider tile; N: keys; listed: whether the mask comes with lists of
+    tiles."""
+    forward, dq, dkdv = (_row(f"attention_{name}", gpu, dtype, block_d, N, listed).config for name in ("forward", "dq", "dkdv"))
+    return forward, dq, dkdv
 
 
-# (fp32?, lists of tiles?, BLOCK_D) -> forward, dq, dkdv. All fit the 99 KB of shared memory of sm_86, sm_89 and sm_120, and none
-# spills more than 64 bytes. An IEEE fp32 tl.dot takes small tiles; ids, bits and the places of listed tiles take registers too.
-CONFIGS = {
-    (False, False, 16): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    (False, False, 32): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    (False, False, 64): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
-    (False, False, 128): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
-    (False, True, 16): (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
-    (False, True, 32): (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
-    (False, True, 64): (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
-    (False, True, 128): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
-    **{
-        (True, listed, block_d): configs
-        for listed in (False, True)
-        for block_d, configs in {
-            16: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
-            32: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
-            64: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
-            128: (Config(32, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 32, 8, 1)),
-        }.items()
-    },
-}
+def single_config(gpu: GPU, dtype: torch.dtype, block_d: int, rows: int, N: int, listed: bool) -> Config | None:
+    """The tiles of the one backward kernel where it serves, else None. `rows`: queries of all heads that share one of k and v.
 
-
-BEFORE_HOPPER = {  # with mma.sync both accumulators of 64 keys and the products' operands are more than 255 registers
-    (False, False, 64): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
-    (False, False, 128): (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 1)),
-}
-
-# sm -> BLOCK_D -> the tiles of the one backward kernel, for at most BLOCK_N keys: those that compile into 255 registers and the
-# 99 KB of shared memory of sm_89 with at most 16 bytes spilled, 24 for packed sequences. It moves 8 rows of D a token where two
-# kernels move 12, and multiplies 5 times a tile, not 7. On sm_90 128 keys of D = 128 spill 32 bytes, 256 keys of D = 64 spill 96.
-SINGLE = {
-    80: {
-        32: (Config(32, 64, 4, 1), Config(16, 128, 4, 1)),
-        64: (Config(32, 64, 4, 1), Config(32, 128, 8, 1)),
-        128: (Config(32, 64, 8, 1),),
-    },
-    90: {
-        32: (Config(64, 64, 4, 1), Config(16, 128, 4, 1)),
-        64: (Config(32, 64, 4, 1), Config(32, 128, 8, 1)),
-        128: (Config(32, 64, 8, 1),),
-    },
-}
-SINGLE_ROWS = 512  # its programs are few, one for each head of k and v: with more queries two kernels fill a GPU better
-
-
-def configs(sm: int, dtype: torch.dtype, block_d: int, listed: bool) -> tuple[Config, Config, Config]:
-    """Of forward, dq and dkdv. block_d: columns of the wider tile; listed: whether the mask comes with lists of tiles."""
-    key = dtype == torch.float32, listed, block_d
-    return BEFORE_HOPPER.get(key, CONFIGS[key]) if sm < 90 else CONFIGS[key]
-
-
-def single_config(sm: int, dtype: torch.dtype, block_d: int, rows: int, N: int, listed: bool) -> Config | None:
-    """The tiles of the one backward kernel where it serves, else None. `rows`: queries of all heads that share one of k and v."""
-    if listed or rows > SINGLE_ROWS or dtype == torch.float32:
+    It moves 8 rows of D a token where two kernels move 12, and multiplies 5 times a tile, not 7.
+    """
+    if listed or rows > SINGLE_ROWS:
         return None
-    configs = SINGLE.get(sm, SINGLE[80]).get(block_d, ())
-    return next((config for config in configs if N <= config.BLOCK_N), None)
+    return _row(ONE_KERNEL, gpu, dtype, block_d, N, listed).config
+
+
+def _row(kernel: str, gpu: GPU, dtype: torch.dtype, block_d: int, N: int, listed: bool) -> Row:
+    return tiles_of(gpu).row(kernel, N, block_d=block_d, dtype=dtype_class(dtype), listed=listed)
 
 
 def unsupported(problem) -> list[str]:
@@ -112,48 +69,80 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, ex
     B, H, M, _ = q.shape
     out = _result(q, (B, M, H, v.shape[3]), mask).transpose(1, 2)
     lse = _result(q, (B, H, M), mask, float("-inf"), torch.float32)
-    run(forward_launch(q, k, v, out, lse, mask, scale, capability(q.device)))
+    run(forward_launch(q, k, v, out, lse, mask, scale, gpu_of(q.device)))
     return out, lse
 
 
 def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (_result(x, (x.shape[0], x.shape[2], x.shape[1], x.shape[3]), mask).transpose(1, 2) for x in (q, k, v))
     dlse = None if dlse is None else dlse.contiguous()
-    sm = capability(q.device)
-    for launch in backward_launches(dout, dlse, q, k, v, out, lse.contiguous(), dq, dk, dv, mask, scale, sm):
+    gpu = gpu_of(q.device)
+    for launch in backward_launches(dout, dlse, q, k, v, out, lse.contiguous(), dq, dk, dv, mask, scale, gpu):
         run(launch)
     return dq, dk, dv
 
 
-def forward_launch(q, k, v, out, lse, mask: LoweredMask, scale: float, sm: int) -> Launch:
-    config = configs(sm, q.dtype, _block(max(q.shape[3], v.shape[3])), mask.key_tiles is not None)[0]
+def forward_launch(q, k, v, out, lse, mask: LoweredMask, scale: float, gpu: GPU) -> Launch:
+    N, block_d = _sizes(q, k, mask)[2], _block(max(q.shape[3], v.shape[3]))
+    config = _row("attention_forward", gpu, q.dtype, block_d, N, mask.key_tiles is not None).config
+    return forward_with(config, q, k, v, out, lse, mask, scale)
+
+
+def backward_launches(dout, dlse, q, k, v, out, lse, dq, dk, dv, mask: LoweredMask, scale: float, gpu: GPU) -> list[Launch]:
+    """One kernel for short sequences; else dq first: it also makes delta = rowsum(dO * O) - dlse, which dkdv reads."""
+    (_, M, N), group = _sizes(q, k, mask), q.shape[1] // max(k.shape[1], 1)
+    block_d, listed = _block(max(q.shape[3], v.shape[3])), mask.key_tiles is not None
+    single = single_config(gpu, q.dtype, block_d, group * M, N, listed)
+    if single is not None:
+        return [single_with(single, dout, dlse, q, k, v, out, lse, dq, dk, dv, mask, scale)]
+    dq_config, dkdv_config = (
+        _row(kernel, gpu, q.dtype, block_d, N, listed).config for kernel in ("attention_dq", "attention_dkdv")
+    )
+    delta = torch.empty_like(lse)
+    return [
+        dq_with(dq_config, dout, dlse, q, k, v, out, lse, delta, dq, mask, scale),
+        dkdv_with(dkdv_config, dout, q, k, v, lse, delta, dk, dv, mask, scale),
+    ]
+
+
+def forward_with(config: Config, q, k, v, out, lse, mask: LoweredMask, scale: float) -> Launch:
     arguments = {**_shared({"q": q, "k": k, "v": v, "out": out}, mask, mask.key_tiles, scale), "lse": lse}
     B, M, _ = _sizes(q, k, mask)
     return Launch(_attention_forward_kernel, _programs(B * q.shape[1], M, config.BLOCK_M), arguments, config)
 
 
-def backward_launches(dout, dlse, q, k, v, out, lse, dq, dk, dv, mask: LoweredMask, scale: float, sm: int) -> list[Launch]:
-    """One kernel for short sequences; else dq first: it also makes delta = rowsum(dO * O) - dlse, which dkdv reads."""
-    (B, M, N), H, Hkv = _sizes(q, k, mask), q.shape[1], k.shape[1]
-    block_d, listed = _block(max(q.shape[3], v.shape[3])), mask.key_tiles is not None
-    config = single_config(sm, q.dtype, block_d, H // max(Hkv, 1) * M, N, listed)
-    if config is not None:
-        tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
-        arguments = {**_shared(tensors, mask, None, scale), "lse": lse, "dlse": dlse}
-        return [Launch(_attention_backward_kernel, B * Hkv, arguments, config)]
-    _, dq_config, dkdv_config = configs(sm, q.dtype, block_d, listed)
-    delta = torch.empty_like(lse)
+def single_with(config: Config, dout, dlse, q, k, v, out, lse, dq, dk, dv, mask: LoweredMask, scale: float) -> Launch:
+    tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
+    arguments = {**_shared(tensors, mask, None, scale), "lse": lse, "dlse": dlse}
+    return Launch(_attention_backward_kernel, _sizes(q, k, mask)[0] * k.shape[1], arguments, config)
+
+
+def dq_with(config: Config, dout, dlse, q, k, v, out, lse, delta, dq, mask: LoweredMask, scale: float) -> Launch:
     tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq}
     arguments = {**_shared(tensors, mask, mask.key_tiles, scale), "lse": lse, "dlse": dlse, "delta": delta}
-    first = Launch(_attention_dq_kernel, _programs(B * H, M, dq_config.BLOCK_M), arguments, dq_config)
+    B, M, _ = _sizes(q, k, mask)
+    return Launch(_attention_dq_kernel, _programs(B * q.shape[1], M, config.BLOCK_M), arguments, config)
+
+
+def dkdv_with(config: Config, dout, q, k, v, lse, delta, dk, dv, mask: LoweredMask, scale: float) -> Launch:
     tensors = {"q": q, "k": k, "v": v, "dout": dout, "dk": dk, "dv": dv}
     arguments = {**_shared(tensors, mask, mask.query_tiles, scale), "lse": lse, "delta": delta}
-    return [first, Launch(_attention_dkdv_kernel, _programs(B * Hkv, N, dkdv_config.BLOCK_N), arguments, dkdv_config)]
+    B, _, N = _sizes(q, k, mask)
+    return Launch(_attention_dkdv_kernel, _programs(B * k.shape[1], N, config.BLOCK_N), arguments, config)
+
+
+def notes(problem) -> list[str]:
+    request = gpu_here(), problem.dtype, _block(max(problem.D, problem.Dv)), problem.N, problem.documents or problem.bits
+    kernels = ("attention_forward", ONE_KERNEL, "attention_dq", "attention_dkdv")
+    rows = {kernel: _row(kernel, *request) for kernel in kernels}
+    single = single_config(*request[:3], problem.H // max(problem.Hkv, 1) * problem.M, *request[3:])
+    del rows[ONE_KERNEL if single is None else "attention_dq"]
+    return [f"tiles from {sources(rows.values())}"]
 
 
 def plan(problem, backward: bool) -> list[KernelPlan]:
     """The kernels of a pass: for the GPU that is there, else for an H100."""
-    sm = capability(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else 90
+    gpu = gpu_here()
     block_d, listed = _block(max(problem.D, problem.Dv)), problem.documents or problem.bits
     group = problem.H // max(problem.Hkv, 1)
     q, out, keys, lse = tensor_bytes(problem)
@@ -163,11 +152,11 @@ def plan(problem, backward: bool) -> list[KernelPlan]:
             name, f"{config.num_warps} warps, {config.num_stages} stages", config.BLOCK_M, config.BLOCK_N, products, moved
         )
 
-    forward, dq, dkdv = configs(sm, problem.dtype, block_d, listed)
+    forward, dq, dkdv = configs(gpu, problem.dtype, block_d, problem.N, listed)
     if not backward:
         moved = q + out + lse + keys * group * triton.cdiv(problem.M, forward.BLOCK_M)
         return [kernel("attention_forward_kernel", forward, (1, 1), moved)]
-    single = single_config(sm, problem.dtype, block_d, group * problem.M, problem.N, listed)
+    single = single_config(gpu, problem.dtype, block_d, group * problem.M, problem.N, listed)
     if single is not None:
         return [kernel("attention_backward_kernel", single, (3, 2), 2 * (q + out + keys) + lse)]
     dq_moved = 2 * (q + out) + 2 * lse + keys * group * triton.cdiv(problem.M, dq.BLOCK_M)

@@ -8,29 +8,23 @@ are, the width's next power of two, and whether rows are made of units of 16 byt
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import sys
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels.triton.launch import Launch, matrix, matrix_arguments, refusals, run
+from fastattn.kernels.triton import primitives
+from fastattn.kernels.triton.launch import GPU, Launch, gpu_of, matrix, matrix_arguments, refusals, run, settle_keys
 from fastattn.kernels.triton.primitives import load_tile, round_to, store_tile
+from fastattn.kernels.triton.tuned import Config, dtype_class, tiles_of
 
 # The sums of dweight and dbias of a wider row do not fit into the registers; up to it nothing spills, but for rows of more than
 # 4096 elements that are no multiple of 16 bytes, whose backward spills.
 WIDEST = 8192
 PARTS, ROWS = 512, 16  # partial sums of dweight: at most so many, of at least so many rows each
-
-
-class Config(NamedTuple):
-    """Rows and columns of a tile, warps per program."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
 
 
 @triton.jit(do_not_specialize=["x_m", "residual_m", "M", "N"])
@@ -105,6 +99,9 @@ def _norm_backward_kernel(
         tl.store(dbias + part + j, tl.sum(dbias_tile, 0), mask=j < N)
 
 
+settle_keys(primitives, sys.modules[__name__])
+
+
 def unsupported(problem) -> list[str]:
     reasons = refusals(problem)
     if not 1 <= problem.width <= WIDEST:
@@ -124,7 +121,11 @@ def forward(
     rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     mean = None if rms else rstd.new_empty(rstd.shape)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    run(forward_launch(matrix(x), None if residual is None else matrix(residual), weight, bias, y, total, mean, rstd, eps))
+    run(
+        forward_launch(
+            matrix(x), None if residual is None else matrix(residual), weight, bias, y, total, mean, rstd, eps, gpu_of(x.device)
+        )
+    )
     return y, total, mean, rstd
 
 
@@ -135,41 +136,56 @@ def backward(
     """dsum in total's dtype; dweight and dbias in fp32, None if not needed."""
     dsum, dtotal = total.new_empty(total.shape), None if dtotal is None else matrix(dtotal)
     total, weight = matrix(total), None if weight is None else weight.contiguous()
-    programs = parts(total, need_dweight or need_dbias)[0]
+    gpu = gpu_of(dy.device)
+    programs = parts(total, need_dweight or need_dbias, gpu)[0]
     sums = [rstd.new_empty(programs, total.shape[1]) if need else None for need in (need_dweight, need_dbias)]
     mean = None if mean is None else mean.contiguous()
-    run(backward_launch(matrix(dy), dtotal, total, mean, rstd.contiguous(), weight, dsum, *sums))
+    run(backward_launch(matrix(dy), dtotal, total, mean, rstd.contiguous(), weight, dsum, *sums, gpu))
     dweight, dbias = (None if part is None else part.sum(0) for part in sums)
     return dsum, dweight, dbias
 
 
-def forward_launch(x, residual, weight, bias, y, total, mean, rstd, eps: float) -> Launch:
+def forward_launch(x, residual, weight, bias, y, total, mean, rstd, eps: float, gpu: GPU) -> Launch:
     """x and residual (M, N), y and total dense, of any shape; no mean, no subtraction of it."""
-    (M, N), config = x.shape, _config(x.shape[1])
+    config = _config("norm_forward", x.shape[1], x.dtype, gpu)
+    return forward_with(config, x, residual, weight, bias, y, total, mean, rstd, eps)
+
+
+def forward_with(config: Config, x, residual, weight, bias, y, total, mean, rstd, eps: float) -> Launch:
+    M, N = x.shape
     arguments = matrix_arguments({"x": x, "residual": residual}, N=N)
     arguments.update(weight=weight, bias=bias, y=y, total=total, mean=mean, rstd=rstd, eps=eps, M=M, RMS=mean is None)
     return Launch(_norm_forward_kernel, triton.cdiv(M, config.BLOCK_M), arguments, config)
 
 
-def backward_launch(dy, dtotal, total, mean, rstd, weight, dsum, dweight, dbias) -> Launch:
+def backward_launch(dy, dtotal, total, mean, rstd, weight, dsum, dweight, dbias, gpu: GPU) -> Launch:
     """dy, dtotal and total (M, N), dsum dense, of any shape; dweight and dbias (parts, N) or None."""
+    config = _config("norm_backward", total.shape[1], total.dtype, gpu)
+    return backward_with(config, dy, dtotal, total, mean, rstd, weight, dsum, dweight, dbias)
+
+
+def backward_with(config: Config, dy, dtotal, total, mean, rstd, weight, dsum, dweight, dbias) -> Launch:
     M, N = total.shape
-    programs, steps = parts(total, dweight is not None or dbias is not None)
+    programs, steps = parts_with(config, M, dweight is not None or dbias is not None)
     arguments = matrix_arguments({"dy": dy, "dtotal": dtotal, "total": total}, N=N)
     arguments.update(weight=weight, dsum=dsum, dweight=dweight, dbias=dbias, mean=mean, rstd=rstd, M=M, steps=steps)
-    return Launch(_norm_backward_kernel, programs, arguments, _config(N))
+    return Launch(_norm_backward_kernel, programs, arguments, config)
 
 
-def _config(N: int) -> Config:
-    """About 1024 elements per program, or one row; 8 or 16 elements per thread: more would spill in the backward."""
-    block_n = max(16, triton.next_power_of_2(N))
-    block_m = max(1, 1024 // block_n)
-    return Config(block_m, block_n, max(4, block_n // 512), 1)
+def block_n(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
 
 
-def parts(total: Tensor, sums: bool) -> tuple[int, int]:
-    """Programs of the backward, and the tiles of rows that each walks; they depend on the shape alone."""
-    block = _config(total.shape[1]).BLOCK_M
-    tiles = triton.cdiv(total.shape[0], block)
-    steps = max(triton.cdiv(ROWS, block), triton.cdiv(tiles, PARTS)) if sums else 1
+def _config(kernel: str, N: int, dtype: torch.dtype, gpu: GPU) -> Config:
+    return tiles_of(gpu).row(kernel, 0, block_n=block_n(N), dtype=dtype_class(dtype)).config
+
+
+def parts(total: Tensor, sums: bool, gpu: GPU) -> tuple[int, int]:
+    """Programs of the backward, and the tiles of rows that each walks; they depend on the shape and the table alone."""
+    return parts_with(_config("norm_backward", total.shape[1], total.dtype, gpu), total.shape[0], sums)
+
+
+def parts_with(config: Config, rows: int, sums: bool) -> tuple[int, int]:
+    tiles = triton.cdiv(rows, config.BLOCK_M)
+    steps = max(triton.cdiv(ROWS, config.BLOCK_M), triton.cdiv(tiles, PARTS)) if sums else 1
     return triton.cdiv(tiles, steps), steps

@@ -1,0 +1,110 @@
+"""The Triton launches of a request, as data: what `fastattn.kernels.triton.ahead` compiles.
+
+`functools.partial` of a function here is a job for `compile_ahead`. `launches_of` takes any call of the public functions; the
+others make the launches of one request on tensors that hold nothing worth computing with.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastattn import masks, testing
+from fastattn.kernels.triton import attention, ffn, norm
+from fastattn.kernels.triton.launch import GPU, Launch, recorded
+from fastattn.lowering import LoweredMask
+from fastattn.ops import dispatch
+from fastattn.packing import Packing
+
+HOPPER = GPU(90)
+
+
+def launches_of(request: Callable[[], object], gpu: GPU = HOPPER) -> list[Launch]:
+    """What `request` launches, which calls public functions with `backend="triton"` on tensors of the CPU, gradients included.
+
+    Specialised exactly as the same call on that GPU: by dtypes, sizes, strides, alignment and what is given and what is not.
+    """
+    with recorded(gpu) as launches:
+        request()
+    dispatch.choose.cache_clear()  # it has learned that Triton takes tensors of the CPU
+    return launches
+
+
+def attention_launches(
+    dtype: torch.dtype, D: int, mask: str, L: int = 640, inside: bool = True, gpu: GPU = HOPPER, Dv: int | None = None,
+    group: int = 1, packed: bool = False,
+) -> list[Launch]:  # fmt: skip
+    """Forward and backward. `mask`: a name of `_mask` below, or one of `testing.MASKS`; `inside`: (B, L, H, D) memory; `packed`:
+    sequences of up to L tokens end to end, (T, H, D)."""
+    H = 2
+    lowered, tokens = _lowered(mask, H * group, L, packed)
+    B, rows = (1, tokens) if packed else (2, L)
+
+    def empty(heads: int, width: int) -> Tensor:
+        shape = (B, rows, heads, width) if inside else (B, heads, rows, width)
+        x = torch.zeros(shape, dtype=dtype)
+        return x.transpose(1, 2) if inside else x
+
+    Dv = D if Dv is None else Dv
+    q, dq, out, dout = empty(H * group, D), empty(H * group, D), empty(H * group, Dv), empty(H * group, Dv)
+    k, dk, v, dv = empty(H, D), empty(H, D), empty(H, Dv), empty(H, Dv)
+    lse = torch.zeros(B, H * group, rows)
+    forward = attention.forward_launch(q, k, v, out, lse, lowered, D**-0.5, gpu)
+    return [forward, *attention.backward_launches(dout, None, q, k, v, out, lse, dq, dk, dv, lowered, D**-0.5, gpu)]
+
+
+@functools.cache
+def _lowered(mask: str, H: int, L: int, packed: bool) -> tuple[LoweredMask, int]:
+    """The mask as kernels receive it, and how many tokens packed sequences have."""
+    lengths = [L, L // 2, L // 3] if packed else [L, L]
+    packing = Packing.from_lengths(lengths, L)
+    made = _mask(mask, len(lengths), H, L, packing if packed else None)
+    return made.lower_packed(packing, packing, H) if packed else made.lower(L, L), packing.total
+
+
+def _mask(name: str, B: int, H: int, L: int, packing: Packing | None) -> masks.Mask:
+    if name in testing.MASKS and packing is None:
+        return testing.MASKS[name](B, H, L, L, torch.Generator().manual_seed(0), "cpu") or masks.full()
+    lengths = torch.zeros(B, dtype=torch.int32)
+    ids = torch.zeros((B, L) if packing is None else (packing.total,), dtype=torch.int32)
+    return {
+        "none": masks.full,
+        "causal": masks.causal,
+        "padding": lambda: masks.padding(lengths),
+        "causal_padding": lambda: masks.causal() & masks.padding(lengths),
+        "prefix": lambda: masks.prefix_lm(lengths),
+        "keys": lambda: masks.key_padding(torch.ones(B, L, dtype=torch.bool)),
+        "documents": lambda: masks.documents(ids),
+        "bits": lambda: masks.dense(torch.ones(B, H, L, L, dtype=torch.bool)),
+    }[name]()
+
+
+def linear_launches(dtype: torch.dtype, activation: str, M: int, K: int, N: int, gpu: GPU = HOPPER) -> list[Launch]:
+    """Forward with bias, residual and z; dz with its sums; dz in the epilogue of the product with the second weight."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, weight, bias, hidden = empty(M, K), empty(N, K), empty(N), empty(M, N)
+    sums = empty(ffn.dz_parts(hidden), N, dtype=torch.float32)
+    dy, second = empty(M, K), empty(K, N)
+    second_sums = empty(ffn.dgrad_parts(dy, second, gpu), N, dtype=torch.float32)
+    return [
+        ffn.forward_launch(x, weight, bias, hidden, hidden, hidden, activation, gpu),
+        ffn.dz_launch(hidden, hidden, hidden, sums, activation),
+        ffn.dgrad_launch(dy, second, hidden, hidden, second_sums, activation, gpu),
+    ]
+
+
+def norm_launches(dtype: torch.dtype, N: int, rms: bool, M: int = 128, gpu: GPU = HOPPER) -> list[Launch]:
+    """Forward and backward with everything that a request can have; an RMSNorm has neither mean nor bias."""
+    x, weight, rstd = (torch.empty(s, device="meta", dtype=d) for s, d in (((M, N), dtype), (N, dtype), (M, torch.float32)))
+    mean, bias = (None, None) if rms else (rstd, weight)
+    dweight = torch.empty(norm.parts(x, True, gpu)[0], N, device="meta")
+    return [
+        norm.forward_launch(x, x, weight, bias, x, x, mean, rstd, 1e-6, gpu),
+        norm.backward_launch(x, x, x, mean, rstd, weight, x, dweight, None if rms else dweight, gpu),
+    ]
