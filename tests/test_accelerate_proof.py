@@ -6,15 +6,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from test_accelerate import MODELS, build, result, text
 from torch import nn
-from transformers import AttentionInterface
-from transformers.models.bert import modeling_bert
 
 import fastattn
 from fastattn.integrations import accelerate_proof
 from fastattn.integrations.accelerate import Encoder, Replaced
+
+transformers = pytest.importorskip("transformers")
+modeling_bert = pytest.importorskip("transformers.models.bert.modeling_bert")
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def another_order(self, attention_output):
 
 
 def registered(model, monkeypatch):
-    monkeypatch.setitem(AttentionInterface._global_mapping, "halved", halved)
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "halved", halved)
     monkeypatch.setitem(transformers.AttentionMaskInterface._global_mapping, "halved", transformers.masking_utils.sdpa_mask)
     model.set_attn_implementation("halved")
 

@@ -12,30 +12,41 @@ from fastattn.lowering import LoweredMask, pack_bits, tile_lists, tile_status
 
 FAR = 2**31 + 16  # elements between two sequences
 MAP_NORESERVE = 0x4000  # Linux's, which the module mmap does not name: memory that is not written is not counted
+PLACE = 4096  # bytes
+ON_GPU = 4 * FAR + 2**20  # bytes
 mappings = []
+places = []
 
 
 @pytest.fixture(autouse=True)
 def unmapped():
     yield
     mappings.clear()
+    places.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # for the tests of other processes
 
 
 def far_apart(x: torch.Tensor) -> torch.Tensor:
     """x (2, ...) with its two halves FAR elements apart."""
+    assert x[0].numel() * x.element_size() <= PLACE
     return memory(x, FAR + x[0].numel()).as_strided(x.shape, (FAR, *x[0].contiguous().stride())).copy_(x)
 
 
 def memory(x: torch.Tensor, elements: int) -> torch.Tensor:
-    """On x's device and in its dtype; without a GPU only what is written takes space."""
+    """On x's device and in its dtype. Without a GPU only what is written takes space; a GPU has one buffer of 9 GB, in which each
+    tensor begins at a place of its own: what is between its ends belongs to others."""
     size = elements * x.element_size()
-    if x.device.type == "cuda":
-        buffer = torch.empty(size, dtype=torch.uint8, device=x.device)
-    else:
+    if x.device.type != "cuda":
         mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         mappings.append(mapping)
-        buffer = torch.frombuffer(mapping, dtype=torch.uint8)
-    return buffer.view(x.dtype)
+        return torch.frombuffer(mapping, dtype=torch.uint8).view(x.dtype)
+    if not mappings:
+        mappings.append(torch.empty(ON_GPU, dtype=torch.uint8, device=x.device))
+    begin = PLACE * len(places)
+    places.append(begin)
+    assert begin + size <= ON_GPU
+    return mappings[0][begin : begin + size].view(x.dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

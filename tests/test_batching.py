@@ -8,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import fastattn
 from fastattn.batching import map_in_batches, token_batches
+
+hypothesis = pytest.importorskip("hypothesis")
+given, st = hypothesis.given, hypothesis.strategies
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)
 LIMITS = {"max_tokens": st.integers(1, 100), "max_sequences": st.none() | st.integers(1, 9)}

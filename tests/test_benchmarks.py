@@ -14,7 +14,6 @@ import fastattn
 from benchmarks import (
     attention_providers,
     gate,
-    gpu,
     mask_cases,
     measure,
     model_cases,
@@ -326,6 +325,7 @@ PACKED = ("fastattn: + unpadded", "Hugging Face with fastattn.accelerate")
 @pytest.mark.parametrize("mode", models.MODES)
 def test_unpadded_providers_compute_real_tokens_alone(monkeypatch, fill: float, mode: str) -> None:
     """They pass the gate against fp64 that all pass, and their FFNs get as many rows as there are tokens."""
+    pytest.importorskip("transformers")
     monkeypatch.setitem(shapes.CONFIGS, "bert-base", TINY)
     case = load_tiny("bert-base", fill)
     rows = []
@@ -349,6 +349,8 @@ def test_unpadded_providers_compute_real_tokens_alone(monkeypatch, fill: float, 
 
 @pytest.mark.parametrize("mode", models.MODES)
 def test_unpadded_providers_of_clip_pass_the_gate(mode: str) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("sklearn")
     case = load_tiny("digits-clip", 1.0)
     found = [provider for provider in model_providers.providers(CPU) if provider.name.endswith(("eager", *PACKED))]
     measured = model_measure.run(case, mode, found, seconds=0.0)
@@ -384,12 +386,3 @@ def test_unknown_models_and_modes_are_refused(capsys) -> None:
         with pytest.raises(SystemExit):
             models.parse([argument, value])
         assert f"{value!r} is not one of" in capsys.readouterr().err
-
-
-def test_the_steps_of_a_gpu_run_end_within_nine_minutes(tmp_path) -> None:
-    steps = gpu.steps(tmp_path)
-    assert sum(step.limit for step in steps) < 540
-    assert {"ops", "masks", "models"} < {step.name for step in steps}
-    (models_step,) = (step for step in steps if step.name == "models")
-    budget = models_step.arguments[models_step.arguments.index("--budget") + 1]
-    assert float(budget) < models_step.limit  # else it is killed before it writes its file

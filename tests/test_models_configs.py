@@ -6,10 +6,11 @@ import dataclasses
 import json
 
 import pytest
-import transformers
 
 from fastattn.models.bert import BertConfig, BertModel
 from fastattn.models.clip import CLIPConfig, CLIPModel
+
+transformers = pytest.importorskip("transformers")
 
 BERT = transformers.BertConfig(vocab_size=50, hidden_size=36, hidden_act="relu", tie_word_embeddings=False, pad_token_id=None)
 CLIP = transformers.CLIPConfig(

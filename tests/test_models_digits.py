@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from fastattn.models import digits
 from fastattn.models.clip import CLIPModel
 from fastattn.models.implementations import IMPLEMENTATIONS
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("sklearn")
 
 
 @pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_models import EOS, MINILM, VOCAB, B, N, attention_mask, bert_config, bert_inputs, clip_config, clip_inputs
+from test_models import EOS, VOCAB, B, N, attention_mask, bert_config, bert_inputs, clip_config, clip_inputs, minilm_directory
 from torch import Tensor
 
 import fastattn
@@ -267,9 +267,10 @@ def test_offsets_that_nobody_validated():
 @torch.no_grad()
 def test_minilm(implementation):
     """Sentences as they come, one much longer than another, and the cosines that the model is made for."""
-    found, _ = texts.sentences()
+    pytest.importorskip("tokenizers")
+    directory, (found, _) = minilm_directory(), texts.sentences()
     ids, keep = texts.padded(texts.word_pieces(found[:12])[0], 64)
-    model = BertModel.from_pretrained(MINILM, OPS[implementation])
+    model = BertModel.from_pretrained(directory, OPS[implementation])
     packing = Packing.from_mask(keep.bool())
     assert packing.total < 0.7 * keep.numel()
     expected, pooled = model(ids, keep)
@@ -283,6 +284,7 @@ def test_minilm(implementation):
 @each_implementation
 def test_digits(implementation):
     """Every caption of the trained CLIP in one packed batch: logits, and a training step's gradients."""
+    pytest.importorskip("sklearn")
     model = CLIPModel.from_pretrained(digits.DIRECTORY, OPS[implementation])
     ids, mask = digits.tokenize([t.format(name) for t in digits.TEMPLATES for name in digits.NAMES])
     images = digits.load_images()[1].pixel_values[:30]

@@ -137,8 +137,8 @@ def test_visits_exactly_the_tiles_with_a_visible_pair(backend, case):
             if over_keys and N % block_n:
                 assert not full[..., -1].any(), f"{M} x {N}: a full tile has keys beyond the end"
             if lowered.key_tiles is None:
-                hull = lowered._replace(keys=None).visible(B, H, M, N)  # holes are not looked at
-                assert torch.equal(visited, in_tiles(hull.cpu(), block_m, block_n).any(-1)), f"{M} x {N}"
+                hull = lowered._replace(keys=None).visible(B, H, M, N, device_of(backend)).cpu()  # holes are not looked at
+                assert torch.equal(visited, in_tiles(hull, block_m, block_n).any(-1)), f"{M} x {N}"
                 continue
             tiles, across = (lowered.key_tiles, N) if over_keys else (lowered.query_tiles, M)
             expected, expected_full = (t if over_keys else t.mT for t in listed(tiles.cpu(), -(-across // TILE)))

@@ -41,10 +41,10 @@ def of_sequence(mask: Mask, b: int, M: int, N: int) -> Mask:
     return dataclasses.replace(mask, **vectors, **matrices, terms=tuple(terms))
 
 
-def padded_mask(mask: Mask | None, B: int, H: int, lengths, key_lengths, M: int, N: int) -> torch.Tensor:
-    visible = torch.zeros(B, H, M, N, dtype=torch.bool)
+def padded_mask(mask: Mask | None, H: int, lengths, key_lengths, device: str) -> torch.Tensor:
+    visible = torch.zeros(len(lengths), H, max(lengths), max(key_lengths), dtype=torch.bool, device=device)
     for b, (m, n) in enumerate(zip(lengths, key_lengths, strict=True)):
-        visible[b, :, :m, :n] = True if mask is None else of_sequence(mask, b, m, n).dense(1, H, m, n, "cpu")[0]
+        visible[b, :, :m, :n] = True if mask is None else of_sequence(mask, b, m, n).dense(1, H, m, n, device)[0]
     return visible
 
 
@@ -96,7 +96,7 @@ def check(backend, lengths, key_lengths, mask_name, dtype, H=2, Hkv=None, D=None
     lse = torch.where(live[:, None], padded(lse.mT, packing), -INF)
     results = {"out": padded(out, packing), "lse": lse}
     results |= {name: padded(g, p) for name, g, p in zip(("dq", "dk", "dv"), grads, (packing, keys, keys), strict=True)}
-    visible = padded_mask(x.mask, B, H, lengths, key_lengths or lengths, M, N).to(device)
+    visible = padded_mask(x.mask, H, lengths, key_lengths or lengths, device)
     x = dataclasses.replace(x, mask=masks.dense(visible))
     assert_accurate({n: t.detach() for n, t in results.items()}, attention_yardstick(x), cpu_half_gradients=backend == "cpu")
 

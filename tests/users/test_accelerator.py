@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification
 from twins import assert_close, assert_moved, assert_same, batch, bert, inferred, output, twins
 
 import fastattn
+
+transformers = pytest.importorskip("transformers")
 
 accelerate = pytest.importorskip("accelerate")
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -13,7 +14,7 @@ PRECISIONS = ["no", "bf16"]
 
 
 def classifier():
-    return bert(BertForSequenceClassification, num_labels=3)
+    return bert(transformers.BertForSequenceClassification, num_labels=3)
 
 
 def first_of(outputs):

@@ -3,14 +3,15 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertForSequenceClassification
 from twins import assert_close, assert_moved, assert_named, assert_same, assert_served_again, batch, bert, inferred, step, twins
 
 import fastattn
 
+transformers = pytest.importorskip("transformers")
+
 
 def classifier():
-    return bert(BertForSequenceClassification, num_labels=3)
+    return bert(transformers.BertForSequenceClassification, num_labels=3)
 
 
 def with_lora(model, **options):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertForMaskedLM, BertForSequenceClassification
 from twins import (
     assert_close,
     assert_moved,
@@ -19,6 +18,8 @@ from twins import (
 )
 
 import fastattn
+
+transformers = pytest.importorskip("transformers")
 
 INSIDE = (
     "encoder.layer.0",
@@ -211,7 +212,7 @@ def test_forward_of_a_part_replaced():
 
 
 def classifier(**options):
-    return bert(BertForSequenceClassification, num_labels=3, **options)
+    return bert(transformers.BertForSequenceClassification, num_labels=3, **options)
 
 
 def test_integrated_gradients():
@@ -254,7 +255,7 @@ def test_integrated_gradients_through_a_hook():
 def test_saliency_of_every_layer():
     """Gradients of the recorded hidden states themselves, by retain_grad."""
     found = []
-    for model in twins(bert(BertForMaskedLM))[:2]:
+    for model in twins(bert(transformers.BertForMaskedLM))[:2]:
         out = model(**batch(), output_hidden_states=True)
         for states in out.hidden_states:
             states.retain_grad()

@@ -4,17 +4,12 @@ import copy
 
 import pytest
 import torch
-import transformers
 from torch import nn
-from transformers import (
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    DistilBertForSequenceClassification,
-)
 from twins import QUIET, SENTENCES, SIZES, TEXT, bert, distilbert, spread, tokenizer
 
 import fastattn
+
+transformers = pytest.importorskip("transformers")
 
 MASKED = ["w1 [MASK] w3", "[MASK]", "w5 w6 w7 w8 [MASK] w10 w11 w12 w13", "w16 w17 w2 w1 [MASK] w3"]
 
@@ -60,12 +55,14 @@ def test_feature_extraction(make, batch_size):
 def distilbert_classifier():
     sizes = {"vocab_size": TEXT["vocab_size"], "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}
     config = transformers.DistilBertConfig(**sizes, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, num_labels=3)
-    return spread(DistilBertForSequenceClassification(config))
+    return spread(transformers.DistilBertForSequenceClassification(config))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize(
-    "make", [lambda: bert(BertForSequenceClassification, num_labels=3), distilbert_classifier], ids=["bert", "distilbert"]
+    "make",
+    [lambda: bert(transformers.BertForSequenceClassification, num_labels=3), distilbert_classifier],
+    ids=["bert", "distilbert"],
 )
 def test_text_classification(make, batch_size):
     plain, ours, handle = piped("text-classification", make(), tokenizer=tokenizer())
@@ -80,7 +77,7 @@ def test_text_classification(make, batch_size):
 def test_token_classification(strategy, batch_size):
     plain, ours, handle = piped(
         "token-classification",
-        bert(BertForTokenClassification, num_labels=3),
+        bert(transformers.BertForTokenClassification, num_labels=3),
         tokenizer=tokenizer(),
         aggregation_strategy=strategy,
     )
@@ -90,7 +87,7 @@ def test_token_classification(strategy, batch_size):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_fill_mask(batch_size):
-    plain, ours, handle = piped("fill-mask", bert(BertForMaskedLM), tokenizer=tokenizer())
+    plain, ours, handle = piped("fill-mask", bert(transformers.BertForMaskedLM), tokenizer=tokenizer())
     assert_same_results(*(pipe(MASKED, batch_size=batch_size, top_k=4) for pipe in (plain, ours)))
     assert_same_results(*(pipe(MASKED[0], targets=["w7", "w9"]) for pipe in (plain, ours)))
     assert not handle.report.fallbacks and not handle.report.left
@@ -100,7 +97,10 @@ def test_fill_mask(batch_size):
 def test_zero_shot_classification(batch_size):
     """Every text with every label as a pair."""
     model = bert(
-        BertForSequenceClassification, num_labels=2, label2id={"no": 0, "entailment": 1}, id2label={0: "no", 1: "entailment"}
+        transformers.BertForSequenceClassification,
+        num_labels=2,
+        label2id={"no": 0, "entailment": 1},
+        id2label={0: "no", 1: "entailment"},
     )
     plain, ours, handle = piped("zero-shot-classification", model, tokenizer=tokenizer())
     options = {"candidate_labels": ["w30 w31 w32", "w33"], "hypothesis_template": "w20 {} w21", "batch_size": batch_size}
@@ -143,7 +143,7 @@ def test_image_classification(batch_size):
 
 
 def test_accelerated_before_the_pipeline_and_restored_inside_of_it():
-    model = bert(BertForSequenceClassification, num_labels=3)
+    model = bert(transformers.BertForSequenceClassification, num_labels=3)
     plain = transformers.pipeline("text-classification", model=copy.deepcopy(model), tokenizer=tokenizer(), device="cpu")
     with fastattn.accelerate(model) as handle:
         ours = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer(), device="cpu")

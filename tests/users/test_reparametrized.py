@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from transformers import BertForMaskedLM
 from twins import (
     assert_close,
     assert_moved,
@@ -23,6 +22,8 @@ from twins import (
 )
 
 import fastattn
+
+transformers = pytest.importorskip("transformers")
 
 
 def one_linear(model):
@@ -187,7 +188,7 @@ def test_gradients_through_a_step_of_training():
 
 
 def test_tied_to_the_embeddings():
-    plain, ours, _ = twins(bert(BertForMaskedLM))
+    plain, ours, _ = twins(bert(transformers.BertForMaskedLM))
     before = assert_same(plain, ours)
     for model in (plain, ours):
         step(model, torch.optim.SGD(model.parameters(), lr=0.05, fused=True), batch())

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import BertForSequenceClassification
 from twins import SENTENCES, SIZES, assert_close, assert_moved, bert, tokenizer
 
 import fastattn
+
+transformers = pytest.importorskip("transformers")
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
@@ -147,7 +148,7 @@ def test_moved_to_half_precision(minilm):
 
 def test_cross_encoder(tiny):
     """Two texts in one sequence, one score; scores before, between and after steps of training."""
-    bert(BertForSequenceClassification, num_labels=1).save_pretrained(tiny)
+    bert(transformers.BertForSequenceClassification, num_labels=1).save_pretrained(tiny)
     models = [sentence_transformers.CrossEncoder(tiny, device="cpu", max_length=24) for _ in range(2)]
     handle = fastattn.accelerate(models[1])
     assert handle.report.accelerated

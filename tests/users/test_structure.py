@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BertForSequenceClassification
 from twins import (
     ENCODERS,
     assert_close,
@@ -21,6 +20,8 @@ from twins import (
 )
 
 import fastattn
+
+transformers = pytest.importorskip("transformers")
 
 LAYERS = {"bert": "encoder.layer", "roberta": "encoder.layer", "distilbert": "transformer.layer", "clip_text": "encoder.layers"}
 
@@ -184,7 +185,7 @@ FROZEN = {
 @pytest.mark.parametrize("frozen", FROZEN)
 def test_frozen(frozen):
     """After an evaluation; the same parameters get a gradient, and the same one; thawed again."""
-    plain, ours, handle = twins(bert(BertForSequenceClassification, num_labels=3))
+    plain, ours, handle = twins(bert(transformers.BertForSequenceClassification, num_labels=3))
     before = assert_same(plain, ours)
     for model in (plain, ours):
         for name, parameter in model.named_parameters():

@@ -2,19 +2,11 @@
 
 import pytest
 import torch
-import transformers
-from transformers import (
-    BertForMaskedLM,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    EarlyStoppingCallback,
-    Trainer,
-    TrainingArguments,
-)
 from twins import assert_close, assert_same, batch, bert, twins
 
 import fastattn
+
+transformers = pytest.importorskip("transformers")
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -61,8 +53,8 @@ def trainer_of(model, directory, label=of_sequence, collate=None, callbacks=(), 
         "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8, "num_train_epochs": 3, "learning_rate": 3e-3,
         "eval_strategy": "epoch", "save_strategy": "no", "logging_strategy": "epoch", "seed": 0, **options,
     }  # fmt: skip
-    arguments = TrainingArguments(str(directory), use_cpu=True, disable_tqdm=True, report_to=[], **options)
-    return Trainer(
+    arguments = transformers.TrainingArguments(str(directory), use_cpu=True, disable_tqdm=True, report_to=[], **options)
+    return transformers.Trainer(
         model, arguments, data_collator=collate or padded(), train_dataset=rows(16, 1, label), eval_dataset=rows(12, 2, label),
         callbacks=list(callbacks), model_init=model_init,
     )  # fmt: skip
@@ -87,15 +79,15 @@ def assert_same_training(plain, ours, tmp_path, **options):
 
 
 def test_default_optimizer():
-    assert TrainingArguments("unused", use_cpu=True).optim == "adamw_torch_fused"
+    assert transformers.TrainingArguments("unused", use_cpu=True).optim == "adamw_torch_fused"
 
 
 CASES = {
-    "sequences": (BertForSequenceClassification, of_sequence, -100),
-    "tokens": (BertForTokenClassification, of_tokens, -100),
-    "masked_language_model": (BertForMaskedLM, lambda ids: {"labels": torch.where(ids % 4 == 0, ids, -100)}, -100),
-    "tokens_with_labels_at_padding": (BertForTokenClassification, of_tokens, 0),
-    "question_answering": (BertForQuestionAnswering, of_span, -100),
+    "sequences": (transformers.BertForSequenceClassification, of_sequence, -100),
+    "tokens": (transformers.BertForTokenClassification, of_tokens, -100),
+    "masked_language_model": (transformers.BertForMaskedLM, lambda ids: {"labels": torch.where(ids % 4 == 0, ids, -100)}, -100),
+    "tokens_with_labels_at_padding": (transformers.BertForTokenClassification, of_tokens, 0),
+    "question_answering": (transformers.BertForQuestionAnswering, of_span, -100),
 }
 
 
@@ -106,7 +98,7 @@ def test_evaluated_at_each_epoch(case, before, tmp_path):
     plain, ours, handle = twins(bert(cls, **({} if "language" in case or "question" in case else {"num_labels": 3})))
     assert_same_training(plain, ours, tmp_path, before=before, label=label, collate=padded(label_at_padding))
     assert not handle.report.left
-    if cls is BertForSequenceClassification:
+    if cls is transformers.BertForSequenceClassification:
         assert not handle.report.fallbacks
 
 
@@ -125,21 +117,21 @@ def test_evaluated_at_each_epoch(case, before, tmp_path):
     ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()),
 )
 def test_options_of_the_training(options, tmp_path):
-    plain, ours, handle = twins(bert(BertForSequenceClassification, num_labels=3))
+    plain, ours, handle = twins(bert(transformers.BertForSequenceClassification, num_labels=3))
     assert_same_training(plain, ours, tmp_path, before=True, **options)
     assert not handle.report.fallbacks
 
 
 def test_early_stopping_and_the_best_model_loaded_at_the_end(tmp_path):
     """It overfits at once: training stops before the last epoch, and the weights of an earlier one are written back."""
-    plain, ours, _ = twins(bert(BertForSequenceClassification, num_labels=3))
+    plain, ours, _ = twins(bert(transformers.BertForSequenceClassification, num_labels=3))
     options = {
         "num_train_epochs": 8, "learning_rate": 2e-2, "save_strategy": "epoch", "save_total_limit": 1,
         "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",
     }  # fmt: skip
     found = []
     for name, model in (("plain", plain), ("ours", ours)):
-        trainer = trainer_of(model, tmp_path / name, callbacks=[EarlyStoppingCallback(1)], **options)
+        trainer = trainer_of(model, tmp_path / name, callbacks=[transformers.EarlyStoppingCallback(1)], **options)
         trainer.train()
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         found.append(torch.tensor([*losses, trainer.state.best_metric, trainer.evaluate()["eval_loss"]]))
@@ -150,7 +142,7 @@ def test_early_stopping_and_the_best_model_loaded_at_the_end(tmp_path):
 
 
 def test_predictions_and_a_model_saved_and_loaded(tmp_path):
-    plain, ours, _ = twins(bert(BertForTokenClassification, num_labels=3))
+    plain, ours, _ = twins(bert(transformers.BertForTokenClassification, num_labels=3))
     found = []
     for name, model in (("plain", plain), ("ours", ours)):
         trainer = trainer_of(model, tmp_path / name, label=of_tokens)
@@ -165,7 +157,7 @@ def test_predictions_and_a_model_saved_and_loaded(tmp_path):
 
 
 def test_resumed_from_a_checkpoint(tmp_path):
-    plain, ours, _ = twins(bert(BertForSequenceClassification, num_labels=3))
+    plain, ours, _ = twins(bert(transformers.BertForSequenceClassification, num_labels=3))
     found = []
     for name, model in (("plain", plain), ("ours", ours)):
         options = {"save_strategy": "epoch", "num_train_epochs": 2}
@@ -180,8 +172,8 @@ def test_resumed_from_a_checkpoint(tmp_path):
 
 def test_in_bfloat16(tmp_path):
     """Mixed precision: losses as near to the fp32 ones as the plain model's, and in fp32 as the plain model's are."""
-    plain, ours, _ = twins(bert(BertForSequenceClassification, num_labels=3))
-    exact, _, _ = twins(bert(BertForSequenceClassification, num_labels=3))
+    plain, ours, _ = twins(bert(transformers.BertForSequenceClassification, num_labels=3))
+    exact, _, _ = twins(bert(transformers.BertForSequenceClassification, num_labels=3))
     found = [curves(m, tmp_path / str(i), bf16=i > 0, learning_rate=5e-4) for i, m in enumerate((exact, plain, ours))]
     assert (found[2] - found[0]).abs().max() <= 2 * (found[1] - found[0]).abs().max()
 
@@ -190,7 +182,7 @@ def test_model_init_and_a_callback_that_evaluates_between_steps(tmp_path):
     """The model made and accelerated inside of the Trainer, evaluated after every step."""
 
     def accelerated():
-        model = bert(BertForSequenceClassification, num_labels=3)
+        model = bert(transformers.BertForSequenceClassification, num_labels=3)
         fastattn.accelerate(model)
         return model
 
@@ -205,7 +197,7 @@ def test_model_init_and_a_callback_that_evaluates_between_steps(tmp_path):
             model.train()
 
     found = []
-    for name, make in (("plain", lambda: bert(BertForSequenceClassification, num_labels=3)), ("ours", accelerated)):
+    for name, make in (("plain", lambda: bert(transformers.BertForSequenceClassification, num_labels=3)), ("ours", accelerated)):
         peek = Peek()
         trainer_of(None, tmp_path / name, callbacks=[peek], model_init=make, eval_strategy="no").train()
         found.append(torch.stack(peek.seen))

@@ -9,7 +9,6 @@ import io
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch import nn
 from twins import (
     ENCODERS,
@@ -24,6 +23,8 @@ from twins import (
     step,
     twins,
 )
+
+transformers = pytest.importorskip("transformers")
 
 
 def other_state(model):

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import fastattn
+
+transformers = pytest.importorskip("transformers")
 
 VOCABULARY, L = 60, 24
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
