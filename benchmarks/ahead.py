@@ -109,10 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser("python -m benchmarks.ahead", description=__doc__).parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("PyTorch sees no CUDA device here, for which kernels could be compiled")
-    from fastattn.launches import launches_of
-
     from fastattn.kernels.triton import ahead
     from fastattn.kernels.triton.launch import gpu_here
+    from fastattn.launches import launches_of
 
     gpu = gpu_here()
     quick = verify.jobs(list(verify.requests("cuda", verify.QUICK)), gpu)

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fastattn.launches import launches_of
-
 from benchmarks import ahead, shapes
 from fastattn.kernels.triton import ahead as compiler
 from fastattn.kernels.triton.launch import GPU
+from fastattn.launches import launches_of
 
 H100 = GPU(90)
 
