@@ -1,17 +1,20 @@
 """Triton attention beyond the cases of every backend: grouped heads, Dv, head dimensions, the one backward kernel, its choice."""
 
 # ruff: noqa: E402  (without triton nothing below can be imported)
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from backends import TRITON, device_of
 
+import fastattn
 from fastattn.kernels.triton import attention
 from fastattn.kernels.triton.attention import Config, single_config
 from fastattn.kernels.triton.launch import GPU
 from fastattn.ops.attention import AttentionProblem
-from fastattn.testing import assert_accurate, attention_inputs, attention_yardstick, run_attention
+from fastattn.testing import HOT, assert_accurate, attention_inputs, attention_yardstick, run_attention
 
 BOUNDED = ["none", "causal", "padding_queries", "holes", "causal_left", "window", "window_right", "prefix_lm", "window_prefix"]
 
@@ -49,6 +52,30 @@ def test_one_backward_kernel(backend, mask, monkeypatch):
     monkeypatch.setattr(attention, "single_config", lambda *request: Config(16, 128, 4, 1))
     check(backend, 2, 4, 70, 66, 16, Hkv=2, Dv=24, mask=mask, dlse=True)
     check(backend, 1, 1, 5, 100, 16, mask=mask)
+
+
+@pytest.mark.usefixtures("poisoned", "alone")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", ["none", "causal_left", "dense_rows"])  # the last two leave queries without a key
+@pytest.mark.parametrize("scale", [0.0, -0.7, -8.0, 8.0, 2.0**-60])
+@pytest.mark.parametrize("backend", [TRITON])
+def test_scale_of_any_sign(backend, scale, mask, dtype):
+    """Hidden scores are -inf before the scale: times 0 or less they would be seen, or NaN."""
+    x = replace(attention_inputs(2, 1, 70, 90, 16, dtype, device_of(backend), mask=mask, dlse=True), scale=scale)
+    assert_accurate(run_attention(x, backend), attention_yardstick(x), c=HOT)
+
+
+@pytest.mark.usefixtures("poisoned", "alone")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [2.0**20, -(2.0**20), 2.0**126, -(2.0**126)])
+@pytest.mark.parametrize("backend", [TRITON])
+def test_huge_scale_chooses_the_greatest_scores(backend, scale, dtype):
+    """Of small integers divided by 64, whose products are exact: the weights are 1 over the number of the greatest."""
+    x = attention_inputs(2, 1, 70, 90, 16, dtype, device_of(backend), mask="causal_left")
+    q, k = (t.round() / 64 for t in (x.q, x.k))
+    x = replace(x, q=q, k=k, scale=scale)
+    out, lse = fastattn.attention(q, k, x.v, x.mask, scale=scale, return_lse=True, backend=backend)
+    assert_accurate({"out": out, "lse": lse}, attention_yardstick(x))
 
 
 @pytest.mark.parametrize("backend", [TRITON])

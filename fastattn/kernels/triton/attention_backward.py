@@ -4,7 +4,8 @@ For short sequences one program per head of K and V makes all three (`_attention
 P = exp(S - lse) from the saved log-sum-exp. Nothing is added across programs, so gradients are deterministic.
 With delta = rowsum(dO * O) - dlse: dS = P * (dO V^T - delta), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO; dK and dV are
 summed over the `group` query heads that share a head of K and V.
-P and dS are rounded to the dtype for the second products. Scores are query-major in all kernels.
+P and dS are rounded to the dtype for the second products. Where dK and dV are made, scores are key-major, S^T = K Q^T: P^T and
+dS^T are then left operands as they are, without a way through shared memory. The kernel of dQ alone has them query-major.
 """
 
 from __future__ import annotations
@@ -164,9 +165,9 @@ def _attention_dkdv_kernel(
             q_tile = rows_of(q_head, m, q_l, row_live, D, BLOCK_D)
             do_tile = rows_of(dout_head, m, dout_l, row_live, DV, BLOCK_DV)
             delta_tile = tl.load(delta + row + m, mask=row_live, other=0.0)
-            p = _weights(q_tile, k_tile, shift, scale, PRECISION)
+            p = _weights_of_keys(k_tile, q_tile, shift, scale, PRECISION)
             visible = visible_pairs(m, block * BLOCK_N, row_live, row_id, key_live, key_id, h, bounds, terms, BLOCK_N)
-            p = tl.where(visible, p, 0.0)
+            p = tl.where(tl.trans(visible), p, 0.0)
             dk_acc, dv_acc = _accumulate(dk_acc, dv_acc, p, q_tile, do_tile, v_tile, delta_tile, PRECISION)
         for t in range(full):
             m = tile_start(before + t, start, tiles, listed, BLOCK_M) + tl.arange(0, BLOCK_M)
@@ -178,7 +179,7 @@ def _attention_dkdv_kernel(
             q_tile = rows_of(q_head, m, q_l, row_live, D, BLOCK_D)
             do_tile = rows_of(dout_head, m, dout_l, row_live, DV, BLOCK_DV)
             delta_tile = tl.load(delta + row + m, mask=row_live, other=0.0)
-            p = _weights(q_tile, k_tile, shift, scale, PRECISION)
+            p = _weights_of_keys(k_tile, q_tile, shift, scale, PRECISION)
             dk_acc, dv_acc = _accumulate(dk_acc, dv_acc, p, q_tile, do_tile, v_tile, delta_tile, PRECISION)
     # a hidden key was read as 0: whatever its row gathered is not a gradient
     store_rows(dk, n, dk_l, n < N, tl.where(key_live[:, None], dk_acc * scale, 0.0), D, BLOCK_D)
@@ -242,13 +243,13 @@ def _attention_backward_kernel(
             q_tile = rows_of(q_head, m, q_l, row_live, D, BLOCK_D)
             do_tile = rows_of(dout_head, m, dout_l, row_live, DV, BLOCK_DV)
             delta_tile = _delta(do_tile, out_head, m, out_l, dlse, row, row_live, DV, BLOCK_DV)
-            p = _weights(q_tile, k_tile, shift, scale, PRECISION)
-            p = tl.where(visible_pairs(m, 0, row_live, row_id, key_live, key_id, h, bounds, terms, BLOCK_N), p, 0.0)
-            dv_acc += dot(tl.trans(round_to(p, do_tile.dtype)), do_tile, PRECISION)
-            ds = p * (dot(do_tile, tl.trans(v_tile), PRECISION) - delta_tile[:, None])
-            ds = round_to(ds, q_tile.dtype)
-            dk_acc += dot(tl.trans(ds), q_tile, PRECISION)
-            store_rows(dq_head, m, dq_l, m < M, dot(ds, k_tile, PRECISION) * scale, D, BLOCK_D)
+            p = _weights_of_keys(k_tile, q_tile, shift, scale, PRECISION)
+            visible = visible_pairs(m, 0, row_live, row_id, key_live, key_id, h, bounds, terms, BLOCK_N)
+            p = tl.where(tl.trans(visible), p, 0.0)
+            dv_acc += dot(round_to(p, do_tile.dtype), do_tile, PRECISION)
+            ds = round_to(p * (dot(v_tile, tl.trans(do_tile), PRECISION) - delta_tile[None, :]), q_tile.dtype)
+            dk_acc += dot(ds, q_tile, PRECISION)
+            store_rows(dq_head, m, dq_l, m < M, dot(tl.trans(ds), k_tile, PRECISION) * scale, D, BLOCK_D)
         for t in range(tl.cdiv(M, BLOCK_M) - visited):  # queries that see no key
             m = partial_place(t, start // BLOCK_M, visited) * BLOCK_M + tl.arange(0, BLOCK_M)
             store_rows(dq_head, m, dq_l, m < M, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), D, BLOCK_D)
@@ -267,14 +268,21 @@ def _delta(do_tile, out, m, out_l, dlse, row, row_live, DV: tl.constexpr, BLOCK_
 
 @triton.jit
 def _weights(q_tile, k_tile, shift, scale, PRECISION: tl.constexpr):
-    """P = exp(S - lse), (BLOCK_M, BLOCK_N); shift is lse in units of log 2, inf for a row with weight 0 everywhere."""
+    """P = exp(S - lse), (BLOCK_M, BLOCK_N); shift is lse in units of log 2, inf for a query with weight 0 everywhere."""
     return tl.exp2(dot(q_tile, tl.trans(k_tile), PRECISION) * (scale * LOG2_E) - shift[:, None])
 
 
 @triton.jit
+def _weights_of_keys(k_tile, q_tile, shift, scale, PRECISION: tl.constexpr):
+    """P^T, (BLOCK_N, BLOCK_M)."""
+    return tl.exp2(dot(k_tile, tl.trans(q_tile), PRECISION) * (scale * LOG2_E) - shift[None, :])
+
+
+@triton.jit
 def _accumulate(dk_acc, dv_acc, p, q_tile, do_tile, v_tile, delta_tile, PRECISION: tl.constexpr):
-    dv_acc += dot(tl.trans(round_to(p, do_tile.dtype)), do_tile, PRECISION)
-    dp = dot(do_tile, tl.trans(v_tile), PRECISION)
-    ds = p * (dp - delta_tile[:, None])
-    dk_acc += dot(tl.trans(round_to(ds, q_tile.dtype)), q_tile, PRECISION)
+    """What one block of queries adds; p is P^T, (BLOCK_N, BLOCK_M)."""
+    dv_acc += dot(round_to(p, do_tile.dtype), do_tile, PRECISION)
+    dp = dot(v_tile, tl.trans(do_tile), PRECISION)
+    ds = p * (dp - delta_tile[None, :])
+    dk_acc += dot(round_to(ds, q_tile.dtype), q_tile, PRECISION)
     return dk_acc, dv_acc
