@@ -29,6 +29,9 @@ settle_keys(primitives, tiles, attention_forward, attention_backward)
 
 MASK_FIELDS = ("low", "high", "prefix_high", "prefix", "key_begin", "key_end", "query_end", "keys", "ids", "key_ids", "bits")
 LONGEST = 2**29  # queries or keys: sums of a place, a bound and a tile stay below 2^31
+# Scales with which the forward is compiled for a multiply-add; any other takes two steps, as do listed tiles, which have no
+# registers to spare for it.
+FUSED = 2.0**-64, 2.0**8
 # The one backward kernel has few programs, one for each head of k and v: with more queries two kernels fill a GPU better.
 SINGLE_ROWS = 512
 
@@ -107,6 +110,7 @@ def backward_launches(dout, dlse, q, k, v, out, lse, dq, dk, dv, mask: LoweredMa
 
 def forward_with(config: Config, q, k, v, out, lse, mask: LoweredMask, scale: float) -> Launch:
     arguments = {**_shared({"q": q, "k": k, "v": v, "out": out}, mask, mask.key_tiles, scale), "lse": lse}
+    arguments.update(FUSED=FUSED[0] <= scale <= FUSED[1] and mask.key_tiles is None)
     B, M, _ = _sizes(q, k, mask)
     return Launch(_attention_forward_kernel, _programs(B * q.shape[1], M, config.BLOCK_M), arguments, config)
 

@@ -1,6 +1,6 @@
 """The forward kernel: online softmax over tiles of keys (Dao et al., 2022), one program per head and block of queries.
 
-Scores are kept in units of log 2, so that exp is exp2 with the scale folded in. Sums are fp32; P is rounded to the dtype for the
+exp is exp2 of one multiply-add, which takes the scale and the running maximum. Sums are fp32; P is rounded to the dtype for the
 second product, the output once at the end. q and k have D columns, v and out DV; `group` query heads share a head of k and v.
 """
 
@@ -43,8 +43,9 @@ def _attention_forward_kernel(
     keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n, tiles_b, tiles_h, tiles_t,
     query_starts, key_starts, total_queries, total_keys, scale, H, group, M, N,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    VECTOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VECTOR: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """FUSED: whether the scale is one that `_accumulate` may leave to the multiply-add."""
     blocks = tl.cdiv(M, BLOCK_M)
     head = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -80,21 +81,23 @@ def _attention_forward_kernel(
     scale *= LOG2_E
     for t in range(full):
         n = tile_start(before + t, start, tiles, row, BLOCK_N) + tl.arange(0, BLOCK_N)
-        s = dot(q_tile, tl.trans(rows_of(k, n, k_l, None, D, BLOCK_D)), PRECISION) * scale
-        acc, total, top = _accumulate(acc, total, top, s, rows_of(v, n, v_l, None, DV, BLOCK_DV), PRECISION)
+        s = dot(q_tile, tl.trans(rows_of(k, n, k_l, None, D, BLOCK_D)), PRECISION)
+        v_tile = rows_of(v, n, v_l, None, DV, BLOCK_DV)
+        acc, total, top = _accumulate(acc, total, top, s, scale, v_tile, FUSED, PRECISION)
     for t in range(partial):
         n0 = tile_start(partial_place(t, before, full), start, tiles, row, BLOCK_N)
         n = n0 + tl.arange(0, BLOCK_N)
         key_live, key_id = live_keys(n, bounds, terms)
-        s = dot(q_tile, tl.trans(rows_of(k, n, k_l, key_live, D, BLOCK_D)), PRECISION) * scale
+        s = dot(q_tile, tl.trans(rows_of(k, n, k_l, key_live, D, BLOCK_D)), PRECISION)
         s = tl.where(visible_pairs(m, n0, row_live, row_id, key_live, key_id, h, bounds, terms, BLOCK_N), s, float("-inf"))
-        acc, total, top = _accumulate(acc, total, top, s, rows_of(v, n, v_l, key_live, DV, BLOCK_DV), PRECISION)
+        v_tile = rows_of(v, n, v_l, key_live, DV, BLOCK_DV)
+        acc, total, top = _accumulate(acc, total, top, s, scale, v_tile, FUSED, PRECISION)
 
     total = tl.where(row_live, total, 0.0)
     dead = total == 0.0
     acc = tl.where(dead[:, None], 0.0, acc / tl.where(dead, 1.0, total)[:, None])
     store_rows(out, m, out_l, m < M, acc, DV, BLOCK_DV)
-    lse_tile = tl.where(dead, float("-inf"), (top + tl.log2(tl.where(dead, 1.0, total))) * LN_2)
+    lse_tile = tl.where(dead, float("-inf"), (top * (scale if FUSED else 1.0) + tl.log2(tl.where(dead, 1.0, total))) * LN_2)
     lse_row = head.to(tl.int64) * M
     if query_starts is not None:
         lse_row = h * total_queries + q_begin
@@ -102,12 +105,24 @@ def _attention_forward_kernel(
 
 
 @triton.jit
-def _accumulate(acc, total, top, s, v_tile, PRECISION: tl.constexpr):
-    """One step of the online softmax: s (BLOCK_M, BLOCK_N) in units of log 2, -inf where hidden; top is the running maximum."""
-    new_top = tl.maximum(top, tl.max(s, 1))
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet
-    p = tl.exp2(s - shift[:, None])
-    rescale = tl.exp2(top - shift)
+def _accumulate(acc, total, top, s, scale, v_tile, FUSED: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the online softmax: s (BLOCK_M, BLOCK_N) = Q K^T, -inf where hidden; scale is in units of log 2.
+
+    FUSED: top is the running maximum of s, and a multiply-add takes the scale and the maximum; else top is that of the scaled
+    scores. A hidden score stays -inf only times a scale above 0, and what top * scale loses in rounding must be far below the
+    exponent of a float.
+    """
+    if FUSED:
+        new_top = tl.maximum(top, tl.max(s, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top * scale)  # a row that has seen no key yet
+        p = tl.exp2(s * scale - shift[:, None])
+        rescale = tl.exp2(top * scale - shift)
+    else:
+        s = tl.where(s == float("-inf"), s, s * scale)
+        new_top = tl.maximum(top, tl.max(s, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(s - shift[:, None])
+        rescale = tl.exp2(top - shift)
     total = total * rescale + tl.sum(p, 1)
     acc = acc * rescale[:, None] + dot(round_to(p, v_tile.dtype), v_tile, PRECISION)
     return acc, total, new_top
