@@ -69,7 +69,7 @@ def test_all_that_pass_are_a_success(run):
 
 def test_a_cut_step_is_a_failure_whatever_its_exit_status(run):
     patient = "import time\ntry: time.sleep(300)\nexcept KeyboardInterrupt: print('12 passed', flush=True)"
-    status, (row,), _ = run([("tests", 8, patient)], "--budget", "8")
+    status, (row,), _ = run([("tests", 14, patient)], "--budget", "14")
     assert row["exit"] == 0 and row["last_line"] == "12 passed" and row["reason"] and status == 1
 
 
