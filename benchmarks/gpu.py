@@ -71,6 +71,8 @@ def gpu_tests() -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell leaves it to what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     out: Path = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     (out / "failures.txt").unlink(missing_ok=True)
