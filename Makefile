@@ -53,6 +53,6 @@ ready-%: $(VENV)/.ready-% ;
 $(VENV)/.ready-%: $(BUILD)
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[$*]'
-	touch $@
+	touch $@ $(if $(filter dev,$*),$(VENV)/.ready-test $(VENV)/.ready-bench)  # which are parts of it
 .PRECIOUS: $(VENV)/.ready-%
 endif

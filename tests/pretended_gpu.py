@@ -23,8 +23,9 @@ NEEDS_A_GPU = ("Torch not compiled with CUDA enabled", "requires CUDA support")
 # What PyTorch's own code would do on a GPU (capture, compile, recompute), a kernel that is better than the specification in the
 # same dtype, and 250 runs that would each be slow here.
 NOT_REHEARSED = ("graph", "capture", "compile", "export", "opcheck", "checkpoint", "vmap", "half_precision_is", "250_runs")
-OWN_CODE = ("test_ahead.py", "test_tuned.py")  # what Triton's host code does, in whose place the specification answers
-INTERPRETED = "test_visits_exactly_the_tiles"  # takes a second or two for each mask: one mask in four
+# What launches kernels or Triton's host code by itself, in whose place the specification answers
+OWN_CODE = ("test_ahead.py", "test_tune.py", "test_tuned.py")
+MANY, FEWER = 8, 4  # of a test with more variants than these one in so many
 
 
 class Generator(torch.Generator):
@@ -165,10 +166,19 @@ def pytest_load_initial_conftests():
     pretend()  # before conftest.py asks whether there is a GPU
 
 
+def _by_function(items):
+    found = {}
+    for item in items:
+        found.setdefault(item.nodeid.split("[")[0], []).append(item)
+    return found.values()
+
+
 def pytest_collection_modifyitems(config, items):
-    interpreted = [item for item in items if INTERPRETED in item.nodeid]
+    """Every test, but of many variants one in four, and the first: what mixes devices is most often a helper of all."""
     left_out = [item for item in items if any(word in item.nodeid for word in NOT_REHEARSED + OWN_CODE)]
-    left_out += [item for n, item in enumerate(interpreted) if n % 4]
+    for variants in _by_function(item for item in items if item not in left_out):
+        step = FEWER if len(variants) > MANY else 1
+        left_out += [item for n, item in enumerate(variants) if n % step]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 

@@ -77,12 +77,12 @@ def test_cuda_at_every_length_to_64(backend, mask):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("mask", ["none", "causal_padding", "window_prefix", "documents", "columns_padding", "dense"])
-@pytest.mark.parametrize(("H", "Hkv"), [(4, 2), (3, 1)])
+@pytest.mark.parametrize(("B", "H", "Hkv"), [(1, 4, 2), (2, 3, 1)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_grouped_heads(backend, H, Hkv, mask):
+def test_grouped_heads(backend, B, H, Hkv, mask):
     D = head_dim_of(backend)
     for M, N in ((33, 70), (70, 33)):
-        x = attention_inputs(2, H, M, N, D, dtype_of(backend), device_of(backend), Hkv=Hkv, mask=mask, dlse=M > N)
+        x = attention_inputs(B, H, M, N, D, dtype_of(backend), device_of(backend), Hkv=Hkv, mask=mask, dlse=M > N)
         results = run_attention(x, backend)
         assert_accurate(results, attention_yardstick(x), cpu_half_gradients=backend == "cpu")
         for name in ("out", "dq", "dk", "dv"):
