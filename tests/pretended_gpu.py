@@ -25,7 +25,7 @@ NEEDS_A_GPU = ("Torch not compiled with CUDA enabled", "requires CUDA support")
 NOT_REHEARSED = ("graph", "capture", "compile", "export", "opcheck", "checkpoint", "vmap", "half_precision_is", "250_runs")
 # What launches kernels or Triton's host code by itself, in whose place the specification answers
 OWN_CODE = ("test_ahead.py", "test_tune.py", "test_tuned.py")
-MANY, FEWER = 8, 4  # of a test with more variants than these one in so many
+MANY, FEWER = 8, 6  # of a test with more variants than these one in so many
 
 
 class Generator(torch.Generator):
@@ -174,7 +174,7 @@ def _by_function(items):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Every test, but of many variants one in four, and the first: what mixes devices is most often a helper of all."""
+    """Every test, but of many variants one in six, and the first: what mixes devices is most often a helper of all."""
     left_out = [item for item in items if any(word in item.nodeid for word in NOT_REHEARSED + OWN_CODE)]
     for variants in _by_function(item for item in items if item not in left_out):
         step = FEWER if len(variants) > MANY else 1

@@ -5,7 +5,7 @@ from backends import CUDA, GPU, TRITON
 
 fuzz = pytest.importorskip("fuzz", reason="hypothesis is not installed")
 
-EXAMPLES = {"eager": 60, "cpu": 120, "triton": 6 if GPU else 15, "cuda": 40}  # on a GPU each compiles kernels for seconds
+EXAMPLES = {"eager": 60, "cpu": 120, "triton": 6 if GPU else 12, "cuda": 40}  # on a GPU each compiles kernels for seconds
 
 
 @pytest.mark.slow
