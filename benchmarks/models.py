@@ -274,9 +274,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", type=names(MODES), help="infer,train")
     parser.add_argument("--dtype", help="float32,bfloat16,float16; default bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument(
-        "--providers", help="names or parts of names, comma-separated; the baselines eager and SDPA run with them"
-    )
+    selection.add_providers(parser)
     parser.add_argument("--slow", action="store_true", help="on a GPU torch.compile too: ten seconds and more for each case")
     parser.add_argument(
         "--budget",

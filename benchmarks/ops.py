@@ -249,9 +249,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--suite", default="ops", choices=SUITES, help="what is measured, and the name of the result file")
     parser.add_argument("--rows", help="cases whose name contains this, such as bert, 'fill 0.5' or ffn")
-    parser.add_argument(
-        "--providers", help="names or parts of names, comma-separated; the baselines eager and SDPA run with them"
-    )
+    selection.add_providers(parser)
     parser.add_argument("--slow", action="store_true", help="FlexAttention and torch.compile too: ten seconds for each case")
     parser.add_argument(
         "--budget",

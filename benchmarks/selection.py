@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
+
+
+def add_providers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--providers", help="names or parts of names, comma-separated; the baselines eager and SDPA run with them"
+    )
 
 
 def chosen(asked: str, known: Iterable[str], what: str) -> list[str]:

@@ -46,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument(
         "--quick",
         action="store_true",
-        help="about a minute on a GPU: every op, in fp16 and bf16, with the masks and activations of real models",
+        help="made for a minute on a GPU: every op, in fp16 and bf16, with the masks and activations of real models",
     )
     command.add_argument("--json", action="store_true", help="for a program to read")
     command.set_defaults(run=run_verify, parser=command)
@@ -63,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.set_defaults(run=run_masks, parser=command)
 
     command = commands.add_parser("tune", help="time tiles of the Triton kernels on this GPU, and keep the best for later calls")
-    command.add_argument("--quick", action="store_true", help="bf16, 64 columns, a few sizes: two minutes on an H100")
+    command.add_argument("--quick", action="store_true", help="bf16, 64 columns, a few sizes: made for two minutes on an H100")
     command.add_argument("--out", type=Path, help="the table (default: FASTATTN_TUNED, or the device's file in the user's cache)")
     command.add_argument("--kernels", help="NAME,...: these only (default: all)")
     command.set_defaults(run=run_tune, parser=command)

@@ -41,7 +41,7 @@ class Table(NamedTuple):
     activations: Sequence[str]
 
 
-# A minute on a GPU, most of which goes into compiling: the dtypes, masks and activations of real models, and few and many keys,
+# Made for a minute on a GPU, most of it for compiling: the dtypes, masks and activations of real models, and few and many keys,
 # which take another backward.
 QUICK = Table(
     ("fp16", "bf16"), [(2, 2, 77, 77, 64), (2, 2, 77, 300, 64)],

