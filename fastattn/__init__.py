@@ -6,10 +6,12 @@ from fastattn import batching, masks
 from fastattn.integrations.accelerate import accelerate, restore
 from fastattn.integrations.torch_sdpa import sdpa_override
 from fastattn.kept import clear_packed
-from fastattn.ops.attention import attention, explain, scaled_dot_product_attention
+from fastattn.ops.attention import attention, explain
 from fastattn.ops.attention_weights import attention_weights
-from fastattn.ops.ffn import explain_linear, ffn, linear
+from fastattn.ops.ffn import ffn
+from fastattn.ops.linear import explain_linear, linear
 from fastattn.ops.norm import add_layer_norm, add_rms_norm
+from fastattn.ops.sdpa import scaled_dot_product_attention
 from fastattn.ops.varlen import varlen_attention
 from fastattn.packing import Packing
 from fastattn.version import __version__

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 64  # queries and keys of a listed tile
+CLASS = 32  # plans of packed sequences know the greatest length up to a multiple of it
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
@@ -71,6 +72,51 @@ class LoweredMask(NamedTuple):
         """The conjunction as a bool tensor (B, H, M, N)."""
         i, j = torch.arange(M, device=device), torch.arange(N, device=device)
         return self.pairs(i, j).expand(B, H, M, N)
+
+
+MOST_KEYS = 4096
+_KEYS: dict[tuple, object] = {}
+
+
+class Prepared:
+    """A lowered mask with what call after call needs of it.
+
+    `key` is what plans depend on, one object for each. Of packed sequences it leaves out how many there are, and of their
+    greatest lengths what no tensor's layout depends on. `handles`: for kernels that take tensors as handles, those of the fields,
+    by the function that makes one.
+    """
+
+    __slots__ = ("fields", "handles", "key", "tensors")
+
+    def __init__(self, fields: LoweredMask) -> None:
+        self.fields = fields
+        self.tensors = [x for x in fields if isinstance(x, Tensor)]
+        sizes = () if fields.query_starts is None else (fields.max_queries, fields.max_keys)
+        kept = fields if not sizes else fields._replace(max_queries=_rounded(sizes[0]), max_keys=_rounded(sizes[1]))
+        layouts = tuple(_layout(x) if isinstance(x, Tensor) else x for x in kept)
+        if len(_KEYS) >= MOST_KEYS:
+            _KEYS.clear()
+        self.key = _KEYS.setdefault(layouts, object())
+        self.handles: dict = {}
+
+    def __reduce__(self) -> tuple:
+        """A copy has tensors, and so handles, of its own."""
+        return Prepared, (self.fields,)
+
+
+def _layout(x: Tensor) -> tuple:
+    return x.stride(), tuple(size == 1 for size in x.shape), x.data_ptr() % 16 == 0, x.device
+
+
+def _rounded(length: int | None) -> int:
+    """The lengths of packed sequences by classes, which share their tiles."""
+    assert length is not None
+    return -(-length // CLASS) * CLASS
+
+
+def batched(x: Tensor) -> Tensor:
+    """Packed tokens, (T, H, D), as those of one sequence, (1, H, T, D); that itself as it is."""
+    return x if x.dim() == 4 else x.transpose(0, 1)[None]
 
 
 def packed_rows(starts: Tensor, length: int, rows: int) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.lowering import LoweredMask, pack_bits, packed_rows, tile_lists, tile_status
+from fastattn.lowering import LoweredMask, Prepared, pack_bits, packed_rows, tile_lists, tile_status
 from fastattn.packing import INTEGERS, Integers, Packing, check_bool, int64, integer, integers, lasting, readable
 from fastattn.terms import AnyOf, Dense, Grid, Shifted, Term, text
 
@@ -46,6 +46,7 @@ class Mask:
     key_ids: Tensor | None = None  # None: equal to ids
     terms: tuple[Term, ...] = ()
     _bits: dict = field(default_factory=dict, init=False, repr=False)
+    prepared: dict = field(default_factory=dict, init=False, repr=False)  # for calls that were checked, by what they were of
 
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
@@ -142,6 +143,12 @@ class Mask:
         if len(self._bits) >= CACHED_SHAPES:
             self._bits.clear()
         self._bits[key] = made
+
+    def keep_prepared(self, key: tuple, prepared: Prepared) -> None:
+        if _may_keep(prepared.tensors):
+            if len(self.prepared) >= CACHED_SHAPES:
+                self.prepared.clear()
+            self.prepared[key] = prepared
 
     def _by_rank(self, packing: Packing, key_packing: Packing) -> Mask:
         """With ids of packed tokens, (T,), as ids of ranks, (S, max_length); -1 beyond the end of a sequence."""
@@ -347,7 +354,7 @@ def _may_keep(tensors) -> bool:
     present = [x for x in tensors if x is not None]
     if any(type(x) is not Tensor for x in present):
         return False
-    return present[0].device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return not present or present[0].device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def packed_fields(packing: Packing, key_packing: Packing) -> dict[str, Any]:

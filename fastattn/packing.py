@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class Packing:
     capacity: int
     known_total: int | None  # the number of tokens, where the host has read it
     trusted: bool = True  # False: from `from_cu_seqlens(validate=False)`, where a tensor may have any number of rows
+    prepared: dict = field(default_factory=dict, init=False, repr=False)  # as a mask for attention, by the packing of keys
 
     @classmethod
     def from_lengths(cls, lengths: Integers, max_length: int, capacity: int | None = None) -> Packing:
@@ -138,6 +139,12 @@ class Packing:
     def full(self) -> bool:
         """Whether the host knows that every row of a packed tensor is a token."""
         return self.known_total == self.capacity
+
+    def keep_prepared(self, key_packing: Packing, prepared: Any) -> None:
+        """Unless its tensors are in the memory of a CUDA graph that is being captured."""
+        if not (self.cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.prepared.clear()
+            self.prepared[key_packing] = prepared
 
     @property
     def positions(self) -> Tensor:

@@ -283,7 +283,7 @@ def _norm(group: Class, case: Case, device: torch.device, gpu: GPU) -> Callable[
 
     def ready(choice: Choice) -> Prepared:
         if group.kernel == "norm_forward":
-            launch = norm.forward_with(choice, x, residual, weight, bias, y, total, mean, rstd, 1e-12)
+            launch = norm.forward_with(choice, x, residual, weight, bias, y, total, mean, rstd, 1e-12, mean is None)
             return Prepared(lambda: run(launch), lambda: {"y": y, "total": total}, launch)
         programs = norm.parts_with(choice, M, True)[0]
         sums = [torch.empty(programs, N, device=device) for _ in range(2)]

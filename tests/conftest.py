@@ -34,16 +34,22 @@ def seed():
 @pytest.fixture
 def poisoned(monkeypatch):
     """Memory that is allocated and not written stays NaN; results lie between margins of NaN, which must be there afterwards."""
-    buffers = []
+    buffers, new_empty = [], torch.Tensor.new_empty
 
     def between_margins(x, *size, **options):
         sizes = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        if x.device.type == "meta":
+            return new_empty(x, sizes, **options)
         dtype = options.get("dtype") or x.dtype
         buffer = torch.full(
             (sizes.numel() + 2 * MARGIN,), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=x.device
         )
         buffers.append(buffer)
         return buffer[MARGIN : MARGIN + sizes.numel()].view(sizes)
+
+    def strided(x, size, stride, **options):
+        memory = x.new_empty(torch.Size(size).numel(), **options)
+        return memory.as_strided(size, stride)  # of dense results alone
 
     def poison(function):
         def wrapper(*args, **kwargs):
@@ -54,6 +60,7 @@ def poisoned(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", between_margins)
+        patch.setattr(torch.Tensor, "new_empty_strided", strided)
         patch.setattr(torch, "empty", poison(torch.empty))
         patch.setattr(torch, "empty_like", poison(torch.empty_like))
         yield

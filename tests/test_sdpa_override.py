@@ -223,13 +223,13 @@ def test_a_padding_mask_repeated_for_each_head_is_padding():
     q, k, v = heads(2, 4, 6, 8)
     hidden = torch.zeros(2, 4, 1, 6).masked_fill(torch.arange(6) >= torch.tensor([6, 4]).view(2, 1, 1, 1), float("-inf"))
     for mask in (hidden, hidden.roll(1, 1) + hidden.flip(0)):
-        lowered = fastattn.ops.attention.as_mask(fastattn.ops.attention.visible_pairs(mask, q))
+        lowered = fastattn.ops.attention.as_mask(fastattn.ops.sdpa.visible_pairs(mask, q))
         seen.append((lowered.keys is not None, len(lowered.terms)))
         close(fastattn.scaled_dot_product_attention(q, k, v, mask), TORCH(q, k, v, mask))
     assert seen == [(True, 0), (True, 0)]
     hidden[0, 1, 0, 2] = float("-inf")  # of one head alone
     close(fastattn.scaled_dot_product_attention(q, k, v, hidden), TORCH(q, k, v, hidden))
-    assert fastattn.ops.attention.as_mask(fastattn.ops.attention.visible_pairs(hidden, q)).terms
+    assert fastattn.ops.attention.as_mask(fastattn.ops.sdpa.visible_pairs(hidden, q)).terms
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -17,7 +17,8 @@ from fastattn.kept import Made, kept, nothing_kept
 from fastattn.masks import Mask
 from fastattn.ops.attention import attention
 from fastattn.ops.dispatch import autocast_dtype
-from fastattn.ops.ffn import ffn, linear
+from fastattn.ops.ffn import ffn
+from fastattn.ops.linear import linear
 from fastattn.ops.norm import add_layer_norm
 from fastattn.ops.varlen import varlen_attention
 from fastattn.packing import Packing

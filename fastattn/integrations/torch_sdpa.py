@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._device import DeviceContext
 
-from fastattn.ops.attention import scaled_dot_product_attention
+from fastattn.ops.sdpa import scaled_dot_product_attention
 
 logger = logging.getLogger("fastattn")
 _torch_attention = F.scaled_dot_product_attention

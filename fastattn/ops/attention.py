@@ -1,22 +1,23 @@
 """`attention`: problem, schema, fake, autograd, public functions.
 
-Calls go attention -> op (or autograd Function around it) -> `choose` -> kernels/<backend>/attention.py.
+Calls go attention -> `direct` -> plan -> kernels/<backend>/attention.py, or where something watches, attention -> op (or autograd
+Function around it) -> the same plan.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from fastattn import masks, plans
-from fastattn.lowering import LoweredMask
+from fastattn.lowering import LoweredMask, Prepared, batched
 from fastattn.masks import Mask
 from fastattn.ops import dispatch
-from fastattn.packing import readable
+from fastattn.planned import PLAIN, PLANS, fp32_precision, keep, plain, unaligned, watched
 
 # In order of preference. On an H100 `triton` is faster than `cuda` on every shape that was timed, from 50 keys to 1,024, forward
 # and backward (benchmarks/results/h100: a test holds the order to it), although `cuda` moves fewer bytes up to 288 keys. No other
@@ -77,15 +78,11 @@ _TYPES = dict.fromkeys(("low", "high", "prefix_high", "max_queries", "max_keys")
 _MASK = ", ".join(f"{_TYPES.get(name, 'Tensor')}? {name}" for name in LoweredMask._fields)
 _TENSORS = tuple(name for name in LoweredMask._fields if name not in _TYPES)
 _REQUEST = f"{_MASK}, float scale, str backend"
-_NO_GRADIENTS = (None,) * (len(LoweredMask._fields) + 3)  # mask, scale, backend, exact_lse
 
 
 def _forward(q, k, v, *rest):
     *fields, scale, backend, exact_lse = rest
-    mask = LoweredMask(*fields)
-    problem = _problem(q, k, v, mask)
-    module = dispatch.choose("attention", BACKENDS, backend, problem)
-    return module.forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), mask, scale, exact_lse)
+    return forward_by_plan(q, k, v, Prepared(LoweredMask(*fields)), scale, backend, EXACT if exact_lse else SAVED)
 
 
 def _forward_fake(q, k, v, *rest):
@@ -98,21 +95,26 @@ def forward_autograd(*args):
     if torch.compiler.is_dynamo_compiling():
         return _FORWARD(*args)  # stays one node of the graph; this function runs again beneath it
     if dispatch.wants_autograd(*args[:3]):
-        return _Attention.apply(*args)
+        q, k, v, *fields, scale, backend, exact_lse = args
+        return _Attention.apply(q, k, v, LoweredMask(*fields), scale, backend, exact_lse, None)
     with dispatch.below_autograd():
         return _FORWARD(*args)
 
 
 class _Attention(torch.autograd.Function):
+    """q, k, v -> out, lse: by a plan, with a mask prepared for it, or by the ops."""
+
     @staticmethod
-    def forward(ctx, *args):
-        q, k, v, *fields, scale, backend, _ = args
-        mask = LoweredMask(*fields)
-        with dispatch.below_autograd():
-            out, lse = _FORWARD(*args)
-        ctx.save_for_backward(q, k, v, out, lse, *(getattr(mask, name) for name in _TENSORS))
-        ctx.mask = mask._replace(**dict.fromkeys(_TENSORS))
-        ctx.scale, ctx.backend = scale, backend
+    def forward(ctx, q, k, v, mask: Prepared | LoweredMask, scale: float, backend: str, exact_lse: bool, plan):
+        ctx.mask, ctx.scale, ctx.backend = mask, scale, backend
+        if isinstance(mask, Prepared):
+            out, lse = plan(q, k, v, mask)
+            ctx.save_for_backward(q, k, v, out, lse, *mask.tensors)
+        else:
+            with dispatch.below_autograd():
+                out, lse = _FORWARD(q, k, v, *mask, scale, backend, exact_lse)
+            ctx.save_for_backward(q, k, v, out, lse, *(getattr(mask, name) for name in _TENSORS))
+            ctx.mask = mask._replace(**dict.fromkeys(_TENSORS))
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -121,19 +123,21 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        mask = ctx.mask._replace(**dict(zip(_TENSORS, tensors, strict=True)))
-        grads = dispatch.call_backward(_BACKWARD, dout, dlse, q, k, v, out, lse, *mask, ctx.scale, ctx.backend)
-        return (*grads, *_NO_GRADIENTS)
+        given, mask = (dout, dlse, q, k, v, out, lse), ctx.mask
+        if not isinstance(mask, Prepared):
+            fields = mask._replace(**dict(zip(_TENSORS, tensors, strict=True)))
+            grads = dispatch.call_backward(_BACKWARD, *given, *fields, ctx.scale, ctx.backend)
+        elif not torch.is_grad_enabled() and not watched() and plain(*given):
+            grads = backward_by_plan(*given, mask, ctx.scale, ctx.backend)
+        else:
+            grads = dispatch.call_backward(_BACKWARD, *_batched(*given), *mask.fields, ctx.scale, ctx.backend)
+            grads = grads if q.dim() == 4 else tuple(grad[0].transpose(0, 1) for grad in grads)
+        return (*grads, None, None, None, None, None)
 
 
 def _backward(dout, dlse, q, k, v, out, lse, *rest):
     *fields, scale, backend = rest
-    mask = LoweredMask(*fields)
-    problem = _problem(q, k, v, mask)
-    module = dispatch.choose("attention", BACKENDS, backend, problem)
-    return module.backward(
-        _unit_stride(dout), dlse, _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(out), lse, mask, scale
-    )
+    return backward_by_plan(dout, dlse, q, k, v, out, lse, Prepared(LoweredMask(*fields)), scale, backend)
 
 
 def _backward_fake(dout, dlse, q, k, v, *rest):
@@ -155,12 +159,133 @@ _BACKWARD = dispatch.define(
 )  # fmt: skip
 
 
+# Plans
+
+UNWANTED, SAVED, EXACT = range(3)  # the log-sum-exp: for nobody, for the backward, for the caller
+SCALES = (type(None), int, float)  # what a key may hold
+NO_MASK = Prepared(LoweredMask())
+_record = super(torch.autograd.Function, _Attention).apply  # less what transforms need, for which nothing may be direct
+
+
+def forward_by_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int):
+    key = forward_key(q, k, v, mask, scale, backend, lse)
+    plan = PLANS.get(key) or keep(key, _forward_plan(q, k, v, mask, scale, backend, lse))
+    return plan(q, k, v, mask)
+
+
+def forward_key(q, k, v, mask: Prepared, scale: float | None, backend: str, lse: Any) -> tuple:
+    """q, k, v: (B, H, L, D), or with a packing (T, H, D); no plan knows how many rows a packing has."""
+    if mask.fields.query_starts is None:
+        sizes: Any = q.shape, k.shape, v.shape
+    else:
+        sizes = tuple((x.shape[-3 if x.dim() == 4 else -2], x.shape[-1], x.dim()) for x in (q, k, v))
+    dtype = q.dtype
+    return (
+        sizes, q.stride(), k.stride(), v.stride(), dtype, k.dtype, v.dtype, q.device, k.get_device(), v.get_device(), mask.key,
+        scale, backend, lse, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15 and unaligned(q, k, v), fp32_precision(dtype),
+    )  # fmt: skip
+
+
+def _forward_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int):
+    if not all(x.stride(-1) == 1 for x in (q, k, v)):
+        plan = _unit_forward_plan(_unit_stride(q), _unit_stride(k), _unit_stride(v), mask, scale, backend, lse)
+        return lambda q, k, v, mask: plan(*map(_unit_stride, (q, k, v)), mask)
+    return _unit_forward_plan(q, k, v, mask, scale, backend, lse)
+
+
+def _unit_forward_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int):
+    module = dispatch.choose("attention", BACKENDS, backend, _problem(batched(q), batched(k), batched(v), mask.fields))
+    if hasattr(module, "forward_plan"):
+        return module.forward_plan(q, k, v, mask, scale, lse == EXACT, lse != UNWANTED)
+    if q.dim() == 4:
+        return lambda q, k, v, mask: module.forward(q, k, v, mask.fields, scale, lse == EXACT)
+
+    def packed(q, k, v, mask):
+        out, statistics = module.forward(batched(q), batched(k), batched(v), mask.fields, scale, lse == EXACT)
+        return out[0].transpose(0, 1), statistics[0]
+
+    return packed
+
+
+def backward_by_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str):
+    given = dout, dlse, q, k, v, out, lse
+    address = dout.data_ptr() | out.data_ptr() | lse.data_ptr() | (0 if dlse is None else dlse.data_ptr())
+    key = (
+        forward_key(q, k, v, mask, scale, backend, dout.stride()), dout.dtype, out.stride(), lse.is_contiguous(),
+        None if dlse is None else dlse.is_contiguous(), address & 15 and unaligned(dout, out, lse, dlse),
+    )  # fmt: skip
+    plan = PLANS.get(key) or keep(key, _backward_plan(*given, mask, scale, backend))
+    return plan(*given, mask)
+
+
+def _backward_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str):
+    given = dout, dlse, q, k, v, out, lse
+    if lse.is_contiguous() and (dlse is None or dlse.is_contiguous()) and all(x.stride(-1) == 1 for x in (dout, q, k, v, out)):
+        return _unit_backward_plan(given, mask, scale, backend)
+    plan = _unit_backward_plan(_laid_out(*given), mask, scale, backend)
+    return lambda *given: plan(*_laid_out(*given[:-1]), given[-1])
+
+
+def _laid_out(dout, dlse, q, k, v, out, lse) -> tuple:
+    dout, q, k, v, out = map(_unit_stride, (dout, q, k, v, out))
+    return dout, None if dlse is None else dlse.contiguous(), q, k, v, out, lse.contiguous()
+
+
+def _unit_backward_plan(given: tuple, mask: Prepared, scale: float, backend: str):
+    _, _, q, k, v, _, _ = given
+    module = dispatch.choose("attention", BACKENDS, backend, _problem(batched(q), batched(k), batched(v), mask.fields))
+    if hasattr(module, "backward_plan"):
+        return module.backward_plan(*given, mask, scale)
+    if q.dim() == 4:
+        return lambda *given: module.backward(*given[:-1], given[-1].fields, scale)
+
+    def packed(*given):
+        grads = module.backward(*_batched(*given[:-1]), given[-1].fields, scale)
+        return tuple(grad[0].transpose(0, 1) for grad in grads)
+
+    return packed
+
+
+def _batched(dout, dlse, q, k, v, out, lse) -> tuple:
+    """Packed tensors, (T, H, D) and (H, T), as those of one sequence, (1, H, T, D) and (1, H, T)."""
+    if q.dim() == 4:
+        return dout, dlse, q, k, v, out, lse
+    dout, q, k, v, out = map(batched, (dout, q, k, v, out))
+    return dout, None if dlse is None else dlse[None], q, k, v, out, lse[None]
+
+
 def _unit_stride(x: Tensor) -> Tensor:
     """Kernels take any strides but read the last dimension as adjacent elements. (Of one element any stride is right, but
     PyTorch's CPU kernel lays its output out by it.)"""
     if x.stride(-1) == 1:
         return x
-    return x.as_strided(x.shape, (*x.stride()[:-1], 1)) if x.shape[-1] == 1 else x.contiguous()
+    return x.resolve_neg().as_strided(x.shape, (*x.stride()[:-1], 1)) if x.shape[-1] == 1 else x.contiguous()
+
+
+def direct(q, k, v, mask: Any, scale: float | None, backend: str, return_lse: bool, checked_scale: float | None = None) -> Any:
+    """out, or (out, lse), without the dispatcher; nothing watches. None where no such call was checked before and this one was
+    not either (`checked_scale` is None), and where a tensor is not plain."""
+    if type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN:
+        return None
+    if mask is None:
+        mask = NO_MASK
+    elif type(mask) is not Prepared:
+        mask = mask.prepared.get((q.shape, k.shape, q.device)) if type(mask) is Mask else None
+        if mask is None:
+            return None
+    recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    lse = EXACT if return_lse else SAVED if recorded else UNWANTED
+    key = forward_key(q, k, v, mask, scale, backend, lse)
+    plan = PLANS.get(key)
+    if plan is None:
+        if checked_scale is None:
+            return None
+        plan = keep(key, _forward_plan(q, k, v, mask, checked_scale, backend, lse))
+    if recorded:
+        found = _record(q, k, v, mask, _scale(q, scale), backend, return_lse, plan)
+    else:
+        found = plan(q, k, v, mask)
+    return found if return_lse else found[0]
 
 
 # Public functions
@@ -217,97 +342,17 @@ def attention(
 
     The algorithm is the online softmax of FlashAttention (Dao et al., 2022, arXiv:2205.14135).
     """
-    args = op_arguments(q, k, v, mask, bias, scale, dropout, seed, backend)
-    out, lse = forward_autograd(*args, return_lse)
+    quiet = bias is None and dropout == 0.0 and seed is None and not watched()
+    if quiet and (found := direct(q, k, v, mask, scale, backend, return_lse)) is not None:
+        return found
+    q, k, v, lowered, checked_scale = checked(q, k, v, mask, bias, scale, dropout, seed, backend)
+    if quiet and plain(q, k, v) and type(scale) in SCALES:
+        prepared = Prepared(lowered)
+        if type(mask) is Mask:
+            mask.keep_prepared((q.shape, k.shape, q.device), prepared)
+        return direct(q, k, v, prepared, scale, backend, return_lse, checked_scale)
+    out, lse = forward_autograd(q, k, v, *lowered, checked_scale, backend, return_lse)
     return (out, lse) if return_lse else out
-
-
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, served by fastattn.
-
-    query (..., H, M, D), key and value (..., H, N, D) with equal leading dimensions; a bool attn_mask broadcastable to
-    (..., M, N), True = may attend; is_causal is top-left and excludes attn_mask. enable_gqa=True lets key and value have fewer
-    heads, of which query's number is a multiple. A float attn_mask is a bias; one of 0 and -inf alone, which
-    nn.MultiheadAttention makes of a bool one, is served on CPUs, where its values can be read. Any other and dropout_p > 0 are
-    not served yet and raise NotImplementedError. The result has the strides that torch's function gives on a CPU: its
-    dimensions lie in memory in the query's order where torch's fused kernel would serve the call, else it is contiguous.
-    """
-    if is_causal and attn_mask is not None:
-        raise ValueError("attn_mask and is_causal exclude each other: set one of them")
-    keep = None if attn_mask is None else visible_pairs(attn_mask, query)
-    if query.dim() < 2 or key.dim() != query.dim() or value.dim() != query.dim():
-        dims = f"{query.dim()}, {key.dim()}, {value.dim()}"
-        raise ValueError(f"query, key and value need the same number of dimensions, at least 2; got {dims}")
-    if not enable_gqa and key.dim() > 2 and key.shape[-3] != query.shape[-3]:
-        raise ValueError(f"key has {key.shape[-3]} heads and query {query.shape[-3]}; that needs enable_gqa=True")
-    lead = query.shape[:-2]
-    mask: Mask | Tensor | None = masks.causal("top_left") if is_causal else None
-    if keep is not None:
-        mask = keep if query.dim() == 4 else _four_dimensions(keep.expand(*lead, *keep.shape[-2:]))
-    q, k, v = (_four_dimensions(x) for x in (query, key, value))
-    out = attention(q, k, v, mask, scale=scale, dropout=dropout_p)
-    if query.dim() != 4:
-        out = out.reshape(*lead, *out.shape[-2:])
-    return _laid_out_as_by_torch(out, query, key, value, attn_mask)
-
-
-def visible_pairs(attn_mask: Tensor, query: Tensor) -> Tensor:
-    """attn_mask as a bool tensor, True = may attend. Raises NotImplementedError for floats other than 0 and -inf, and for floats
-    that the host cannot read at once: nothing is guessed, and no GPU is waited for."""
-    if attn_mask.dtype == torch.bool:
-        return attn_mask
-    refusal = f"attn_mask of dtype {attn_mask.dtype} is a bias, which is not served yet; pass a bool mask"
-    cast = attn_mask.dtype in DTYPES[:3] and dispatch.autocast_dtype(query) is not None
-    alike = attn_mask.dtype == query.dtype or cast
-    if not attn_mask.is_floating_point() or attn_mask.requires_grad or not alike:
-        raise NotImplementedError(refusal)
-    if not _has_values(attn_mask):
-        raise NotImplementedError(
-            f"{refusal}. (Whether it is 0 and -inf alone, as nn.MultiheadAttention makes it of a bool mask, is looked at on CPUs "
-            "only, and not in a trace: call fastattn.attention on the layer's projections, with "
-            "masks.key_padding(~key_padding_mask))"
-        )
-    keep = attn_mask == 0
-    if not bool((keep | (attn_mask == -math.inf)).all()):
-        raise NotImplementedError(refusal)
-    repeated = keep.dim() == query.dim() == 4 and keep.shape[1] == query.shape[1] and keep.shape[2] == 1
-    if repeated and torch.equal(keep, keep[:, :1].expand_as(keep)):
-        return keep[:, :1]  # padding, which nn.MultiheadAttention repeats for each head
-    return keep
-
-
-def _has_values(x: Tensor) -> bool:
-    """Whether the host can read x without waiting, and what it reads will be true of the next run as well."""
-    if not readable(x) or torch.jit.is_tracing():
-        return False
-    return not torch._C._are_functorch_transforms_active() and not torch._C._len_torch_dispatch_stack()
-
-
-def _laid_out_as_by_torch(out: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """`out`, whose memory is (B, M, H, Dv), in the layout of torch's result: a `.view` that works there works here."""
-    fused = (
-        query.dim() == 4
-        and out.shape == query.shape
-        and key.shape[2] > 0
-        and query.stride(3) == key.stride(3) == value.stride(3) == 1
-        and (attn_mask is None or attn_mask.dim() != 3)
-    )
-    if not fused or query.is_contiguous():
-        return out.contiguous()
-    B, H, M, _ = query.stride()
-    if B >= M >= H > 0:
-        return out  # the query too is (B, M, H, D) in memory: how models make it
-    like = torch.empty_like(query, device="meta")
-    return out.new_empty_strided(out.shape, like.stride()).copy_(out)
 
 
 def explain(
@@ -330,9 +375,8 @@ def explain(
     backends with kernels of their own, each kernel's config, the tiles that it visits under this mask, FLOPs and bytes beside the
     least possible, and the time that an H100 needs at least; for that it reads the mask's tensors.
     """
-    q, k, v, *lowered, _, _ = op_arguments(q, k, v, mask, bias, scale, dropout, seed, backend)
-    lowered_mask = LoweredMask(*lowered)
-    problem = _problem(q, k, v, lowered_mask)
+    q, k, v, lowered, _ = checked(q, k, v, mask, bias, scale, dropout, seed, backend)
+    problem = _problem(q, k, v, lowered)
     notes = [
         f"{name} has a last stride of {x.stride(-1)} and is copied"
         for name, x in (("q", q), ("k", k), ("v", v))
@@ -341,7 +385,7 @@ def explain(
     explanation = dispatch.explain("attention", BACKENDS, problem, backend, notes)
     if not verbose or explanation.backend == "none":
         return explanation
-    return replace(explanation, details=_details(explanation.backend, problem, lowered_mask))
+    return replace(explanation, details=_details(explanation.backend, problem, lowered))
 
 
 def _details(backend: str, problem: AttentionProblem, mask: LoweredMask) -> list[str]:
@@ -358,8 +402,9 @@ def _details(backend: str, problem: AttentionProblem, mask: LoweredMask) -> list
     return lines
 
 
-def op_arguments(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple:
-    """The op's arguments from the public ones: checked, cast for autocast, defaults filled in, the mask lowered if it is not."""
+def checked(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple[Tensor, Tensor, Tensor, LoweredMask, float]:
+    """q, k, v, mask and scale from the public arguments: checked, cast for autocast, with defaults, the mask lowered if it is
+    not."""
     if bias is not None or dropout != 0.0 or seed is not None:
         name = "bias" if bias is not None else "seed" if seed is not None else "dropout"
         raise NotImplementedError(f"{name} is not served yet: leave it at its default")
@@ -370,17 +415,18 @@ def op_arguments(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check_tensors(q, k, v)
     dispatch.check_backend(backend, BACKENDS)
-    B, H, M, D = q.shape
-    N = k.shape[2]
-    if scale is None:
-        scale = D**-0.5 if D else 1.0
-    elif not -math.inf < scale < math.inf:
+    B, H, M, _ = q.shape
+    if scale is not None and not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be a finite number, got {scale}")
     if mask is None:
         mask = LoweredMask()
     elif not isinstance(mask, LoweredMask):
-        mask = lower_mask(mask, B, H, M, N, q.device)
-    return (q, k, v, *mask, scale, backend)
+        mask = lower_mask(mask, B, H, M, k.shape[2], q.device)
+    return q, k, v, mask, _scale(q, scale)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return (q.shape[-1] or 1) ** -0.5 if scale is None else scale
 
 
 def lower_mask(mask: Mask | Tensor, B: int, H: int, M: int, N: int, device: torch.device) -> LoweredMask:
@@ -425,12 +471,3 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k has head dimension {k.shape[3]}, but q has {q.shape[3]}")
     if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
         raise ValueError(f"q has {q.shape[1]} heads, which is no multiple of k's {k.shape[1]}")
-
-
-def _four_dimensions(x: Tensor) -> Tensor:
-    """(..., H, L, D) with any leading dimensions, or none, as (B, H, L, D)."""
-    if x.dim() == 4:
-        return x
-    if x.dim() < 4:
-        return x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
-    return x.flatten(0, x.dim() - 4)

@@ -7,7 +7,6 @@ of backends; the first without a reason serves.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from fastattn import planned
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -91,7 +92,6 @@ def call_backward(op: torch._ops.OpOverload, *args: Any) -> tuple[Tensor, ...]:
         return op(*args)
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(op: str, backends: tuple[str, ...], backend: str, *problems: Problem):
     """The module that serves all the problems of a request: the named one, or for "auto" the first that can.
 
@@ -109,7 +109,8 @@ def choose(op: str, backends: tuple[str, ...], backend: str, *problems: Problem)
 def candidates(backends: tuple[str, ...], problem: Problem, backend: str) -> tuple[str, ...]:
     """The backends that a request may use: "auto" leaves the interpreter and the emulator of GPU kernels to tests."""
     if backend == "auto":
-        return tuple(name for name in backends if name not in GPU_BACKENDS or problem.device != "cpu")
+        on_cpu = problem.device == "cpu" and not planned.pretending
+        return tuple(name for name in backends if name not in GPU_BACKENDS or not on_cpu)
     return (backend,)
 
 

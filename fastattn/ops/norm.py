@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastattn import planned
 from fastattn.ops import dispatch
+from fastattn.planned import PLAIN, PLANS, layout, plain, unaligned, watched
 
 BACKENDS = ("triton", "cpu", "eager")  # in order of preference
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,11 +40,9 @@ def _problem(x: Tensor, residual: Tensor | None = None) -> NormProblem:
 
 
 def _forward(x, residual, weight, bias, eps, rms, keep, backend):
-    module = dispatch.choose("norm", BACKENDS, backend, _problem(x, residual))
-    y, total, mean, rstd = module.forward(x, residual, weight, bias, eps, rms, keep)
+    y, total, mean, rstd = _forward_by_plan(x, residual, weight, bias, eps, rms, keep, backend)
     empty = x.new_empty(0)
-    kept = total.contiguous() if keep and residual is not None else empty
-    return y.contiguous(), kept, (rstd.new_empty(0) if mean is None else mean), rstd
+    return y, (empty if total is None else total), (rstd.new_empty(0) if mean is None else mean), rstd
 
 
 def _forward_fake(x, residual, weight, bias, eps, rms, keep, backend):
@@ -63,34 +63,46 @@ def _forward_autograd(*args):
 
 
 class _AddNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, rms, keep, backend):
-        with dispatch.below_autograd():
-            y, total, mean, rstd = _FORWARD(x, residual, weight, bias, eps, rms, True, backend)
-        ctx.save_for_backward(x if residual is None else total, mean, rstd, weight)
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
-        ctx.rms, ctx.keep, ctx.backend = rms, keep and residual is not None, backend
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.set_materialize_grads(False)
-        return y, (total if ctx.keep else x.new_empty(0)), mean, rstd
+    """By a plan, or by the ops, whose four outputs are all there then."""
 
     @staticmethod
-    def backward(ctx, dy, dtotal, _dmean, _drstd):
+    def forward(ctx, x, residual, weight, bias, eps, rms, keep, backend, plan=None):
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
+        ctx.rms, ctx.keep, ctx.backend, ctx.direct = rms, keep and residual is not None, backend, plan is not None
+        if plan is None:
+            with dispatch.below_autograd():
+                y, total, mean, rstd = _FORWARD(x, residual, weight, bias, eps, rms, True, backend)
+            ctx.mark_non_differentiable(mean, rstd)
+        else:
+            y, total, mean, rstd = plan(x, residual, weight, bias)
+        ctx.save_for_backward(x if residual is None else total, mean, rstd, weight)
+        if plan is None:
+            return y, (total if ctx.keep else x.new_empty(0)), mean, rstd
+        return (y, total) if ctx.keep else y
+
+    @staticmethod
+    def backward(ctx, dy, dtotal=None, *_):
         total, mean, rstd, weight = ctx.saved_tensors
         if not ctx.keep:
             dtotal = None  # of an empty output
         if dy is None:
             dy = torch.zeros_like(total, dtype=ctx.dtypes[0])
-        flags = (ctx.rms, *ctx.needs_input_grad[2:4])
-        dsum, dweight, dbias = dispatch.call_backward(_BACKWARD, dy, dtotal, total, mean, rstd, weight, *flags, ctx.backend)
+        given, flags = (dy, dtotal, total, mean, rstd, weight), (ctx.rms, *ctx.needs_input_grad[2:4], ctx.backend)
+        if ctx.direct and not torch.is_grad_enabled() and not watched() and plain(*given):
+            grads = _backward_by_plan(*given, *flags)
+        else:
+            empty_mean = rstd.new_empty(0) if mean is None else mean
+            grads = dispatch.call_backward(_BACKWARD, dy, dtotal, total, empty_mean, rstd, weight, *flags)
+        dsum, dweight, dbias = grads
         wanted = zip((dsum, dsum, dweight, dbias), ctx.dtypes, ctx.needs_input_grad, strict=False)
-        return (*(grad.to(dtype) if need else None for grad, dtype, need in wanted), None, None, None, None)
+        return (*(grad.to(dtype) if need else None for grad, dtype, need in wanted), None, None, None, None, None)
 
 
 def _backward(dy, dtotal, total, mean, rstd, weight, rms, need_dweight, need_dbias, backend):
-    module = dispatch.choose("norm", BACKENDS, backend, _problem(total))
-    grads = module.backward(dy, dtotal, total, None if rms else mean, rstd, weight, need_dweight, need_dbias)
-    return tuple(rstd.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+    mean = None if rms else mean
+    grads = _backward_by_plan(dy, dtotal, total, mean, rstd, weight, rms, need_dweight, need_dbias, backend)
+    return tuple(rstd.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _backward_fake(dy, dtotal, total, mean, rstd, weight, rms, need_dweight, need_dbias, backend):
@@ -112,6 +124,87 @@ _BACKWARD = dispatch.define(
     " bool need_dweight, bool need_dbias, str backend) -> (Tensor, Tensor, Tensor)",
     _backward, _backward_fake, _backward_autograd,
 )  # fmt: skip
+
+
+# Plans, for any number of rows
+
+_record = super(torch.autograd.Function, _AddNorm).apply  # less what transforms need, for which nothing may be direct
+
+
+def _forward_by_plan(x, residual, weight, bias, eps, rms, keep, backend):
+    key = _forward_key(x, residual, weight, bias, eps, rms, keep, backend, True)
+    plan = PLANS.get(key) or planned.keep(key, _forward_plan(x, residual, weight, bias, eps, rms, keep, backend, True))
+    return plan(x, residual, weight, bias)
+
+
+def _forward_key(x, residual, weight, bias, eps, rms, keep, backend, statistics) -> tuple:
+    address, same = x.data_ptr(), None
+    if residual is not None:
+        address, same = address | residual.data_ptr(), residual.shape == x.shape
+    if weight is not None:
+        address |= weight.data_ptr()
+    if bias is not None:
+        address |= bias.data_ptr()
+    return (
+        layout(x), layout(residual), layout(weight), layout(bias), same, x.dim() > 0, eps, rms, keep, backend, statistics,
+        x.device, address & 15 and unaligned(x, residual, weight, bias),
+    )  # fmt: skip
+
+
+def _forward_plan(x, residual, weight, bias, eps, rms, keep, backend, statistics):
+    module = dispatch.choose("norm", BACKENDS, backend, _problem(x, residual))
+    if hasattr(module, "forward_plan"):
+        return module.forward_plan(x, residual, weight, bias, eps, rms, keep, statistics)
+
+    def call(x, residual, weight, bias):
+        y, total, mean, rstd = module.forward(x, residual, weight, bias, eps, rms, keep)
+        return y.contiguous(), total.contiguous() if keep and residual is not None else None, mean, rstd
+
+    return call
+
+
+def _backward_by_plan(dy, dtotal, total, mean, rstd, weight, rms, need_dweight, need_dbias, backend):
+    given = dy, dtotal, total, mean, rstd, weight
+    addresses = [0 if x is None else x.data_ptr() for x in given]
+    aligned = not any(address & 15 for address in addresses)
+    key = (*map(layout, given), need_dweight, need_dbias, backend, dy.device, aligned or unaligned(*given))
+    plan = PLANS.get(key) or planned.keep(key, _backward_plan(*given, need_dweight, need_dbias, backend))
+    return plan(*given)
+
+
+def _backward_plan(dy, dtotal, total, mean, rstd, weight, need_dweight, need_dbias, backend):
+    module = dispatch.choose("norm", BACKENDS, backend, _problem(total))
+    if hasattr(module, "backward_plan"):
+        return module.backward_plan(dy, dtotal, total, mean, rstd, weight, need_dweight, need_dbias)
+
+    def call(*given):
+        return [None if grad is None else grad.contiguous() for grad in module.backward(*given, need_dweight, need_dbias)]
+
+    return call
+
+
+def _direct(x, residual, weight, bias, eps, rms, return_sum, backend, checked: bool):
+    """The result without the dispatcher; nothing watches. None where no such call was checked before and this one was not
+    either, and where a tensor is not plain."""
+    if type(x) not in PLAIN or not (
+        (residual is None or type(residual) in PLAIN) and (weight is None or type(weight) in PLAIN)
+        and (bias is None or type(bias) in PLAIN)
+    ):  # fmt: skip
+        return None
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
+    request = eps, rms, return_sum or recorded, backend, recorded
+    key = _forward_key(x, residual, weight, bias, *request)
+    plan = PLANS.get(key)
+    if plan is None:
+        if not checked:
+            return None
+        plan = planned.keep(key, _forward_plan(x, residual, weight, bias, *request))
+    if recorded:
+        found = _record(x, residual, weight, bias, eps, rms, return_sum, backend, plan)
+        y, total = found if return_sum and residual is not None else (found, None)
+    else:
+        y, total, _, _ = plan(x, residual, weight, bias)
+    return (y, x if residual is None else total) if return_sum else y
 
 
 # Public functions
@@ -171,11 +264,16 @@ def add_rms_norm(
 
 
 def _add_norm(x, residual, weight, bias, eps, dropout, seed, return_sum, backend, *, rms):
+    quiet = dropout == 0.0 and seed is None and not watched()
+    if quiet and (found := _direct(x, residual, weight, bias, eps, rms, return_sum, backend, False)) is not None:
+        return found
     for name, value, default in (("dropout", dropout, 0.0), ("seed", seed, None)):
         if value is not default and value != default:
             raise NotImplementedError(f"{name} is not served yet: leave it at {default}")
     dispatch.check_backend(backend, BACKENDS)
     _check_norm(x, residual, weight, bias, eps)
+    if quiet and plain(x, residual, weight, bias) and type(eps) in (int, float):
+        return _direct(x, residual, weight, bias, eps, rms, return_sum, backend, True)
     y, total, _, _ = _forward_autograd(x, residual, weight, bias, eps, rms, return_sum, backend)
     if return_sum:
         return y, x if residual is None else total

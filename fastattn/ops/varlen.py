@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from fastattn.lowering import LoweredMask
+from fastattn.lowering import LoweredMask, Prepared, batched
 from fastattn.masks import Mask, packed_fields
-from fastattn.ops.attention import as_mask, forward_autograd, op_arguments
+from fastattn.ops.attention import SCALES, as_mask, checked, direct, forward_autograd
 from fastattn.packing import Packing
+from fastattn.planned import PLAIN, plain, watched
 
 
 @overload
@@ -60,6 +61,9 @@ def varlen_attention(
     Raises:
         As `attention` does.
     """
+    quiet = bias is None and dropout == 0.0 and seed is None and not watched()
+    if quiet and (found := _direct(q, k, v, packing, mask, key_packing, scale, backend, return_lse)) is not None:
+        return found
     if key_packing is None:
         key_packing = packing
     for name, given in (("packing", packing), ("key_packing", key_packing)):
@@ -74,10 +78,34 @@ def varlen_attention(
         lowered = LoweredMask(**packed_fields(packing, key_packing))
     else:
         lowered = as_mask(mask).lower_packed(packing, key_packing, q.shape[1])
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out, lse = forward_autograd(*op_arguments(q, k, v, lowered, bias, scale, dropout, seed, backend), return_lse)
+    *four, lowered, checked_scale = checked(batched(q), batched(k), batched(v), lowered, bias, scale, dropout, seed, backend)
+    if quiet and plain(q, k, v) and type(scale) in SCALES:
+        prepared = Prepared(lowered)
+        if mask is None:
+            packing.keep_prepared(key_packing, prepared)
+        elif type(mask) is Mask:
+            mask.keep_prepared((packing, key_packing, q.shape[1]), prepared)
+        return direct(q, k, v, prepared, scale, backend, return_lse, checked_scale)
+    out, lse = forward_autograd(*four, *lowered, checked_scale, backend, return_lse)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
+
+
+def _direct(q, k, v, packing, mask, key_packing, scale, backend, return_lse) -> Any:
+    """As `direct`, once the rows are as many as the packings say, which no plan knows."""
+    if key_packing is None:
+        key_packing = packing
+    if type(q) not in PLAIN or type(packing) is not Packing or type(key_packing) is not Packing:
+        return None
+    if mask is None:
+        prepared = packing.prepared.get(key_packing)
+    else:
+        prepared = mask.prepared.get((packing, key_packing, q.shape[1])) if type(mask) is Mask else None
+    if prepared is None or (packing.trusted and q.shape[0] != packing.capacity):
+        return None
+    if key_packing.trusted and not k.shape[0] == v.shape[0] == key_packing.capacity:
+        return None
+    return direct(q, k, v, prepared, scale, backend, return_lse)
 
 
 def _check_rows(name: str, x: Tensor, packing: Packing) -> None:

@@ -11,6 +11,7 @@ N the most queries and keys of one: each program then looks up where its own seq
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,14 +21,16 @@ from torch import Tensor
 from fastattn.kernels.triton import attention_backward, attention_forward, primitives, tiles
 from fastattn.kernels.triton.attention_backward import _attention_backward_kernel, _attention_dkdv_kernel, _attention_dq_kernel
 from fastattn.kernels.triton.attention_forward import _attention_forward_kernel
-from fastattn.kernels.triton.launch import GPU, Launch, gpu_here, gpu_of, precision, refusals, run, settle_keys, vector
+from fastattn.kernels.triton.launch import GPU, Launch, gpu_here, gpu_of, precision, ready, refusals, settle_keys, vector
 from fastattn.kernels.triton.tuned import ONE_KERNEL, Config, Row, dtype_class, sources, tiles_of
-from fastattn.lowering import LoweredMask
+from fastattn.lowering import LoweredMask, Prepared, batched
 from fastattn.plans import KernelPlan, tensor_bytes
 
 settle_keys(primitives, tiles, attention_forward, attention_backward)
 
-MASK_FIELDS = ("low", "high", "prefix_high", "prefix", "key_begin", "key_end", "query_end", "keys", "ids", "key_ids", "bits")
+# What a mask gives kernels, in the order of their parameters: these and one of its lists of tiles follow the call's own tensors
+MASK_TENSORS = ("prefix", "key_begin", "key_end", "query_end", "keys", "ids", "key_ids", "bits", "query_starts", "key_starts")
+KEY_TILES, QUERY_TILES = 0, 1
 LONGEST = 2**29  # queries or keys: sums of a place, a bound and a tile stay below 2^31
 # Scales with which the forward is compiled for a multiply-add; any other takes two steps, as do listed tiles, which have no
 # registers to spare for it.
@@ -68,21 +71,92 @@ def unsupported(problem) -> list[str]:
     return reasons
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool) -> tuple[Tensor, Tensor]:
-    B, H, M, _ = q.shape
-    out = _result(q, (B, M, H, v.shape[3]), mask).transpose(1, 2)
-    lse = _result(q, (B, H, M), mask, float("-inf"), torch.float32)
-    run(forward_launch(q, k, v, out, lse, mask, scale, gpu_of(q.device)))
-    return out, lse
+def forward_plan(q, k, v, mask: Prepared, scale: float, exact_lse: bool, want_lse: bool):
+    """For calls like this one: (q, k, v, mask) -> (out, lse or None). q, k and v are (B, H, L, D), or (T, H, D) of a packing."""
+    make_out, make_lse = result(q, v.shape[-1], mask), statistics(q, mask, float("-inf"))
+    out, lse = make_out(q.to("meta")), make_lse(q.to("meta")) if want_lse else None
+    four = (batched(x) for x in (q, k, v, out))
+    go, handle = launcher(forward_launch(*four, lse, mask.fields, scale, gpu_of(q.device)), "q", KEY_TILES)
+    rows = -2 if q.dim() == 4 else 0
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Prepared) -> tuple[Tensor, Tensor | None]:
+        out = make_out(q)
+        lse = make_lse(q) if want_lse else None
+        tensors = handle(q), handle(k), handle(v), handle(out), None if lse is None else handle(lse)
+        go(tensors, mask, q.shape[rows], k.shape[rows])
+        return out, lse
+
+    return call
 
 
-def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (_result(x, (x.shape[0], x.shape[2], x.shape[1], x.shape[3]), mask).transpose(1, 2) for x in (q, k, v))
-    dlse = None if dlse is None else dlse.contiguous()
-    gpu = gpu_of(q.device)
-    for launch in backward_launches(dout, dlse, q, k, v, out, lse.contiguous(), dq, dk, dv, mask, scale, gpu):
-        run(launch)
-    return dq, dk, dv
+def backward_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float):
+    """For calls like this one: (dout, dlse, q, k, v, out, lse, mask) -> (dq, dk, dv); lse and dlse are contiguous."""
+    makers = [result(x, x.shape[-1], mask) for x in (q, k, v)]
+    grads = [make(x.to("meta")) for make, x in zip(makers, (q, k, v), strict=True)]
+    given = (*(batched(x) for x in (q, k, v, out)), lse, *(batched(x) for x in grads))
+    launches = backward_launches(batched(dout), dlse, *given, mask.fields, scale, gpu_of(q.device))
+    rows = -2 if q.dim() == 4 else 0
+    make_dq, make_dk, make_dv = makers
+    first, handle = launcher(launches[0], "q" if len(launches) > 1 else "k", KEY_TILES)
+    second, _ = launcher(launches[1], "k", QUERY_TILES) if len(launches) > 1 else (None, handle)
+
+    def call(dout, dlse, q, k, v, out, lse, mask: Prepared) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = make_dq(q), make_dk(k), make_dv(v)
+        totals = q.shape[rows], k.shape[rows]
+        inputs, at_dout, at_lse = (handle(q), handle(k), handle(v)), handle(dout), handle(lse)
+        at_dlse = None if dlse is None else handle(dlse)
+        if second is None:
+            gradients = handle(dq), handle(dk), handle(dv)
+            first((*inputs, handle(out), at_dout, *gradients, at_lse, at_dlse), mask, *totals)
+            return dq, dk, dv
+        delta = lse.new_empty(lse.shape)
+        first((*inputs, handle(out), at_dout, handle(dq), at_lse, at_dlse, handle(delta)), mask, *totals)
+        second((*inputs, at_dout, handle(dk), handle(dv), at_lse, handle(delta)), mask, *totals)
+        return dq, dk, dv
+
+    return call
+
+
+def launcher(launch: Launch, blocked: str, tiles: int) -> tuple[Callable[..., None], Callable[[Tensor], Any]]:
+    """`go(tensors, mask, total_queries, total_keys)`, which launches a kernel on its first parameters, and what handles are.
+
+    blocked: whether a program has a block of the queries of a head ("q") or of keys ("k"; the one backward kernel has all).
+    tiles: which of the mask's two lists of tiles the kernel reads.
+    """
+    start, handle, values = ready(launch)
+    lead = launch.kernel.arg_names.index(MASK_TENSORS[0])
+    constants = values[lead + len(MASK_TENSORS) + 1 :]
+    programs, heads = launch.programs, launch.arguments["H"] // (1 if blocked == "q" else max(launch.arguments["group"], 1))
+    config = launch.config
+    block = 0 if launch.kernel is _attention_backward_kernel else config.BLOCK_M if blocked == "q" else config.BLOCK_N
+
+    def dense(tensors: tuple, mask: Prepared, *_: int) -> None:
+        start(programs, tensors + (mask.handles.get(handle) or _handles(mask, handle))[tiles] + constants)
+
+    def packed(tensors: tuple, mask: Prepared, total_queries: int, total_keys: int) -> None:
+        fields = mask.fields
+        M, N = fields.max_queries, fields.max_keys
+        blocks = -(-(M if blocked == "q" else N) // block) if block else min(M, N, 1)
+        programs = (fields.query_starts.shape[0] - 1) * heads * blocks
+        masked = (mask.handles.get(handle) or _handles(mask, handle))[tiles]
+        if programs:
+            start(programs, tensors + masked + (total_queries, total_keys, M, N) + constants[4:])
+
+    if launch.arguments["query_starts"] is not None:
+        return packed, handle
+    return (dense if programs else _nothing), handle
+
+
+def _nothing(*_: Any) -> None:
+    """Of no rows."""
+
+
+def _handles(mask: Prepared, handle: Callable[[Tensor], Any]) -> tuple[tuple, tuple]:
+    """The mask's tensors in the order of kernels' parameters, with the tiles of keys and with those of queries."""
+    found = [getattr(mask.fields, name) for name in (*MASK_TENSORS, "key_tiles", "query_tiles")]
+    *shared, keys, queries = (None if x is None else handle(x) for x in found)
+    mask.handles[handle] = (*shared, keys), (*shared, queries)
+    return mask.handles[handle]
 
 
 def forward_launch(q, k, v, out, lse, mask: LoweredMask, scale: float, gpu: GPU) -> Launch:
@@ -180,7 +254,7 @@ def _shared(tensors: dict[str, Tensor], mask: LoweredMask, tiles: Tensor | None,
     arguments: dict[str, Any] = dict(tensors)
     for name, (b, h, length) in strides.items():
         arguments.update({f"{name}_b": b // unit, f"{name}_h": h // unit, f"{name}_l": length // unit})
-    arguments.update(_mask_arguments(mask, tiles), query_starts=mask.query_starts, key_starts=mask.key_starts)
+    arguments.update(_mask_arguments(mask, tiles))
     arguments.update(total_queries=q.shape[2] if packed else None, total_keys=k.shape[2] if packed else None)
     H, Hkv, (_, M, N) = q.shape[1], k.shape[1], _sizes(q, k, mask)
     arguments.update(scale=scale, H=H, group=H // max(Hkv, 1), M=M, N=N)
@@ -191,7 +265,7 @@ def _shared(tensors: dict[str, Tensor], mask: LoweredMask, tiles: Tensor | None,
 
 def _mask_arguments(mask: LoweredMask, tiles: Tensor | None) -> dict[str, Any]:
     """The mask's fields and strides, 0 for a size of 1. low and high are both None or both numbers: one means no bound."""
-    arguments: dict[str, Any] = {name: getattr(mask, name) for name in MASK_FIELDS}
+    arguments: dict[str, Any] = {name: getattr(mask, name) for name in (*MASK_TENSORS, "low", "high", "prefix_high")}
     if mask.low is not None or mask.high is not None or mask.prefix is not None:
         low, high = -LONGEST if mask.low is None else mask.low, LONGEST if mask.high is None else mask.high
         arguments.update(low=_clamp(low), high=_clamp(high))
@@ -227,11 +301,38 @@ def _sizes(q: Tensor, k: Tensor, mask: LoweredMask) -> tuple[int, int, int]:
     return mask.query_starts.shape[0] - 1, mask.max_queries, mask.max_keys
 
 
-def _result(x: Tensor, sizes: tuple[int, ...], mask: LoweredMask, dead: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for a result, on x's device and by default in its dtype; `dead` in rows of no sequence, which no kernel writes."""
-    if mask.query_starts is None or mask.all_rows:
-        return x.new_empty(sizes, dtype=dtype)
-    return x.new_full(sizes, dead, dtype=dtype)
+def result(x: Tensor, width: int, mask: Prepared) -> Callable[[Tensor], Tensor]:
+    """What makes the memory of a result beside a tensor like x, of its dtype: (B, H, L, width) in (B, L, H, width) memory, or
+    (T, H, width). No kernel writes the rows of no sequence, which are 0."""
+    whole = mask.fields.query_starts is None or mask.fields.all_rows
+    if x.dim() == 3:
+        H = x.shape[1]
+        return lambda x: x.new_empty((x.shape[0], H, width)) if whole else x.new_zeros((x.shape[0], H, width))
+    B, H, L, _ = x.shape
+    if mask.fields.query_starts is None:
+        size, stride = (B, H, L, width), (L * H * width, width, H * width, 1)
+        return lambda x: x.new_empty_strided(size, stride)
+
+    def rows(x: Tensor) -> Tensor:
+        size = 1, x.shape[2], H, width
+        return (x.new_empty(size) if whole else x.new_zeros(size)).transpose(1, 2)
+
+    return rows
+
+
+def statistics(x: Tensor, mask: Prepared, dead: float) -> Callable[[Tensor], Tensor]:
+    """The same for (B, H, L), or (H, T), in fp32; `dead` in rows of no sequence."""
+    H = x.shape[-3 if x.dim() == 4 else 1]
+    if mask.fields.query_starts is None:
+        size = tuple(x.shape[:3])
+        return lambda x: x.new_empty(size, dtype=torch.float32)
+    whole = mask.fields.all_rows
+
+    def rows(x: Tensor) -> Tensor:
+        size = (1, H, x.shape[2]) if x.dim() == 4 else (H, x.shape[0])
+        return x.new_empty(size, dtype=torch.float32) if whole else x.new_full(size, dead, dtype=torch.float32)
+
+    return rows
 
 
 def _programs(heads: int, length: int, block: int) -> int:

@@ -40,10 +40,12 @@ DKDV_RUNTIME = ["dk_b", "dk_h", "dk_l", "dv_b", "dv_h", "dv_l"]
 @triton.jit(do_not_specialize=[*RUNTIME, *DQ_RUNTIME])
 def _attention_dq_kernel(
     q, k, v, out, dout, dq, lse, dlse, delta,
+    prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, query_starts, key_starts, tiles,
+    total_queries, total_keys, M, N,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l, dout_b, dout_h, dout_l, dq_b, dq_h, dq_l,
-    low, high, prefix_high, prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, tiles,
+    low, high, prefix_high,
     keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n, tiles_b, tiles_h, tiles_t,
-    query_starts, key_starts, total_queries, total_keys, scale, H, group, M, N,
+    scale, H, group,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     VECTOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -111,10 +113,12 @@ def _attention_dq_kernel(
 @triton.jit(do_not_specialize=[*RUNTIME, *DKDV_RUNTIME])
 def _attention_dkdv_kernel(
     q, k, v, dout, dk, dv, lse, delta,
+    prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, query_starts, key_starts, tiles,
+    total_queries, total_keys, M, N,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, dout_b, dout_h, dout_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
-    low, high, prefix_high, prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, tiles,
+    low, high, prefix_high,
     keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n, tiles_b, tiles_h, tiles_t,
-    query_starts, key_starts, total_queries, total_keys, scale, H, group, M, N,
+    scale, H, group,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     VECTOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -189,11 +193,13 @@ def _attention_dkdv_kernel(
 @triton.jit(do_not_specialize=[*RUNTIME, *DQ_RUNTIME, *DKDV_RUNTIME])
 def _attention_backward_kernel(
     q, k, v, out, dout, dq, dk, dv, lse, dlse,
+    prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, query_starts, key_starts, tiles,
+    total_queries, total_keys, M, N,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l, dout_b, dout_h, dout_l,
     dq_b, dq_h, dq_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
-    low, high, prefix_high, prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, tiles,
+    low, high, prefix_high,
     keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n, tiles_b, tiles_h, tiles_t,
-    query_starts, key_starts, total_queries, total_keys, scale, H, group, M, N,
+    scale, H, group,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     VECTOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip

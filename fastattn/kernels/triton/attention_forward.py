@@ -38,14 +38,16 @@ RUNTIME = [
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_forward_kernel(
     q, k, v, out, lse,
+    prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, query_starts, key_starts, tiles,
+    total_queries, total_keys, M, N,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l,
-    low, high, prefix_high, prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, tiles,
+    low, high, prefix_high,
     keys_b, keys_n, ids_b, ids_m, key_ids_b, key_ids_n, bits_b, bits_h, bits_m, bits_n, tiles_b, tiles_h, tiles_t,
-    query_starts, key_starts, total_queries, total_keys, scale, H, group, M, N,
+    scale, H, group,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     VECTOR: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """FUSED: whether the scale is one that `_accumulate` may leave to the multiply-add."""
+    """lse is None where nobody wants it. FUSED: whether the scale is one that `_accumulate` may leave to the multiply-add."""
     blocks = tl.cdiv(M, BLOCK_M)
     head = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -97,11 +99,12 @@ def _attention_forward_kernel(
     dead = total == 0.0
     acc = tl.where(dead[:, None], 0.0, acc / tl.where(dead, 1.0, total)[:, None])
     store_rows(out, m, out_l, m < M, acc, DV, BLOCK_DV)
-    lse_tile = tl.where(dead, float("-inf"), (top * (scale if FUSED else 1.0) + tl.log2(tl.where(dead, 1.0, total))) * LN_2)
-    lse_row = head.to(tl.int64) * M
-    if query_starts is not None:
-        lse_row = h * total_queries + q_begin
-    tl.store(lse + lse_row + m, lse_tile, mask=m < M)
+    if lse is not None:
+        lse_tile = tl.where(dead, float("-inf"), (top * (scale if FUSED else 1.0) + tl.log2(tl.where(dead, 1.0, total))) * LN_2)
+        lse_row = head.to(tl.int64) * M
+        if query_starts is not None:
+            lse_row = h * total_queries + q_begin
+        tl.store(lse + lse_row + m, lse_tile, mask=m < M)
 
 
 @triton.jit

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from fastattn.activations import ACTIVATIONS
@@ -24,19 +23,22 @@ from fastattn.kernels.triton.launch import (
     GPU,
     LONGEST_ROW,
     Launch,
+    contiguous,
     gpu_here,
     gpu_of,
+    in_rows,
     matrix,
     matrix_arguments,
     precision,
+    ready,
     refusals,
-    run,
     settle_keys,
 )
 from fastattn.kernels.triton.tuned import EPILOGUE, LIBRARY, ProductConfig, dtype_class, sources, tiles_of
 
 settle_keys(primitives, activations, product, ffn_forward, ffn_backward)
 
+FORWARD_VARYING, DZ_VARYING, DGRAD_VARYING = 7, 5, 6  # parameters of the kernels that differ from call to call
 SQUARE = 128  # a result's size is counted in square tiles of so many rows and columns
 
 
@@ -73,35 +75,85 @@ def notes(problem) -> list[str]:
     return [*found, f"tiles from {sources(rows)}"]
 
 
-def forward(x, weight, bias, residual, activation: str | None, train: bool) -> tuple[Tensor, Tensor | None]:
-    """y, and z where there is an activation and `train` asks for it."""
-    weight = weight.to(x.dtype)
+def forward_plan(x, weight, bias, residual, activation: str | None, train: bool):
+    """For calls like this one, however many rows: (x, weight, bias, residual) -> y, and z where there is an activation and
+    `train` asks for it."""
+    if weight.dtype != x.dtype:
+        plan = forward_plan(x, weight.to(x.dtype), bias, residual, activation, train)
+        return lambda x, weight, bias, residual: plan(x, weight.to(x.dtype), bias, residual)
     if activation is None and residual is None:
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype)), None
+        return lambda x, weight, bias, _: (F.linear(x, weight, None if bias is None else bias.to(x.dtype)), None)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     if dtype == torch.float64:  # the kernel adds in fp32
-        y, z = forward(x, weight, bias, None, activation, train)
-        return y + residual, z
-    if residual is None and (found := _library(x, weight, bias, activation, train)) is not None:
-        return found
-    rows, residual = matrix(x), None if residual is None else matrix(residual)
-    y = x.new_empty(rows.shape[0], weight.shape[0], dtype=dtype)
-    z = x.new_empty(y.shape) if train and activation is not None else None
-    bias = None if bias is None else bias.contiguous()
-    run(forward_launch(rows, matrix(weight), bias, residual, y, z, activation, gpu_of(x.device)))
-    shape = (*x.shape[:-1], weight.shape[0])
-    return y.view(shape), None if z is None else z.view(shape)
+        plan = forward_plan(x, weight, bias, None, activation, train)
+
+        def wide(x, weight, bias, residual):
+            y, z = plan(x, weight, bias, None)
+            return y + residual, z
+
+        return wide
+    given = x, weight, bias, residual
+    if not in_rows(*given):
+        plan = forward_plan(*contiguous(*given), activation, train)
+        return lambda *given: plan(*contiguous(*given))
+    return _by_rows(weight, dtype, activation, train and activation is not None)
 
 
-def _library(x, weight, bias, activation: str, train: bool) -> tuple[Tensor, Tensor | None] | None:
-    """y and z by PyTorch's product, where the table says so and the result is the same up to rounding; else None."""
+def _by_rows(weight: Tensor, dtype: torch.dtype, activation: str | None, with_z: bool):
+    """By the sizes of results and then by the row of the table that a size has: kernels, or PyTorch's product."""
+    sizes: dict[int, Any] = {}
+    made: dict[Any, Any] = {}
+    columns, N = squares(1, weight.shape[0]), weight.shape[0]
+
+    def call(x, weight, bias, residual):
+        rows = x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
+        size = -(-rows // SQUARE) * columns
+        compute = sizes.get(size)
+        if compute is None:
+            choice = _library_choice(x, weight, bias, activation, with_z) if residual is None else None
+            if choice is None:
+                choice = _config(
+                    rows, N, x.shape[-1], x.dtype, gpu_of(x.device), "linear_forward", activation=activation, z=with_z
+                )
+            if choice not in made:
+                made[choice] = _computing(choice, x, weight, bias, residual, dtype, activation, with_z)
+            compute = sizes[size] = made[choice]
+        return compute(x, weight, bias, residual, rows)
+
+    return call
+
+
+def _computing(choice, x, weight, bias, residual, dtype: torch.dtype, activation: str | None, with_z: bool):
+    if isinstance(choice, str):
+        return lambda x, weight, bias, residual, rows: library_linear(choice, x, weight, bias, activation, with_z)
+    N, same = weight.shape[0], dtype is x.dtype
+    meta = torch.empty(1, N, dtype=dtype, device="meta")
+    matrices = matrix(x), matrix(weight), bias, None if residual is None else matrix(residual)
+    start, handle, values = ready(forward_with(choice, *matrices, meta, meta.to(x.dtype) if with_z else None, activation))
+    constants, block, columns = values[FORWARD_VARYING:], choice.BLOCK_M, -(-N // choice.BLOCK_N)
+
+    def compute(x, weight, bias, residual, rows):
+        shape = (rows, N) if x.dim() == 2 else (*x.shape[:-1], N)
+        y = x.new_empty(shape) if same else x.new_empty(shape, dtype=dtype)
+        z = x.new_empty(shape) if with_z else None
+        if rows:
+            at_bias, at_residual = (None if t is None else handle(t) for t in (bias, residual))
+            given = handle(x), handle(weight), at_bias, at_residual, handle(y), None if z is None else handle(z), rows
+            start(-(-rows // block) * columns, given + constants)
+        return y, z
+
+    return compute
+
+
+def _library_choice(x, weight, bias, activation: str | None, with_z: bool) -> str | None:
+    """PyTorch's product, where the table says so and the result is the same up to rounding."""
     if bias is None or bias.dtype != x.dtype or 0 in (x.numel(), weight.numel()):
         return None  # the kernel adds a bias in its own dtype
     (N, K), rows = weight.shape, x.shape[:-1].numel()
-    fields = {"dtype": dtype_class(x.dtype), "odd": _odd(N, K, x.dtype), "activation": activation, "z": train}
+    fields = {"dtype": dtype_class(x.dtype), "odd": _odd(N, K, x.dtype), "activation": activation, "z": with_z}
     choice = tiles_of(gpu_of(x.device)).row("linear_forward", squares(rows, N), library=True, **fields).config
     if choice == LIBRARY or (choice == EPILOGUE and (x.is_cuda or activation == "relu")):  # on a CPU its gelu is the erf form
-        return library_linear(choice, x, weight, bias, activation, train)
+        return choice
     return None
 
 
@@ -113,31 +165,70 @@ def library_linear(choice: str, x, weight, bias, activation: str, train: bool) -
     return ACTIVATIONS[activation][0](z), z if train else None
 
 
-def backward(
+def backward_plan(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, activation: str | None,
     need_dx: bool, need_dw: bool, need_db: bool, before: tuple[Tensor, str] | None = None,
-) -> tuple[Any, Any, Any, Any]:  # fmt: skip
-    """dx, dW, db and the sum of dx over rows, as `fastattn.reference.linear_backward` defines them; the sums are fp32."""
-    dz, db = matrix(dy), None
-    if activation is not None:
-        dy, z = dz, matrix(z)
-        dz = dy.new_empty(dy.shape)
-        sums = dy.new_empty(dz_parts(dy), dy.shape[1], dtype=torch.float32) if need_db else None
-        run(dz_launch(dy, z, dz, sums, activation))
-        db = None if sums is None else sums.sum(0)
-    elif need_db:
-        db = dz.sum(0, dtype=torch.float32)
-    dw = (dz.mT @ matrix(x)).to(weight.dtype) if need_dw else None
-    weight = weight.to(x.dtype)
-    if not need_dx:
-        return None, dw, db, None
-    if before is None:
-        return (dz @ weight).view(x.shape), dw, db, None
-    (z_before, activation_before), gpu = before, gpu_of(x.device)
-    dx = x.new_empty(dz.shape[0], weight.shape[1])
-    sums = x.new_empty(dgrad_parts(dz, weight, gpu), dx.shape[1], dtype=torch.float32)
-    run(dgrad_launch(dz, matrix(weight), matrix(z_before), dx, sums, activation_before, gpu))
-    return dx.view(x.shape), dw, db, sums.sum(0)
+):  # fmt: skip
+    """The same: (dy, x, weight, z, the z before) -> dx, dW, db and the sum of dx over rows, as
+    `fastattn.reference.linear_backward` defines them; the sums are fp32."""
+    make_dz = None if activation is None else _dz_plan(matrix(dy), matrix(z), activation, need_db)
+    dgrad = _dgrad_plan(before[1]) if need_dx and before is not None else None
+
+    def call(dy, x, weight, z, z_before):
+        dz, db = matrix(dy), None
+        if make_dz is not None:
+            dz, db = make_dz(dz, matrix(z))
+        elif need_db:
+            db = dz.sum(0, dtype=torch.float32)
+        dw = (dz.mT @ matrix(x)).to(weight.dtype) if need_dw else None
+        if not need_dx:
+            return None, dw, db, None
+        weight = weight.to(x.dtype)
+        if dgrad is None:
+            return (dz @ weight).view(x.shape), dw, db, None
+        dx, sums = dgrad(dz, matrix(weight), matrix(z_before))
+        return dx.view(x.shape), dw, db, sums
+
+    return call
+
+
+def _dz_plan(dy: Tensor, z: Tensor, activation: str, need_db: bool):
+    """(dy, z) -> dz and its sum over rows; all are matrices."""
+    N = dy.shape[1]
+    meta = torch.empty(1, N, dtype=dy.dtype, device="meta")
+    start, handle, values = ready(dz_launch(dy, z, meta, meta.float() if need_db else None, activation))
+    constants, columns = values[DZ_VARYING:], -(-N // ROWS.BLOCK_N)
+
+    def call(dy, z):
+        dz, rows, parts = dy.new_empty(dy.shape), dy.shape[0], dz_parts(dy)
+        sums = dy.new_empty((parts, N), dtype=torch.float32) if need_db else None
+        if rows:
+            start(parts * columns, (handle(dy), handle(z), handle(dz), None if sums is None else handle(sums), rows, *constants))
+        return dz, None if sums is None else sums.sum(0)
+
+    return call
+
+
+def _dgrad_plan(activation: str):
+    """(dy, weight, z) -> dz = (dy W) * act'(z) and its sum over rows, by kernels for each config that the rows ask for."""
+    made: dict[Any, Any] = {}
+
+    def call(dy, weight, z):
+        (rows, outputs), N, gpu = dy.shape, weight.shape[1], gpu_of(dy.device)
+        config = _config(rows, N, outputs, dy.dtype, gpu, "linear_dgrad")
+        dz = dy.new_empty((rows, N))
+        parts = -(-rows // config.BLOCK_M)
+        sums = dy.new_empty((parts, N), dtype=torch.float32)
+        layout = config, dy.stride(0), weight.stride(0), z.stride(0), *(t.data_ptr() % 16 for t in (dy, weight, z))
+        if layout not in made:
+            made[layout] = ready(dgrad_with(config, dy, weight, z, dz, sums, activation))
+        start, handle, values = made[layout]
+        if rows:
+            given = handle(dy), handle(weight), handle(z), handle(dz), handle(sums), rows
+            start(parts * -(-N // config.BLOCK_N), given + values[DGRAD_VARYING:])
+        return dz, sums.sum(0)
+
+    return call
 
 
 def forward_launch(x, weight, bias, residual, y, z, activation: str | None, gpu: GPU) -> Launch:
@@ -159,7 +250,7 @@ def dz_launch(dy, z, dz, sums, activation: str) -> Launch:
     M, N = dy.shape
     arguments = matrix_arguments({"dy": dy, "z": z, "dz": dz}, N=N)
     arguments.update(sums=sums, M=M, ACTIVATION=activation)
-    return Launch(_linear_dz_kernel, dz_parts(dy) * triton.cdiv(N, ROWS.BLOCK_N), arguments, ROWS)
+    return Launch(_linear_dz_kernel, dz_parts(dy) * -(-N // ROWS.BLOCK_N), arguments, ROWS)
 
 
 def dgrad_launch(dy, weight, z, dz, sums, activation: str, gpu: GPU) -> Launch:
@@ -177,12 +268,12 @@ def dgrad_with(config: ProductConfig, dy, weight, z, dz, sums, activation: str) 
 
 
 def dz_parts(dy: Tensor) -> int:
-    return triton.cdiv(dy.shape[0], ROWS.BLOCK_M * ROWS.STEPS)
+    return -(-dy.shape[0] // (ROWS.BLOCK_M * ROWS.STEPS))
 
 
 def dgrad_parts(dy: Tensor, weight: Tensor, gpu: GPU) -> int:
     config = _config(dy.shape[0], weight.shape[1], weight.shape[0], dy.dtype, gpu, "linear_dgrad")
-    return triton.cdiv(dy.shape[0], config.BLOCK_M)
+    return -(-dy.shape[0] // config.BLOCK_M)
 
 
 def _config(M: int, N: int, K: int, dtype: torch.dtype, gpu: GPU, kernel: str, **fields: Any) -> ProductConfig:
@@ -192,7 +283,7 @@ def _config(M: int, N: int, K: int, dtype: torch.dtype, gpu: GPU, kernel: str, *
 
 def squares(M: int, N: int) -> int:
     """By which a result's size is classed."""
-    return triton.cdiv(M, SQUARE) * triton.cdiv(N, SQUARE)
+    return -(-M // SQUARE) * -(-N // SQUARE)
 
 
 def _odd(N: int, K: int, dtype: torch.dtype) -> bool:
@@ -202,4 +293,4 @@ def _odd(N: int, K: int, dtype: torch.dtype) -> bool:
 
 
 def _tiles(M: int, N: int, config: ProductConfig) -> int:
-    return triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
+    return -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)

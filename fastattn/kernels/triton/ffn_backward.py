@@ -16,7 +16,7 @@ from fastattn.kernels.triton.product import product, tile_of
 
 @triton.jit(do_not_specialize=["dy_m", "z_m", "dz_m", "M", "N"])
 def _linear_dz_kernel(
-    dy, z, dz, sums, dy_m, z_m, dz_m, M, N,
+    dy, z, dz, sums, M, dy_m, z_m, dz_m, N,
     ACTIVATION: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """dy, z and dz (M, N); sums (ceil(M / (BLOCK_M * STEPS)), N) or None. One program per that many rows and BLOCK_N columns."""
@@ -38,7 +38,7 @@ def _linear_dz_kernel(
 
 @triton.jit(do_not_specialize=["dy_m", "weight_m", "z_m", "dz_m", "M", "N", "F"])
 def _linear_dgrad_kernel(
-    dy, weight, z, dz, sums, dy_m, weight_m, z_m, dz_m, M, N, F,
+    dy, weight, z, dz, sums, M, dy_m, weight_m, z_m, dz_m, N, F,
     ACTIVATION: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip

@@ -17,8 +17,8 @@ RUNTIME = ["x_m", "weight_m", "residual_m", "y_m", "z_m", "M", "N", "K"]
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _linear_forward_kernel(
-    x, weight, bias, residual, y, z,
-    x_m, weight_m, residual_m, y_m, z_m, M, N, K,
+    x, weight, bias, residual, y, z, M,
+    x_m, weight_m, residual_m, y_m, z_m, N, K,
     ACTIVATION: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip

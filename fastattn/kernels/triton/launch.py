@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from fastattn import planned
 from fastattn.kernels.triton.primitives import INTERPRET
 
 LONGEST_ROW = 2**23  # elements from one row of a matrix to the next: the addresses inside a tile of 128 rows take 32 bits
@@ -50,7 +52,7 @@ class GPU(NamedTuple):
 def refusals(problem) -> list[str]:
     """Why no Triton kernel serves a problem, whatever the op."""
     reasons = []
-    on_paper = _recording is not None
+    on_paper = _paper is not None
     if problem.device != "cuda" and not INTERPRET.value and not on_paper:
         reasons.append(f"tensors are on {problem.device}")
     if problem.device == "cuda" and capability(torch.device("cuda", torch.cuda.current_device())) < 80:
@@ -64,7 +66,7 @@ def refusals(problem) -> list[str]:
 
 def gpu_of(device: torch.device) -> GPU:
     """The GPU; the interpreter, which has none, runs what an sm_90 would."""
-    return _gpu(device) if _recording is None else _recording.gpu
+    return _gpu(device) if _paper is None else _paper.gpu
 
 
 @cache
@@ -102,6 +104,17 @@ def matrix(x: Tensor) -> Tensor:
     return x if adjacent else x.contiguous()
 
 
+def in_rows(*tensors: Tensor | None) -> bool:
+    """Whether each is, without a copy, such a matrix, or a vector of adjacent elements."""
+    return all(
+        x is None or matrix(x).data_ptr() == x.data_ptr() if x is None or x.dim() > 1 else x.is_contiguous() for x in tensors
+    )
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
 def vector(size: int, tensors: list[Tensor], integers: list[int]) -> int:
     """How many elements of `size` bytes make 16, if every tensor starts, and every stride and width ends, on such a unit; else 1.
 
@@ -121,33 +134,155 @@ def matrix_arguments(matrices: dict[str, Tensor | None], **widths: int) -> dict[
     return {**matrices, **{name: number // unit for name, number in numbers.items()}, "VECTOR": unit}
 
 
-class _Recording(NamedTuple):
+# Launching
+
+
+class Ready(NamedTuple):
+    """A kernel that is compiled for calls like the one whose launch it was made of."""
+
+    start: Callable[[int, tuple], None]  # launch so many programs with values for the kernel's parameters, in their order
+    handle: Callable[[Tensor], Any]  # what stands for a tensor among the values
+    values: tuple  # those of the launch that it was made of, whose tensors stand for themselves
+
+
+def ready(launch: Launch) -> Ready:
+    """Compile the kernel, if it is not yet, and find the shortest way to launch it."""
+    names = launch.kernel.arg_names
+    given = {**launch.arguments, **launch.config._asdict()}
+    values = tuple(given[name] for name in names)
+    if _paper is not None:
+        return Ready(_paper.start(launch, names), _paper.handle, values)
+    options = {name: value for name, value in launch.config._asdict().items() if name not in names}
+    if not INTERPRET.value:
+        device = next(x.device for x in values if isinstance(x, Tensor))
+        with _active(device):
+            start = compiled_start(launch.kernel.warmup(*values, grid=(1,), **options), device.index)
+        if start is not None:
+            return Ready(start, Tensor.data_ptr, values)
+
+    def start_by_jit(programs: int, values: tuple) -> None:
+        with _active(next(x.device for x in values if isinstance(x, Tensor))):
+            launch.kernel[(programs,)](*values, **options)
+
+    return Ready(start_by_jit, _itself, values)
+
+
+def compiled_start(kernel: Any, device: int) -> Callable[[int, tuple], None] | None:
+    """A launch of Triton's compiled kernel by values at hand: integers stand for addresses, nothing is bound or looked at again.
+
+    All that is known here of Triton's inside is in this function, for 3.6 and 3.7; None where it is another version, or where the
+    kernel needs memory of its own: then the JIT has to be called.
+    """
+    version, launcher = _version(triton), kernel.run
+    if version not in ((3, 6), (3, 7)) or launcher.global_scratch_size or launcher.profile_scratch_size:
+        return None
+    run, function, metadata = launcher.launch, kernel.function, kernel.packed_metadata
+    flags = launcher.launch_cooperative_grid, launcher.launch_pdl
+    if version == (3, 6):
+        before, after = (*flags, None, None, metadata, None, None, None), None
+    else:
+        before = *flags, metadata, None, None, None, None, None, launcher.arg_annotations, launcher.kernel_signature
+        after = True
+    hooks = triton.knobs.runtime
+    current, stream_of = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+
+    def start(programs: int, values: tuple) -> None:
+        if current() != device:
+            with torch.cuda.device(device):
+                return start(programs, values)
+        stream = stream_of(device)
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a profiler wants to know
+            told = kernel.launch_metadata((programs, 1, 1), stream, *values)
+            launcher(programs, 1, 1, stream, function, metadata, told, hooks.launch_enter_hook, hooks.launch_exit_hook, *values)
+        elif after is None:
+            run(programs, 1, 1, stream, function, *before, *values)
+        else:
+            run(programs, 1, 1, stream, function, *before, values)
+
+    return start
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _active(device: torch.device) -> AbstractContextManager:
+    other = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if other else nullcontext()
+
+
+def run(launch: Launch) -> None:
+    """Once, by the JIT."""
+    if launch.programs == 0:
+        return
+    with _active(next(x.device for x in launch.arguments.values() if isinstance(x, Tensor))):
+        launch.kernel[(launch.programs,)](**launch.arguments, **launch.config._asdict())
+
+
+# On paper
+
+
+class Recording(NamedTuple):
+    """Launches are kept as data."""
+
     gpu: GPU
     launches: list[Launch]
+    handle: Callable[[Tensor], Any] = _itself
+
+    def start(self, launch: Launch, names: list[str]) -> Callable[[int, tuple], None]:
+        def record(programs: int, values: tuple) -> None:
+            given = dict(zip(names, values, strict=True))
+            self.launches.append(launch._replace(programs=programs, arguments={name: given[name] for name in launch.arguments}))
+
+        return record
 
 
-_recording: _Recording | None = None
+@dataclass
+class Dry:
+    """Launches are counted."""
+
+    gpu: GPU
+    launches: int = 0
+    handle: Callable[[Tensor], Any] = Tensor.data_ptr
+
+    def start(self, launch: Launch, names: list[str]) -> Callable[[int, tuple], None]:
+        def count(programs: int, values: tuple) -> None:
+            self.launches += 1
+
+        return count
+
+
+_paper: Recording | Dry | None = None
+
+
+@contextmanager
+def _on_paper(paper: Any) -> Iterator[None]:
+    global _paper
+    before, _paper = (_paper, planned.pretending), paper
+    planned.pretending = isinstance(paper, Dry)
+    planned.PLANS.clear()  # they know how to launch
+    try:
+        yield
+    finally:
+        _paper, planned.pretending = before
+        planned.PLANS.clear()
 
 
 @contextmanager
 def recorded(gpu: GPU) -> Iterator[list[Launch]]:
     """Inside, nothing is launched: what would be, on that GPU, is in the list. Tensors of the CPU are taken, results hold
     nothing. For a process of one thread, as those that compile ahead are."""
-    global _recording
-    before, _recording = _recording, _Recording(gpu, [])
-    try:
-        yield _recording.launches
-    finally:
-        _recording = before
+    recording = Recording(gpu, [])
+    with _on_paper(recording):
+        yield recording.launches
 
 
-def run(launch: Launch) -> None:
-    if launch.programs == 0:
-        return
-    if _recording is not None:
-        _recording.launches.append(launch)
-        return
-    device = next(x.device for x in launch.arguments.values() if isinstance(x, Tensor))
-    other = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if other else nullcontext():
-        launch.kernel[(launch.programs,)](**launch.arguments, **launch.config._asdict())
+@contextmanager
+def dry(gpu: GPU) -> Iterator[Dry]:
+    """Inside, tensors of the CPU are served as those of that GPU would be, by backend "auto" too, and nothing is launched.
+
+    What the host does for a call is all done, so that it can be timed; results hold nothing. For a process of one thread.
+    """
+    paper = Dry(gpu)
+    with _on_paper(paper):
+        yield paper

@@ -9,7 +9,6 @@ are, the width's next power of two, and whether rows are made of units of 16 byt
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 import triton
@@ -17,22 +16,34 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels.triton import primitives
-from fastattn.kernels.triton.launch import GPU, Launch, gpu_of, matrix, matrix_arguments, refusals, run, settle_keys
+from fastattn.kernels.triton.launch import (
+    GPU,
+    Launch,
+    contiguous,
+    gpu_of,
+    in_rows,
+    matrix,
+    matrix_arguments,
+    ready,
+    refusals,
+    settle_keys,
+)
 from fastattn.kernels.triton.primitives import load_tile, round_to, store_tile
 from fastattn.kernels.triton.tuned import Config, dtype_class, tiles_of
 
 # The sums of dweight and dbias of a wider row do not fit into the registers; up to it nothing spills, but for rows of more than
 # 4096 elements that are no multiple of 16 bytes, whose backward spills.
 WIDEST = 8192
+FORWARD_VARYING, BACKWARD_VARYING = 9, 11  # parameters of the kernels that differ from call to call: tensors, then sizes
 PARTS, ROWS = 512, 16  # partial sums of dweight: at most so many, of at least so many rows each
 
 
 @triton.jit(do_not_specialize=["x_m", "residual_m", "M", "N"])
 def _norm_forward_kernel(
-    x, residual, weight, bias, y, total, mean, rstd, x_m, residual_m, eps, M, N,
+    x, residual, weight, bias, y, total, mean, rstd, M, x_m, residual_m, eps, N,
     RMS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """x, residual, and dense y and total (M, N), weight and bias (N,), mean and rstd (M,); only x, y and rstd must be."""
+    """x, residual, and dense y and total (M, N), weight and bias (N,), mean and rstd (M,); only x and y must be."""
     N *= VECTOR
     m = tl.program_id(0) * BLOCK_M
     i, j = m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -45,10 +56,12 @@ def _norm_forward_kernel(
         store_tile(total, m, 0, N, M, N, s, BLOCK_M, BLOCK_N)
     if not RMS:
         average = tl.sum(s, 1) / N
-        tl.store(mean + i, average, mask=i < M)
+        if mean is not None:
+            tl.store(mean + i, average, mask=i < M)
         s = tl.where((j < N)[None, :], s - average[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(s * s, 1) / N + eps)
-    tl.store(rstd + i, scale, mask=i < M)
+    if rstd is not None:
+        tl.store(rstd + i, scale, mask=i < M)
     s *= scale[:, None]
     if weight is not None:
         s *= tl.load(weight + j, mask=j < N, other=0.0).to(tl.float32)[None, :]
@@ -59,7 +72,7 @@ def _norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["dy_m", "dtotal_m", "total_m", "M", "N", "steps"])
 def _norm_backward_kernel(
-    dy, dtotal, total, mean, rstd, weight, dsum, dweight, dbias, dy_m, dtotal_m, total_m, M, N, steps,
+    dy, dtotal, total, mean, rstd, weight, dsum, dweight, dbias, M, steps, dy_m, dtotal_m, total_m, N,
     VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dy, dtotal, total and dense dsum (M, N), dweight and dbias (programs, N) in fp32. An RMSNorm has no mean.
@@ -111,51 +124,85 @@ def unsupported(problem) -> list[str]:
     return reasons
 
 
-def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, keep: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """y, the sum (None without a residual, or where nobody keeps it), mean (None in an RMSNorm) and rstd."""
-    y, total = x.new_empty(x.shape), None
-    if residual is not None and keep:
-        total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    mean = None if rms else rstd.new_empty(rstd.shape)
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    run(
-        forward_launch(
-            matrix(x), None if residual is None else matrix(residual), weight, bias, y, total, mean, rstd, eps, gpu_of(x.device)
-        )
-    )
-    return y, total, mean, rstd
+def forward_plan(x, residual, weight, bias, eps: float, rms: bool, keep: bool, statistics: bool):
+    """For calls like this one, however many rows: (x, residual, weight, bias) -> y, the sum (None without a residual, or where
+    nobody keeps it), mean (None in an RMSNorm) and rstd (both None without `statistics`)."""
+    given = x, residual, weight, bias
+    if not in_rows(*given):
+        plan = forward_plan(*contiguous(*given), eps, rms, keep, statistics)
+        return lambda *given: plan(*contiguous(*given))
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    meta, keep = x.new_empty(x.shape, device="meta"), residual is not None and keep
+    rstd = meta.new_empty(1, dtype=torch.float32) if statistics else None
+    outputs = meta, meta.to(dtype) if keep else None, None if rms else rstd, rstd
+    matrices = matrix(x), None if residual is None else matrix(residual)
+    launch = forward_launch(*matrices, weight, bias, *outputs, eps, rms, gpu_of(x.device))
+    start, handle, values = ready(launch)
+    constants, block, width = values[FORWARD_VARYING:], launch.config.BLOCK_M, x.shape[-1]
+
+    def call(x, residual, weight, bias):
+        y = total = mean = rstd = None
+        y = x.new_empty(x.shape)
+        if keep:
+            total = x.new_empty(x.shape, dtype=dtype)
+        rows = x.numel() // width
+        if statistics:
+            rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+            mean = None if rms else torch.empty_like(rstd)
+        if rows:
+            start(
+                -(-rows // block),
+                (
+                    handle(x), None if residual is None else handle(residual), None if weight is None else handle(weight),
+                    None if bias is None else handle(bias), handle(y), None if total is None else handle(total),
+                    None if mean is None else handle(mean), None if rstd is None else handle(rstd), rows, *constants,
+                ),
+            )  # fmt: skip
+        return y, total, mean, rstd
+
+    return call
 
 
-def backward(
-    dy: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None,
-    need_dweight: bool, need_dbias: bool,
-) -> tuple[Tensor, Any, Any]:  # fmt: skip
-    """dsum in total's dtype; dweight and dbias in fp32, None if not needed."""
-    dsum, dtotal = total.new_empty(total.shape), None if dtotal is None else matrix(dtotal)
-    total, weight = matrix(total), None if weight is None else weight.contiguous()
-    gpu = gpu_of(dy.device)
-    programs = parts(total, need_dweight or need_dbias, gpu)[0]
-    sums = [rstd.new_empty(programs, total.shape[1]) if need else None for need in (need_dweight, need_dbias)]
-    mean = None if mean is None else mean.contiguous()
-    run(backward_launch(matrix(dy), dtotal, total, mean, rstd.contiguous(), weight, dsum, *sums, gpu))
-    dweight, dbias = (None if part is None else part.sum(0) for part in sums)
-    return dsum, dweight, dbias
+def backward_plan(dy, dtotal, total, mean, rstd, weight, need_dweight: bool, need_dbias: bool):
+    """The same: (dy, dtotal, total, mean, rstd, weight) -> dsum in total's dtype; dweight and dbias in fp32, None if not needed.
+    An RMSNorm has no mean."""
+    given = dy, dtotal, total, mean, rstd, weight
+    if not in_rows(*given):
+        plan = backward_plan(*contiguous(*given), need_dweight, need_dbias)
+        return lambda *given: plan(*contiguous(*given))
+    meta = total.new_empty(total.shape, device="meta")
+    part = meta.new_empty(1, 1, dtype=torch.float32)
+    matrices = matrix(dy), None if dtotal is None else matrix(dtotal), matrix(total)
+    sums = part if need_dweight else None, part if need_dbias else None
+    launch = backward_launch(*matrices, mean, rstd, weight, meta, *sums, gpu_of(dy.device))
+    start, handle, values = ready(launch)
+    constants, config, width = values[BACKWARD_VARYING:], launch.config, total.shape[-1]
+    wanted = need_dweight + need_dbias
+
+    def call(dy, dtotal, total, mean, rstd, weight):
+        dsum, rows = total.new_empty(total.shape), total.numel() // width
+        programs, steps = parts_with(config, rows, wanted > 0)
+        sums = list(rstd.new_empty((wanted, programs, width)).unbind()) if wanted else []
+        dweight, dbias = sums[0] if need_dweight else None, sums[-1] if need_dbias else None
+        if rows:
+            tensors = dy, dtotal, total, mean, rstd, weight, dsum, dweight, dbias
+            start(programs, (*(None if x is None else handle(x) for x in tensors), rows, steps, *constants))
+        return dsum, *(None if x is None else x.sum(0) for x in (dweight, dbias))
+
+    return call
 
 
-def forward_launch(x, residual, weight, bias, y, total, mean, rstd, eps: float, gpu: GPU) -> Launch:
-    """x and residual (M, N), y and total dense, of any shape; no mean, no subtraction of it."""
+def forward_launch(x, residual, weight, bias, y, total, mean, rstd, eps: float, rms: bool, gpu: GPU) -> Launch:
+    """x and residual (M, N), y and total dense, of any shape."""
     config = _config("norm_forward", x.shape[1], x.dtype, gpu)
-    return forward_with(config, x, residual, weight, bias, y, total, mean, rstd, eps)
+    return forward_with(config, x, residual, weight, bias, y, total, mean, rstd, eps, rms)
 
 
-def forward_with(config: Config, x, residual, weight, bias, y, total, mean, rstd, eps: float) -> Launch:
+def forward_with(config: Config, x, residual, weight, bias, y, total, mean, rstd, eps: float, rms: bool) -> Launch:
     M, N = x.shape
     arguments = matrix_arguments({"x": x, "residual": residual}, N=N)
-    arguments.update(weight=weight, bias=bias, y=y, total=total, mean=mean, rstd=rstd, eps=eps, M=M, RMS=mean is None)
-    return Launch(_norm_forward_kernel, triton.cdiv(M, config.BLOCK_M), arguments, config)
+    arguments.update(weight=weight, bias=bias, y=y, total=total, mean=mean, rstd=rstd, eps=eps, M=M, RMS=rms)
+    return Launch(_norm_forward_kernel, -(-M // config.BLOCK_M), arguments, config)
 
 
 def backward_launch(dy, dtotal, total, mean, rstd, weight, dsum, dweight, dbias, gpu: GPU) -> Launch:
@@ -186,6 +233,6 @@ def parts(total: Tensor, sums: bool, gpu: GPU) -> tuple[int, int]:
 
 
 def parts_with(config: Config, rows: int, sums: bool) -> tuple[int, int]:
-    tiles = triton.cdiv(rows, config.BLOCK_M)
-    steps = max(triton.cdiv(ROWS, config.BLOCK_M), triton.cdiv(tiles, PARTS)) if sums else 1
-    return triton.cdiv(tiles, steps), steps
+    tiles = -(-rows // config.BLOCK_M)
+    steps = max(-(-ROWS // config.BLOCK_M), -(-tiles // PARTS)) if sums else 1
+    return -(-tiles // steps), steps

@@ -1,0 +1,340 @@
+"""`linear`, activation and residual in one op: schema, fake, autograd, plans, public function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import planned
+from fastattn.activations import check_activation
+from fastattn.ops import dispatch
+from fastattn.planned import PLAIN, PLANS, fp32_precision, layout, plain, unaligned, watched
+
+BACKENDS = ("triton", "cuda", "cpu", "eager")  # in order of preference
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """One request, from metadata alone."""
+
+    device: str
+    dtype: torch.dtype
+    rows: int
+    inputs: int
+    outputs: int
+    activation: str | None
+    residual: bool = False
+
+    def __str__(self) -> str:
+        sizes = f"rows={self.rows} K={self.inputs} F={self.outputs}"
+        extras = f"activation: {self.activation or 'none'}{', residual' if self.residual else ''}"
+        return f"linear({sizes}, {str(self.dtype).removeprefix('torch.')}, {self.device}, {extras})"
+
+
+def problem_of(x: Tensor, weight: Tensor, activation: str | None, residual: Tensor | None = None) -> LinearProblem:
+    rows = x.shape[:-1].numel()
+    return LinearProblem(x.device.type, x.dtype, rows, x.shape[-1], weight.shape[0], activation, residual is not None)
+
+
+# linear: y = act(z) + residual with z = x W^T + b; z is returned, else empty, where `train` says that a backward wants it.
+
+
+def _forward(x, weight, bias, residual, activation, train, backend):
+    y, z = _forward_by_plan(x, weight, bias, residual, activation, train, backend)
+    return y, (x.new_empty(0) if z is None else z)
+
+
+def _forward_fake(x, weight, bias, residual, activation, train, backend):
+    z = x.new_empty(*x.shape[:-1], weight.shape[0])
+    y = z.new_empty(z.shape, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+    return y, (z if train and activation is not None else x.new_empty(0))
+
+
+def _forward_autograd(*args):
+    if torch.compiler.is_dynamo_compiling():
+        return _FORWARD(*args)
+    if dispatch.wants_autograd(*args[:4]):
+        return _Linear.apply(*args)
+    with dispatch.below_autograd():
+        return _FORWARD(*args)
+
+
+class _Linear(torch.autograd.Function):
+    """By a plan, or by the ops, whose two outputs are both there then."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, activation, train, backend, plan=None):
+        ctx.activation, ctx.backend, ctx.direct = activation, backend, plan is not None
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.set_materialize_grads(False)
+        if plan is not None:
+            y, z = plan(x, weight, bias, residual)
+            ctx.save_for_backward(x, weight, bias, z)
+            return y
+        with dispatch.below_autograd():
+            y, z = _FORWARD(x, weight, bias, residual, activation, train, backend)
+        ctx.save_for_backward(x, weight, bias, z)
+        ctx.mark_non_differentiable(z)
+        return y, z
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * 8
+        x, weight, bias, z = ctx.saved_tensors
+        need_dx, need_dw, need_db, need_residual = ctx.needs_input_grad[:4]
+        residual_grad = dy.to(ctx.residual_dtype) if need_residual else None
+        dy, needs = dy.to(x.dtype), (need_dx, need_dw, need_db, ctx.backend)
+        if ctx.direct and not torch.is_grad_enabled() and not watched() and plain(dy, x, weight, bias, z):
+            dx, dw, db = _backward_by_plan(dy, x, weight, bias, z, ctx.activation, *needs)
+        else:
+            z = x.new_empty(0) if z is None else z
+            dx, dw, db = dispatch.call_backward(_BACKWARD, dy, x, weight, bias, z, ctx.activation, *needs)
+        grads = dx if need_dx else None, dw if need_dw else None, db if need_db else None
+        return (*grads, residual_grad, None, None, None, None)
+
+
+def _backward(dy, x, weight, bias, z, activation, need_dx, need_dw, need_db, backend):
+    if activation is None:
+        z = None
+    elif z.numel() != dy.numel():  # a graph exported for inference that is trained after all
+        z = _forward_by_plan(x, weight, bias, None, None, False, backend)[0]
+    dx, dw, db = _backward_by_plan(dy, x, weight, bias, z, activation, need_dx, need_dw, need_db, backend)
+    return _op_result(dx, x), _op_result(dw, weight), _op_result(db, x if bias is None else bias)
+
+
+def given(grad: Tensor | None, like: Tensor) -> Tensor | None:
+    """A gradient as it is returned: dense, in the dtype of its tensor."""
+    return None if grad is None else grad.to(like.dtype).contiguous()
+
+
+def _op_result(grad: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if grad is None else grad
+
+
+def _backward_fake(dy, x, weight, bias, z, activation, need_dx, need_dw, need_db, backend):
+    wanted = ((x, need_dx), (weight, need_dw), (x if bias is None else bias, need_db and bias is not None))
+    return tuple(given_fake(like, need) for like, need in wanted)
+
+
+def given_fake(like: Tensor, need: bool) -> Tensor:
+    return like.new_empty(like.shape if need else 0)
+
+
+def _backward_autograd(*args):
+    return dispatch.call_backward(_BACKWARD, *args)
+
+
+_FORWARD = dispatch.define(
+    "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str? activation, bool train, str backend)"
+    " -> (Tensor, Tensor)",
+    _forward, _forward_fake, _forward_autograd,
+)  # fmt: skip
+_BACKWARD = dispatch.define(
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor z, str? activation, bool need_dx, bool need_dw,"
+    " bool need_db, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward, _backward_fake, _backward_autograd,
+)  # fmt: skip
+
+
+# Plans, for any number of rows
+
+_record = super(torch.autograd.Function, _Linear).apply  # less what transforms need, for which nothing may be direct
+
+
+def _forward_by_plan(x, weight, bias, residual, activation, train, backend):
+    key = _forward_key(x, weight, bias, residual, activation, train, backend)
+    plan = PLANS.get(key) or planned.keep(key, _forward_plan(x, weight, bias, residual, activation, train, backend))
+    return plan(x, weight, bias, residual)
+
+
+def _forward_key(x, weight, bias, residual, activation, train, backend) -> tuple:
+    address, same, dtype = x.data_ptr() | weight.data_ptr(), None, x.dtype
+    if bias is not None:
+        address |= bias.data_ptr()
+    if residual is not None:
+        address, same = address | residual.data_ptr(), residual.shape[:-1] == x.shape[:-1]
+    return (
+        "linear", layout(x), weight.shape, weight.stride(), weight.dtype, weight.get_device(),
+        None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.get_device()), layout(residual), same,
+        activation, train, backend, x.device, address & 15 and unaligned(x, weight, bias, residual), fp32_precision(dtype),
+    )  # fmt: skip
+
+
+def _forward_plan(x, weight, bias, residual, activation, train, backend):
+    module = dispatch.choose("ffn", BACKENDS, backend, problem_of(x, weight, activation, residual))
+    return plan_of_module(module, x, weight, bias, residual, activation, train)
+
+
+def plan_of_module(module, x, weight, bias, residual, activation, train):
+    """(x, weight, bias, residual) -> y and, with an activation where `train` says so, z."""
+    if hasattr(module, "forward_plan"):
+        return module.forward_plan(x, weight, bias, residual, activation, train)
+
+    def call(x, weight, bias, residual):
+        y, z = module.forward(x, weight, bias, residual, activation, train)
+        return y.contiguous(), z.contiguous() if train and activation is not None else None
+
+    return call
+
+
+def _backward_by_plan(dy, x, weight, bias, z, activation, need_dx, need_dw, need_db, backend):
+    tensors, flags = (dy, x, weight, z), (activation, need_dx, need_dw, need_db and bias is not None)
+    key = (
+        "linear backward", *map(layout, tensors), *flags, backend, x.device, unaligned(*tensors), fp32_precision(x.dtype),
+    )  # fmt: skip
+    plan = PLANS.get(key)
+    if plan is None:
+        module = dispatch.choose("ffn", BACKENDS, backend, problem_of(x, weight, activation))
+        plan = planned.keep(key, backward_plan_of_module(module, *tensors, *flags))
+    dx, dw, db, _ = plan(*tensors, None)
+    return given(dx, x), given(dw, weight), given(db, x if bias is None else bias)
+
+
+def backward_plan_of_module(module, dy, x, weight, z, activation, need_dx, need_dw, need_db, before=None):
+    """(dy, x, weight, z, z before) -> what `fastattn.reference.linear_backward` gives."""
+    if hasattr(module, "backward_plan"):
+        return module.backward_plan(dy, x, weight, z, activation, need_dx, need_dw, need_db, before)
+
+    def call(dy, x, weight, z, z_before):
+        behind = None if before is None else (z_before, before[1])
+        return module.backward(dy, x, weight, z, activation, need_dx, need_dw, need_db, before=behind)
+
+    return call
+
+
+def _direct(x, weight, bias, residual, activation, backend, checked: bool) -> Tensor | None:
+    """The result without the dispatcher; nothing watches. None where no such call was checked before and this one was not
+    either, and where a tensor is not plain."""
+    if type(x) not in PLAIN or type(weight) not in PLAIN:
+        return None
+    if (bias is not None and type(bias) not in PLAIN) or (residual is not None and type(residual) not in PLAIN):
+        return None
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
+    key = _forward_key(x, weight, bias, residual, activation, recorded, backend)
+    plan = PLANS.get(key)
+    if plan is None:
+        if not checked:
+            return None
+        plan = planned.keep(key, _forward_plan(x, weight, bias, residual, activation, recorded, backend))
+    if recorded:
+        return _record(x, weight, bias, residual, activation, True, backend, plan)
+    return plan(x, weight, bias, residual)[0]
+
+
+# The public function
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """act(x W^T + b) + residual, differentiable in every tensor.
+
+    Args:
+        x: (..., K) in fp16, bf16, fp32 or fp64 (fp64: backends `eager` and `cpu`).
+        weight: (F, K) in x's dtype; under autocast any.
+        bias: (F,) in x's dtype or fp32, or None.
+        activation: None, "gelu" (erf), "gelu_tanh", "quick_gelu" (z sigmoid(1.702 z)), "relu" or "silu".
+        residual: (..., F) or None.
+        backend: "auto", or one of "triton", "cuda", "cpu", "eager"; a named backend never falls back.
+
+    Returns:
+        (..., F) in x's dtype, or in the wider one of x's and residual's.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, in a sentence that names it.
+        NotImplementedError: the named backend does not serve the request. Second derivatives raise too.
+
+    On CPUs, inference goes through oneDNN with the activation fused and may keep a packed copy of the weight: see
+    `clear_packed`. `explain_linear` says which backend serves, and which part another library does.
+    """
+    quiet = not watched()
+    if quiet and (found := _direct(x, weight, bias, residual, activation, backend, False)) is not None:
+        return found
+    x = _linear_input(x, weight, bias, activation, residual, backend)
+    if quiet and plain(x, weight, bias, residual):
+        found = _direct(x, weight, bias, residual, activation, backend, True)
+        assert found is not None
+        return found
+    train = dispatch.wants_autograd(x, weight, bias, residual)
+    return _forward_autograd(x, weight, bias, residual, activation, train, backend)[0]
+
+
+def explain_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> dispatch.Explanation:
+    """Which backend `linear` would take for these arguments, why not the others, and what it leaves to a library.
+
+    Runs no kernel. `ffn` is such a `linear` with the activation, and one without.
+    """
+    x = _linear_input(x, weight, bias, activation, residual, backend)
+    return dispatch.explain("ffn", BACKENDS, problem_of(x, weight, activation, residual), backend, [])
+
+
+def _linear_input(x, weight, bias, activation, residual, backend) -> Tensor:
+    """x, cast for autocast, once all arguments of `linear` have been checked."""
+    x, autocast = checked_input(x, activation, backend)
+    check_layer(x, x.shape[-1], {"weight": weight, "bias": bias}, autocast)
+    if residual is None:
+        return x
+    _check_tensor(residual, "residual")
+    outputs = (*x.shape[:-1], weight.shape[0])
+    if tuple(residual.shape) != outputs:
+        raise ValueError(f"residual must have shape {outputs}, got {tuple(residual.shape)}")
+    if residual.device != x.device:
+        raise ValueError(f"residual is on {residual.device}, but x is on {x.device}")
+    return x
+
+
+def checked_input(x: Tensor, activation: str | None, backend: str) -> tuple[Tensor, bool]:
+    """x in the dtype of the request, and whether autocast decided on it."""
+    check_activation(activation)
+    dispatch.check_backend(backend, BACKENDS)
+    _check_tensor(x, "x")
+    if x.dim() < 1:
+        raise ValueError("x must have at least one dimension")
+    dtype = dispatch.autocast_dtype(x)
+    return x if dtype is None else x.to(dtype), dtype is not None
+
+
+def _check_tensor(x: Any, name: str) -> None:
+    dispatch.check_tensor(x, name)
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {x.dtype}")
+
+
+def check_layer(x: Tensor, inputs: int, layer: dict[str, Tensor | None], autocast: bool) -> None:
+    """`layer` is {name: weight, name: bias}: the weight must take `inputs` numbers, and both must be x's kind of tensor."""
+    (weight_name, weight), (bias_name, bias) = layer.items()
+    for name, tensor in layer.items():
+        if tensor is not None or name == weight_name:
+            _check_tensor(tensor, name)
+    assert weight is not None
+    if weight.dim() != 2 or weight.shape[1] != inputs:
+        raise ValueError(f"{weight_name} must have shape (F, {inputs}), got {tuple(weight.shape)}")
+    if weight.dtype != x.dtype and not autocast:
+        raise TypeError(f"{weight_name} is {weight.dtype}, but x is {x.dtype}")
+    if bias is not None:
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"{bias_name} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+        if bias.dtype not in (x.dtype, torch.float32) and not autocast:
+            raise TypeError(f"{bias_name} must be {x.dtype} or fp32, got {bias.dtype}")
+    for name, tensor in layer.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")

@@ -1,0 +1,111 @@
+"""`scaled_dot_product_attention`: PyTorch's signature and layouts around `attention`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastattn import masks
+from fastattn.masks import Mask
+from fastattn.ops import dispatch
+from fastattn.ops.attention import DTYPES, attention
+from fastattn.packing import readable
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, served by fastattn.
+
+    query (..., H, M, D), key and value (..., H, N, D) with equal leading dimensions; a bool attn_mask broadcastable to
+    (..., M, N), True = may attend; is_causal is top-left and excludes attn_mask. enable_gqa=True lets key and value have fewer
+    heads, of which query's number is a multiple. A float attn_mask is a bias; one of 0 and -inf alone, which
+    nn.MultiheadAttention makes of a bool one, is served on CPUs, where its values can be read. Any other and dropout_p > 0 are
+    not served yet and raise NotImplementedError. The result has the strides that torch's function gives on a CPU: its
+    dimensions lie in memory in the query's order where torch's fused kernel would serve the call, else it is contiguous.
+    """
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask and is_causal exclude each other: set one of them")
+    keep = None if attn_mask is None else visible_pairs(attn_mask, query)
+    if query.dim() < 2 or key.dim() != query.dim() or value.dim() != query.dim():
+        dims = f"{query.dim()}, {key.dim()}, {value.dim()}"
+        raise ValueError(f"query, key and value need the same number of dimensions, at least 2; got {dims}")
+    if not enable_gqa and key.dim() > 2 and key.shape[-3] != query.shape[-3]:
+        raise ValueError(f"key has {key.shape[-3]} heads and query {query.shape[-3]}; that needs enable_gqa=True")
+    lead = query.shape[:-2]
+    mask: Mask | Tensor | None = masks.causal("top_left") if is_causal else None
+    if keep is not None:
+        mask = keep if query.dim() == 4 else _four_dimensions(keep.expand(*lead, *keep.shape[-2:]))
+    q, k, v = (_four_dimensions(x) for x in (query, key, value))
+    out = attention(q, k, v, mask, scale=scale, dropout=dropout_p)
+    if query.dim() != 4:
+        out = out.reshape(*lead, *out.shape[-2:])
+    return _laid_out_as_by_torch(out, query, key, value, attn_mask)
+
+
+def visible_pairs(attn_mask: Tensor, query: Tensor) -> Tensor:
+    """attn_mask as a bool tensor, True = may attend. Raises NotImplementedError for floats other than 0 and -inf, and for floats
+    that the host cannot read at once: nothing is guessed, and no GPU is waited for."""
+    if attn_mask.dtype == torch.bool:
+        return attn_mask
+    refusal = f"attn_mask of dtype {attn_mask.dtype} is a bias, which is not served yet; pass a bool mask"
+    cast = attn_mask.dtype in DTYPES[:3] and dispatch.autocast_dtype(query) is not None
+    alike = attn_mask.dtype == query.dtype or cast
+    if not attn_mask.is_floating_point() or attn_mask.requires_grad or not alike:
+        raise NotImplementedError(refusal)
+    if not _has_values(attn_mask):
+        raise NotImplementedError(
+            f"{refusal}. (Whether it is 0 and -inf alone, as nn.MultiheadAttention makes it of a bool mask, is looked at on CPUs "
+            "only, and not in a trace: call fastattn.attention on the layer's projections, with "
+            "masks.key_padding(~key_padding_mask))"
+        )
+    keep = attn_mask == 0
+    if not bool((keep | (attn_mask == -math.inf)).all()):
+        raise NotImplementedError(refusal)
+    repeated = keep.dim() == query.dim() == 4 and keep.shape[1] == query.shape[1] and keep.shape[2] == 1
+    if repeated and torch.equal(keep, keep[:, :1].expand_as(keep)):
+        return keep[:, :1]  # padding, which nn.MultiheadAttention repeats for each head
+    return keep
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether the host can read x without waiting, and what it reads will be true of the next run as well."""
+    if not readable(x) or torch.jit.is_tracing():
+        return False
+    return not torch._C._are_functorch_transforms_active() and not torch._C._len_torch_dispatch_stack()
+
+
+def _laid_out_as_by_torch(out: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """`out`, whose memory is (B, M, H, Dv), in the layout of torch's result: a `.view` that works there works here."""
+    fused = (
+        query.dim() == 4
+        and out.shape == query.shape
+        and key.shape[2] > 0
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        and (attn_mask is None or attn_mask.dim() != 3)
+    )
+    if not fused or query.is_contiguous():
+        return out.contiguous()
+    B, H, M, _ = query.stride()
+    if B >= M >= H > 0:
+        return out  # the query too is (B, M, H, D) in memory: how models make it
+    like = torch.empty_like(query, device="meta")
+    return out.new_empty_strided(out.shape, like.stride()).copy_(out)
+
+
+def _four_dimensions(x: Tensor) -> Tensor:
+    """(..., H, L, D) with any leading dimensions, or none, as (B, H, L, D)."""
+    if x.dim() == 4:
+        return x
+    if x.dim() < 4:
+        return x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
+    return x.flatten(0, x.dim() - 4)
