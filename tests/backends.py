@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 
+from fastattn.lowering import Prepared
 from fastattn.ops.attention import AttentionProblem
 
 GPU = torch.cuda.is_available()
@@ -39,3 +40,16 @@ def _marks(backend: str, without_gpu: pytest.MarkDecorator) -> list:
 TRITON = pytest.param("triton", marks=_marks("triton", pytest.mark.interpreter))
 CUDA = pytest.param("cuda", marks=_marks("cuda", pytest.mark.emulator))
 BACKENDS = ["eager", "cpu", TRITON, CUDA]
+
+
+def run_forward(module, q, k, v, mask, scale):
+    """out and lse by a backend's module, of a plan made for this call."""
+    prepared = Prepared(mask)
+    return module.forward_plan(q, k, v, prepared, scale, True, True)(q, k, v, prepared)
+
+
+def run_backward(module, *given):
+    """dq, dk and dv; given: dout, dlse, q, k, v, out, lse, mask, scale."""
+    *tensors, mask, scale = given
+    prepared = Prepared(mask)
+    return module.backward_plan(*tensors, prepared, scale)(*tensors, prepared)

@@ -29,6 +29,9 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+    from fastattn import planned
+
+    planned.PLANS.clear()  # what a test puts in the place of a decision is asked
 
 
 @pytest.fixture
@@ -47,9 +50,11 @@ def poisoned(monkeypatch):
         buffers.append(buffer)
         return buffer[MARGIN : MARGIN + sizes.numel()].view(sizes)
 
-    def strided(x, size, stride, **options):
-        memory = x.new_empty(torch.Size(size).numel(), **options)
-        return memory.as_strided(size, stride)  # of dense results alone
+    def strided_between_margins(x, sizes, strides, **options):
+        if 0 in sizes:
+            return x.new_empty(0, **options).as_strided(sizes, strides)
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+        return x.new_empty(extent, **options).as_strided(sizes, strides, MARGIN)
 
     def poison(function):
         def wrapper(*args, **kwargs):
@@ -60,7 +65,7 @@ def poisoned(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", between_margins)
-        patch.setattr(torch.Tensor, "new_empty_strided", strided)
+        patch.setattr(torch.Tensor, "new_empty_strided", strided_between_margins)
         patch.setattr(torch, "empty", poison(torch.empty))
         patch.setattr(torch, "empty_like", poison(torch.empty_like))
         yield

@@ -24,7 +24,7 @@ NEEDS_A_GPU = ("Torch not compiled with CUDA enabled", "requires CUDA support")
 # same dtype, and 250 runs that would each be slow here.
 NOT_REHEARSED = ("graph", "capture", "compile", "export", "opcheck", "checkpoint", "vmap", "half_precision_is", "250_runs")
 # What launches kernels or Triton's host code by itself, in whose place the specification answers
-OWN_CODE = ("test_ahead.py", "test_tune.py", "test_tuned.py")
+OWN_CODE = ("test_ahead.py", "test_tune.py", "test_tuned.py", "test_cuda_plans.py")
 MANY, FEWER = 8, 6  # of a test with more variants than these one in so many
 
 
@@ -137,9 +137,13 @@ def _serve_by_the_specification(backend, op):
         """Some tests ask for the names of the kernels that are launched."""
         B, _, M, N, D = module._sizes(q, k, mask)
         if min(q.numel(), k.numel(), B, M, N) > 0:
-            module.library.launch("attention_backward_single" if module.one_kernel(D, M, N, SHARED) else "attention_backward")
+            name = "attention_backward_single" if module.one_kernel(D, M, N, SHARED) else "attention_backward"
+            module.library.launch(SimpleNamespace(name=name))
         return backward(dout, dlse, q, k, v, out, lse, mask, scale)
 
+    for name in ("forward_plan", "backward_plan"):
+        if hasattr(module, name):
+            delattr(module, name)
     module.unsupported, module.forward = unsupported, specification.forward
     module.backward = noted_backward if (backend, op) == ("cuda", "attention") else backward
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import test_varlen
 import torch
-from backends import CUDA, device_of
+from backends import CUDA, device_of, run_backward, run_forward
 
-from fastattn import masks
+from fastattn import masks, planned
 from fastattn.kernels.cuda import attention, emulator, library
 from fastattn.lowering import LoweredMask
 from fastattn.testing import MASKS, assert_accurate, attention_inputs, attention_yardstick, run_attention
@@ -25,7 +25,7 @@ def launched(monkeypatch):
     names, launch = [], library.launch
 
     def recorded(kernel, *args):
-        names.extend([kernel] * ("backward" in kernel))
+        names.extend([kernel.name] * ("backward" in kernel.name))
         return launch(kernel, *args)
 
     monkeypatch.setattr(library, "launch", recorded)
@@ -38,6 +38,7 @@ def run(monkeypatch, launched, backend):
 
     def run(x, kernels):
         monkeypatch.setattr(attention, "one_kernel", lambda *sizes: kernels == "one")
+        planned.PLANS.clear()
         launched.clear()
         results = run_attention(x, backend)
         assert set(launched) == {KERNELS[kernels]}
@@ -224,8 +225,8 @@ def test_wrong_starts_stay_inside(backend, monkeypatch, kernels, longest):
     def results(starts):
         starts = torch.tensor(starts, dtype=torch.int32, device=device)
         mask = LoweredMask(high=1, query_starts=starts, key_starts=starts, max_queries=longest, max_keys=longest, all_rows=False)
-        out, lse = attention.forward(x.q, x.k, x.v, mask, x.scale, True)
-        return out, lse, *attention.backward(x.dout, x.dlse, x.q, x.k, x.v, out, lse, mask, x.scale)
+        out, lse = run_forward(attention, x.q, x.k, x.v, mask, x.scale)
+        return out, lse, *run_backward(attention, x.dout, x.dlse, x.q, x.k, x.v, out, lse, mask, x.scale)
 
     wrong, right = results([9, -3, 5, 2**31 - 1, -(2**31), -1]), results([0, 0, 5, 9, 9, 9])
     assert all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(wrong, right, strict=True))
@@ -238,6 +239,6 @@ def test_packed_sequences_of_nothing(backend):
         x = attention_inputs(1, 2, T, T, 32, torch.float16, device)
         rows = torch.tensor(starts, dtype=torch.int32, device=device)
         mask = LoweredMask(query_starts=rows, key_starts=rows, max_queries=M, max_keys=N, all_rows=False)
-        out, lse = attention.forward(x.q, x.k, x.v, mask, x.scale, True)
-        gradients = attention.backward(x.dout, None, x.q, x.k, x.v, out, lse, mask, x.scale)
+        out, lse = run_forward(attention, x.q, x.k, x.v, mask, x.scale)
+        gradients = run_backward(attention, x.dout, None, x.q, x.k, x.v, out, lse, mask, x.scale)
         assert (lse == float("-inf")).all() and all((t == 0).all() for t in (out, *gradients))

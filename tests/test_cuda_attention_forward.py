@@ -3,7 +3,7 @@
 import pytest
 import test_varlen
 import torch
-from backends import CUDA, device_of
+from backends import CUDA, device_of, run_forward
 
 from fastattn import Packing, masks
 from fastattn.kernels.cuda import attention, emulator
@@ -24,10 +24,14 @@ def visits(mask, B, H, M, N, D=64, limit=SM_90, rows=None):
 
     rows: of q and of k, where they are packed.
     """
-    argument, _ = attention._mask(mask, *(rows or (M, N)))
+    strides = dict.fromkeys(("q", "k", "v"), (0, 0, 0))
+    request = module().AttentionForward(
+        **strides, mask=attention._mask(mask), scale=1.0, sizes=(B, H, H, M, N, D), bfloat16=False, aligned=True
+    )
+    tensors = attention._tensors(mask, attention._tensor_fields(mask))
     visited, full = (torch.zeros(B, H, M + 15, N + 15, dtype=torch.bool) for _ in range(2))
     pairs = 0
-    for b, h, m, n, keys, masked in module().attention_forward_blocks(argument, (B, H, H, M, N, D), limit):
+    for b, h, m, n, keys, masked in request.blocks(limit, *[0] * 5, *(x.data_ptr() for x in tensors), *(rows or ())):
         block = b, h, slice(m, m + 16), slice(n, n + keys)
         assert not visited[block].any(), "a pair is visited twice"
         visited[block] = True
@@ -159,7 +163,7 @@ def test_edges_and_grouped_heads(backend, M, N):
         H, Hkv = ((2, 1), (4, 2), (3, 1), (2, 2))[i]
         D, dtype = (64, 32, 128)[(i + N) % 3], (torch.float16, torch.bfloat16)[(i + N) % 2]
         x = attention_inputs(1, H, M, N, D, dtype, device_of(backend), Hkv=Hkv, mask=mask, seed=i)
-        out, lse = attention.forward(x.q, x.k, x.v, x.lowered(), x.scale, True)
+        out, lse = run_forward(attention, x.q, x.k, x.v, x.lowered(), x.scale)
         assert_accurate({"out": out, "lse": lse}, attention_yardstick(x))
 
 

@@ -54,9 +54,9 @@ def test_module_links_no_cuda_library():
 @built
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a driver, the launch would be made")
 def test_failed_launch_raises_with_the_kernel_s_name():
-    arguments = {"dy": (0, 0), "z": 0, "dz": 0, "sums": 0, "rows": 1, "F": 1, "splits": 1, "activation": 0}
+    request = library.module().ActivationBackward(dy_row=0, F=1, activation=0, sums=False, bfloat16=False, vectors=False)
     with pytest.raises(RuntimeError, match="activation_backward_kernel<Half>: .*driver"):
-        library.module().activation_backward(**arguments, bfloat16=False, vectors=False, stream=0)
+        request.launch(0, 1, 1, 0)
 
 
 @built
@@ -152,11 +152,15 @@ def test_emulator_needs_a_checkout_and_a_compiler(monkeypatch, tmp_path):
 def test_emulator_s_findings_are_raised(backend):
     """A launch that is told of more rows than there are."""
     dy, sums = torch.zeros(3, 8, dtype=torch.float16), torch.zeros(1, 8)
-    arguments = {"dy": (dy.data_ptr(), 8), "z": 0, "dz": 0, "sums": sums.data_ptr(), "rows": 4, "F": 8, "splits": 1,
-                 "activation": 0, "bfloat16": False, "vectors": True}  # fmt: skip
-    with pytest.raises(emulator.EmulatorError, match="out of bounds.*(dy|vectors.cuh)"):
-        library.launch("activation_backward", arguments, {"dy": dy}, {"sums": sums})
-    library.launch("activation_backward", {**arguments, "rows": 3}, {"dy": dy}, {"sums": sums})
+    request = emulator.module().ActivationBackward(dy_row=8, F=8, activation=0, sums=True, bfloat16=False, vectors=True)
+    kernel = library.Kernel("activation_backward", request, dy.device, ("dy", "sums"), ("sums",))
+    with pytest.raises(emulator.EmulatorError, match="activation_backward: (.|\n)*out of bounds.*(dy|vectors.cuh)"):
+        library.launch(kernel, [dy, sums], 4, 1)
+    library.launch(kernel, [dy, sums], 3, 1)
+    with pytest.raises(TypeError, match="takes 4 integers and 1 more, got 4 in all"):
+        library.launch(kernel, [dy, sums], 3)
+    with pytest.raises(emulator.EmulatorError, match="unwritten output"):
+        library.launch(kernel._replace(written=("dy", "sums")), [dy, sums], 3, 1)
 
 
 @pytest.mark.parametrize(("current", "entered"), [(1, []), (0, [torch.device("cuda", 1)])])
@@ -166,10 +170,11 @@ def test_launch_goes_to_the_device_and_the_stream_of_its_tensors(monkeypatch, cu
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "device", lambda device: guards.append(device) or nullcontext())
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
-    monkeypatch.setattr(library, "module", lambda: SimpleNamespace(kernel=lambda **arguments: launches.append(arguments)))
-    written = SimpleNamespace(device=torch.device("cuda", 1))
-    library.launch("kernel", {"rows": 3}, {}, {"skipped": None, "out": written})
-    assert guards == entered and launches == [{"rows": 3, "stream": 71}]
+    request = SimpleNamespace(launch=lambda *integers: launches.append(integers))
+    kernel = library.Kernel("kernel", request, torch.device("cuda", 1), ("out",), ("out",))
+    out = torch.zeros(1)
+    library.launch(kernel, [out], 3)
+    assert guards == entered and launches == [(out.data_ptr(), 3, 71)]
 
 
 @pytest.mark.gpu

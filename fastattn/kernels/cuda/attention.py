@@ -1,25 +1,37 @@
 """The cuda backend of attention: the CUDA C++ kernels of csrc/attention.
 
 Backward, short sequences take one kernel that holds all keys of a head, others one for dq and one for dk and dv.
+
+A plan is made from one call's tensors and serves every call of equal metadata: of all tensors, the mask's too, the shapes,
+strides, dtype, device and whether addresses are multiples of 16; which fields the mask has, and its integers. Packed sequences
+may have another number of rows in each call, another stride(0), and so other strides of lse. What can be worked out is worked
+out once; a call allocates its results, collects addresses and launches.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.kernels.cuda import library
 from fastattn.lowering import TILE as MASK_TILE
-from fastattn.lowering import LoweredMask
+from fastattn.lowering import LoweredMask, Prepared, batched
 from fastattn.plans import KernelPlan, tensor_bytes
 
 HEAD_DIMS = (32, 64, 128)
 INT32_MAX = 2**31 - 1
 MOST_KEYS = {32: 256, 64: 256, 128: 128}  # of the one-kernel backward, by head dimension: eight warps' registers
 MOST_QUERIES = 1024  # of the same: a block walks over all queries of a head, and with more of them two kernels have more blocks
+MOST_SIZES = 256  # of packed batches, whose requests a plan keeps
 EMULATED_SHARED = 227 * 1024  # bytes of shared memory that a block may have in the emulator, as on an H100
+
+Forward = Callable[[Tensor, Tensor, Tensor, Prepared], tuple[Tensor, Tensor]]
+Gradients = tuple[Tensor, Tensor, Tensor]
+Backward = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, Prepared], Gradients]
 
 
 def unsupported(problem) -> list[str]:
@@ -35,54 +47,92 @@ def unsupported(problem) -> list[str]:
     return reasons
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool) -> tuple[Tensor, Tensor]:
-    B, H, M, N, D = _sizes(q, k, mask)
-    whole = mask.query_starts is None or bool(mask.all_rows)
-    out, lse = _result(q, whole), q.new_empty(q.shape[:3], dtype=torch.float32)
-    if not whole:
-        lse.fill_(float("-inf"))
-    if out.numel() == 0 or B == 0 or M == 0:
-        return out, lse
-    mask_argument, mask_tensors = _mask(mask, q.shape[2], k.shape[2])
-    arguments = {
-        **{name: _heads(x) for name, x in (("q", q), ("k", k), ("v", v), ("out", out))},
-        "lse": _statistics(lse),
-        "mask": mask_argument,
-        "scale": scale,
-        "sizes": (B, H, k.shape[1], M, N, D),
-        "bfloat16": q.dtype == torch.bfloat16,
-        "aligned": library.rows_aligned(q, k, v),
-    }
-    library.launch("attention_forward", arguments, {"q": q, "k": k, "v": v, **mask_tensors}, {"out": out, "lse": lse}, whole)
-    return out, lse
+def forward_plan(q: Tensor, k: Tensor, v: Tensor, mask: Prepared, scale: float, exact_lse: bool, want_lse: bool) -> Forward:
+    """What computes out (B, H, M, D) and lse (B, H, M) of q, k, v and mask: of these, and of others with equal metadata.
+
+    lse is exact whether or not `exact_lse` asks for it, and made whether or not anybody wants it. Packed q, k, v and out may be
+    (T, H, D), lse then (H, T).
+    """
+    if mask.fields.query_starts is not None:
+        return _by_lengths(lambda q, k, v, mask: _forward_plan(q, k, v, mask.fields, scale))
+    return _forward_plan(q, k, v, mask.fields, scale)
 
 
-def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def backward_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float) -> Backward:
+    """What computes dq, dk and dv, of the shapes of q, k and v, of these tensors, and of others with equal metadata."""
+    if mask.fields.query_starts is not None:
+        return _by_lengths(lambda *given: _backward_plan(*given[:-1], given[-1].fields, scale))
+    return _backward_plan(dout, dlse, q, k, v, out, lse, mask.fields, scale)
+
+
+def _by_lengths(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A request knows how many packed sequences there are and the most queries and keys of one, which no plan's key does."""
+    made: dict[tuple, Any] = {}
+
+    def call(*given: Any) -> Any:
+        fields = given[-1].fields
+        sizes = fields.query_starts.shape[0], fields.max_queries, fields.max_keys
+        if sizes not in made:
+            if len(made) >= MOST_SIZES:
+                made.clear()
+            made[sizes] = make(*given)
+        return made[sizes](*given)
+
+    return call
+
+
+def _forward_plan(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float) -> Forward:
+    packed, whole, fields = mask.query_starts is not None, _whole(mask), _tensor_fields(mask)
+    rows_first, (q, k, v) = q.dim() == 3, map(batched, (q, k, v))
+    kernel = None
+    if min(_sizes(q, k, mask)[:3]) > 0:
+        names = ("q", "k", "v", "out", "lse", *(LoweredMask._fields[i] for i in fields))
+        request = _request("AttentionForward", (q, k, v), mask, scale)
+        kernel = library.Kernel("attention_forward", request, q.device, names, ("out", "lse"), whole)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Prepared) -> tuple[Tensor, Tensor]:
+        if rows_first:
+            q, k, v = batched(q), batched(k), batched(v)
+        out, lse = _result(q, whole), q.new_empty(q.shape[:3], dtype=torch.float32)
+        if not whole:
+            lse.fill_(float("-inf"))
+        if kernel is not None:
+            rows = (q.shape[2], k.shape[2]) if packed else ()
+            library.launch(kernel, [q, k, v, out, lse, *_tensors(mask.fields, fields)], *rows)
+        return (out[0].transpose(0, 1), lse[0]) if rows_first else (out, lse)
+
+    return call
+
+
+def _backward_plan(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> Backward:
+    packed, whole, fields = mask.query_starts is not None, _whole(mask), _tensor_fields(mask)
+    rows_first, (dout, q, k, v, out) = q.dim() == 3, map(batched, (dout, q, k, v, out))
     B, H, M, N, D = _sizes(q, k, mask)
-    whole = mask.query_starts is None or bool(mask.all_rows)
-    dq, dk, dv = (_result(x, whole) for x in (q, k, v))
-    if q.numel() == 0 or k.numel() == 0 or min(B, M, N) == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     single = one_kernel(D, M, N, shared_memory(q.device))
-    delta = None if single else lse.new_empty(lse.shape)
-    mask_argument, mask_tensors = _mask(mask, q.shape[2], k.shape[2])
-    reads = {"q": q, "k": k, "v": v, "out": out, "dout": dout}
-    gradients = {"dq": dq, "dk": dk, "dv": dv}
-    arguments = {
-        **{name: _heads(x) for name, x in {**reads, **gradients}.items()},
-        "lse": _statistics(lse),
-        **{name: library.address(x) for name, x in (("dlse", dlse), ("delta", delta))},
-        "mask": mask_argument,
-        "scale": scale,
-        "sizes": (B, H, k.shape[1], M, N, D),
-        "bfloat16": q.dtype == torch.bfloat16,
-        "aligned": library.rows_aligned(*reads.values()),
-    }
-    kernel = "attention_backward_single" if single else "attention_backward"
-    reads |= {"lse": lse, "dlse": dlse, **mask_tensors}
-    library.launch(kernel, arguments, reads, {**gradients, "delta": delta}, whole)
-    return dq, dk, dv
+    kernel = None
+    if min(B, H, M, N) > 0:
+        request = _request("AttentionBackward", (q, k, v, out, dout), mask, scale, dlse=dlse is not None, single=single)
+        written = ("dq", "dk", "dv") if single else ("dq", "dk", "dv", "delta")
+        optional = () if dlse is None else ("dlse",)
+        names = ("q", "k", "v", "out", "dout", "lse", *optional, *written, *(LoweredMask._fields[i] for i in fields))
+        name = "attention_backward_single" if single else "attention_backward"
+        kernel = library.Kernel(name, request, q.device, names, written, whole)
+
+    def call(dout, dlse, q, k, v, out, lse, mask: Prepared) -> Gradients:
+        if rows_first:
+            dout, q, k, v, out = map(batched, (dout, q, k, v, out))
+        dq, dk, dv = _result(q, whole), _result(k, whole), _result(v, whole)
+        if kernel is None:
+            dq, dk, dv = dq.zero_(), dk.zero_(), dv.zero_()
+        else:
+            statistics = [lse.contiguous()] if dlse is None else [lse.contiguous(), dlse.contiguous()]
+            delta = [] if single else [lse.new_empty(lse.shape)]
+            rows = (q.shape[2], k.shape[2]) if packed else ()
+            tensors = [q, k, v, out, dout, *statistics, dq, dk, dv, *delta, *_tensors(mask.fields, fields)]
+            library.launch(kernel, tensors, *rows)
+        return (dq[0].transpose(0, 1), dk[0].transpose(0, 1), dv[0].transpose(0, 1)) if rows_first else (dq, dk, dv)
+
+    return call
 
 
 def plan(problem, backward: bool) -> list[KernelPlan]:
@@ -147,21 +197,39 @@ def _sizes(q: Tensor, k: Tensor, mask: LoweredMask) -> tuple[int, int, int, int,
     return mask.query_starts.shape[0] - 1, H, mask.max_queries, mask.max_keys, D
 
 
+def _whole(mask: LoweredMask) -> bool:
+    """Whether kernels write every row of a result. The others are 0, and lse there -inf."""
+    return mask.query_starts is None or bool(mask.all_rows)
+
+
 def _result(x: Tensor, whole: bool) -> Tensor:
-    """For a result of x's shape, in (B, L, H, D) memory. `whole`: kernels write every row; the others are 0."""
-    result = x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+    """For a result of x's shape (B, H, L, D), in (B, L, H, D) memory."""
+    B, H, L, D = x.shape
+    row = max(H, 1) * D
+    result = x.new_empty_strided((B, H, L, D), (max(L, 1) * row, D, row, 1))
     return result if whole else result.zero_()
 
 
-def _heads(x: Tensor) -> tuple[int, int, int, int]:
-    """Address and strides of a (B, H, L, D) tensor, as the binding takes them."""
+def _request(form: str, heads: tuple[Tensor, ...], mask: LoweredMask, scale: float, **options: bool) -> Any:
+    """The binding's request; `heads` are q, k and what else it takes of their form."""
+    q, k = heads[:2]
+    B, H, M, N, D = _sizes(q, k, mask)
+    strides = [_strides(x) for x in heads]
+    return getattr(library.compiled(q.device), form)(
+        *strides,
+        mask=_mask(mask),
+        scale=scale,
+        sizes=(B, H, k.shape[1], M, N, D),
+        bfloat16=q.dtype == torch.bfloat16,
+        aligned=all(map(library.rows_aligned, heads, strides)),
+        **options,
+    )
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Of batch, head and row of a (B, H, L, D) tensor."""
     batch, head, row, _ = x.stride()
-    return x.data_ptr(), batch if x.shape[0] > 1 else 0, head, row
-
-
-def _statistics(x: Tensor) -> tuple[int, int, int]:
-    """The same of a contiguous (B, H, L)."""
-    return x.data_ptr(), x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)
+    return batch if x.shape[0] > 1 else 0, head, row
 
 
 def _clamped(bound: int | None) -> int | None:
@@ -169,24 +237,25 @@ def _clamped(bound: int | None) -> int | None:
     return None if bound is None else max(-INT32_MAX, min(bound, INT32_MAX))
 
 
-def _mask(mask: LoweredMask, query_rows: int, key_rows: int) -> tuple[tuple, dict[str, Tensor]]:
-    """The mask as the binding takes it, and its tensors, whose addresses stand in it. The rows are those of q and k."""
-    tensors = {name: x for name, x in mask._asdict().items() if isinstance(x, Tensor)}
-    for name in ("prefix", "key_begin", "key_end", "query_end", "query_starts", "key_starts"):
-        if name in tensors:
-            tensors[name] = tensors[name].contiguous()
+def _mask(mask: LoweredMask) -> tuple:
+    """The mask's part of a request, as the binding takes it: what is known of its fields without their tensors' addresses."""
 
-    def strided(name: str, dimensions: int) -> tuple[int, ...]:
-        x = tensors.get(name)
-        if x is None:
-            return (0,) * (dimensions + 1)
-        strides = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
-        return (x.data_ptr(), *strides)[: dimensions + 1]
+    def strides(x: Tensor | None, dimensions: int) -> tuple[int, ...] | None:
+        return None if x is None else tuple(0 if x.shape[i] == 1 else x.stride(i) for i in range(dimensions))
 
-    vectors = (library.address(tensors.get(name)) for name in ("prefix", "key_begin", "key_end", "query_end"))
-    matrices = (strided(name, 2) for name in ("keys", "ids", "key_ids"))
-    tiles = (strided(name, 3) for name in ("key_tiles", "query_tiles"))
     bounds = (_clamped(bound) for bound in (mask.low, mask.high, mask.prefix_high))
-    starts = (library.address(tensors.get(name)) for name in ("query_starts", "key_starts"))
-    rows = (min(rows, INT32_MAX) for rows in (query_rows, key_rows))  # no int32 leads to a row beyond
-    return (*bounds, *vectors, *matrices, strided("bits", 4), *tiles, *starts, *rows), tensors
+    vectors = (x is not None for x in (mask.prefix, mask.key_begin, mask.key_end, mask.query_end))
+    matrices = (strides(x, 2) for x in (mask.keys, mask.ids, mask.key_ids))
+    tiles = (strides(x, 3) for x in (mask.key_tiles, mask.query_tiles))
+    return (*bounds, *vectors, *matrices, strides(mask.bits, 4), *tiles, mask.query_starts is not None)
+
+
+def _tensor_fields(mask: LoweredMask) -> list[int]:
+    """Where the mask has tensors: a launch takes their addresses in this order."""
+    return [i for i, x in enumerate(mask) if isinstance(x, Tensor)]
+
+
+def _tensors(mask: LoweredMask, fields: list[int]) -> list[Tensor]:
+    """Those of the fields. Kernels read vectors as contiguous ones, and other tensors by their strides."""
+    tensors: list[Any] = [mask[i] for i in fields]
+    return [x.contiguous() if x.dim() == 1 else x for x in tensors]

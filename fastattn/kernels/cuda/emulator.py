@@ -12,11 +12,16 @@ import importlib.util
 import platform
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastattn.kernels.cuda.library import Kernel
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 FOLDER = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}"
@@ -40,24 +45,23 @@ def problems() -> list[str]:
     return [f"the emulator is built with {name}: pip install {name}" for name in missing]
 
 
-def launch(
-    kernel: str, arguments: dict[str, Any], reads: dict[str, Tensor | None], writes: dict[str, Tensor | None], whole: bool
-) -> None:
-    compiled, checks = module(), interface(build())
-    for access, tensors in ((READ, reads), (WRITE if whole else WRITE_SOME, writes)):
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                dims = ctypes.c_int64 * tensor.dim()
-                sizes, strides = dims(*tensor.shape), dims(*tensor.stride())
-                checks.fastattn_emulator_watch(
-                    name.encode(), tensor.data_ptr(), tensor.element_size(), tensor.dim(), sizes, strides, access
-                )
+@contextmanager
+def watching(kernel: Kernel, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Check what a launch inside does to the tensors that the kernel names. Raises EmulatorError with all findings."""
+    checks = interface(build())
+    for name, tensor in zip(kernel.tensors, tensors, strict=True):
+        access = READ if name not in kernel.written else WRITE if kernel.whole else WRITE_SOME
+        dims = ctypes.c_int64 * tensor.dim()
+        sizes, strides = dims(*tensor.shape), dims(*tensor.stride())
+        checks.fastattn_emulator_watch(
+            name.encode(), tensor.data_ptr(), tensor.element_size(), tensor.dim(), sizes, strides, access
+        )
     try:
-        getattr(compiled, kernel)(**arguments, stream=0)
+        yield
     finally:
         reports = checks.fastattn_emulator_finish().decode()
     if reports:
-        raise EmulatorError(f"{kernel}: the emulator reports\n{reports}")
+        raise EmulatorError(f"{kernel.name}: the emulator reports\n{reports}")
 
 
 @functools.cache

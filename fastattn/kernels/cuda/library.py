@@ -11,10 +11,10 @@ import importlib
 import importlib.util
 import json
 import os
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,25 +35,37 @@ def problems(device: str) -> list[str]:
     return emulator.problems()
 
 
-def launch(
-    kernel: str,
-    arguments: dict[str, Any],
-    reads: dict[str, Tensor | None],
-    writes: dict[str, Tensor | None],
-    whole: bool = True,
-) -> None:
-    """Launch a kernel on the current stream of its tensors' device.
+class Kernel(NamedTuple):
+    """A kernel and its request, made once by a class of the compiled module; tensors and numbers of rows come with a launch."""
 
-    `reads` and `writes` are the tensors whose addresses stand in `arguments`: they stay alive until the launch has been made, and
-    the emulator checks every access against them, and that each element of `writes` was written: all of them if `whole`.
-    """
-    device = next(tensor.device for tensor in writes.values() if tensor is not None)
+    name: str
+    request: Any
+    device: torch.device
+    tensors: tuple[str, ...]  # whose addresses a launch takes, in this order
+    written: tuple[str, ...]  # of these; for the emulator, which checks every access
+    whole: bool = True  # whether each element of them is written
+
+
+def launch(kernel: Kernel, tensors: Sequence[Tensor], *numbers: int) -> None:
+    """Launch a kernel on the current stream of its device. `tensors` are those that it names; they stay alive until the launch
+    has been made. `numbers` are what else its request takes."""
+    addresses = [x.data_ptr() for x in tensors]
+    device = kernel.device
     if device.type == "cpu":
-        emulator.launch(kernel, arguments, reads, writes, whole)
+        with emulator.watching(kernel, tensors):
+            kernel.request.launch(*addresses, *numbers, 0)
         return
-    other = device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if other else nullcontext():
-        getattr(module(), kernel)(**arguments, stream=torch._C._cuda_getCurrentRawStream(device.index))
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    if device.index == torch.cuda.current_device():
+        kernel.request.launch(*addresses, *numbers, stream)
+    else:
+        with torch.cuda.device(device):
+            kernel.request.launch(*addresses, *numbers, stream)
+
+
+def compiled(device: torch.device) -> ModuleType:
+    """The module that launches kernels on this device."""
+    return emulator.module() if device.type == "cpu" else module()
 
 
 @functools.cache
@@ -83,13 +95,11 @@ def _gpu_problems() -> list[str]:
     return []
 
 
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def rows_aligned(x: Tensor, strides: Sequence[int]) -> bool:
+    """Whether every row of x starts at a multiple of 16 bytes; `strides`, in elements, lead from row to row."""
+    return x.data_ptr() % 16 == 0 and strides_aligned(x.dtype, strides)
 
 
-def rows_aligned(*tensors: Tensor | None) -> bool:
-    """Whether every row of every tensor starts at a multiple of 16 bytes."""
-    for x in tensors:
-        if x is not None and (x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in x.stride()[:-1])):
-            return False
-    return True
+def strides_aligned(dtype: torch.dtype, strides: Sequence[int]) -> bool:
+    """The same of a tensor that PyTorch is to allocate, which it does at such a multiple."""
+    return all(stride * dtype.itemsize % 16 == 0 for stride in strides)
