@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,6 @@ class Packing:
     capacity: int
     known_total: int | None  # the number of tokens, where the host has read it
     trusted: bool = True  # False: from `from_cu_seqlens(validate=False)`, where a tensor may have any number of rows
-    prepared: dict = field(default_factory=dict, init=False, repr=False)  # as a mask for attention, by the packing of keys
 
     @classmethod
     def from_lengths(cls, lengths: Integers, max_length: int, capacity: int | None = None) -> Packing:
@@ -140,11 +139,15 @@ class Packing:
         """Whether the host knows that every row of a packed tensor is a token."""
         return self.known_total == self.capacity
 
+    def prepared(self, key_packing: Packing) -> Any:
+        """What `keep_prepared` was given last, if it was for these keys. It is no field: torch.compile guards those."""
+        kept = self.__dict__.get("_prepared")
+        return kept[1] if kept is not None and kept[0] is key_packing else None
+
     def keep_prepared(self, key_packing: Packing, prepared: Any) -> None:
-        """Unless its tensors are in the memory of a CUDA graph that is being captured."""
+        """Both packings as a mask for attention; not in the memory of a CUDA graph that is being captured."""
         if not (self.cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.prepared.clear()
-            self.prepared[key_packing] = prepared
+            self.__dict__["_prepared"] = key_packing, prepared
 
     @property
     def positions(self) -> Tensor:

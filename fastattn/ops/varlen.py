@@ -98,7 +98,7 @@ def _direct(q, k, v, packing, mask, key_packing, scale, backend, return_lse) -> 
     if type(q) not in PLAIN or type(packing) is not Packing or type(key_packing) is not Packing:
         return None
     if mask is None:
-        prepared = packing.prepared.get(key_packing)
+        prepared = packing.prepared(key_packing)
     else:
         prepared = mask.prepared.get((packing, key_packing, q.shape[1])) if type(mask) is Mask else None
     if prepared is None or (packing.trusted and q.shape[0] != packing.capacity):
