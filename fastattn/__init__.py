@@ -2,7 +2,7 @@
 
 import torch
 
-from fastattn import batching, masks
+from fastattn import batching, graphs, masks
 from fastattn.integrations.accelerate import accelerate, restore
 from fastattn.integrations.torch_sdpa import sdpa_override
 from fastattn.kept import clear_packed
@@ -29,6 +29,7 @@ __all__ = [
     "explain",
     "explain_linear",
     "ffn",
+    "graphs",
     "linear",
     "masks",
     "restore",

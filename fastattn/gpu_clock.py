@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from fastattn.graphs import abandon
+
 Call = Callable[[], object]
 CYCLES_PER_MS = 2_000_000  # a clock of 2 GHz; at another one the sleep is longer or shorter, which the caller looks for
 
@@ -78,8 +80,4 @@ class Gpu:
         return graph.replay
 
     def _abandon(self, pool: tuple[int, int]) -> None:
-        """Undo what a failed capture leaves behind up to torch 2.12, with which `empty_cache` and random numbers raise."""
-        with contextlib.suppress(RuntimeError):  # of an allocator that no longer believes in the capture
-            torch._C._cuda_endAllocateToPool(self.index, pool)
-        fresh = torch.Generator(torch.device("cuda", self.index)).graphsafe_get_state()
-        torch.cuda.default_generators[self.index].graphsafe_set_state(fresh)
+        abandon(self.index, pool)

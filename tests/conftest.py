@@ -75,6 +75,14 @@ def poisoned(monkeypatch):
 
 
 @pytest.fixture
+def capturing(monkeypatch):
+    """Calls on CPU tensors are captured as if these were on a GPU."""
+    from pretended_graphs import pretend
+
+    return pretend(monkeypatch)
+
+
+@pytest.fixture
 def alone(monkeypatch):
     """Whatever else could answer for a Triton or a CUDA kernel raises."""
     import fastattn.kernels.cpu.attention as cpu

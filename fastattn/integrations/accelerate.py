@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from fastattn.graphs import LIMIT, Graphs, check_limit
 from fastattn.integrations.accelerate_checks import look
 from fastattn.integrations.accelerate_forward import (
     Encoder,
@@ -25,6 +26,7 @@ from fastattn.integrations.accelerate_forward import (
     layer_forward,
     model_forward,
 )  # fmt: skip
+from fastattn.integrations.accelerate_graphs import EncoderGraphs
 from fastattn.integrations.accelerate_heads import reader_among, takes_labels
 from fastattn.integrations.accelerate_layers import FAMILIES, own_class
 from fastattn.kept import clear_packed
@@ -51,15 +53,18 @@ class Handle:
         for replaced in reversed(self._replaced):
             replaced.undo()
         self._replaced.clear()
+        self._drop_graphs()
         clear_packed()
 
     def refresh(self) -> None:
         """Forget what is known of the model: its next call looks at it and proves it again, and makes copies of weights anew.
+        CUDA graphs are dropped, and their memory given back.
 
         Changes of weights and modules are noticed without it; see `clear_packed` for the one kind of write that is not.
         """
         for encoder in self._encoders:
             encoder.examined = None
+        self._drop_graphs()
         clear_packed()
 
     def __repr__(self) -> str:
@@ -75,6 +80,11 @@ class Handle:
     def __exit__(self, *_: object) -> None:
         self.restore()
 
+    def _drop_graphs(self) -> None:
+        for encoder in self._encoders:
+            if encoder.graphs is not None:
+                encoder.graphs.drop()
+
     def _replace(self, module: nn.Module, function: Callable, settings: Any) -> Replaced:
         self._replaced.append(Replaced(function, module, settings))
         return self._replaced[-1]
@@ -86,11 +96,19 @@ def restore(model: nn.Module) -> None:
         for value in list(vars(module).values()):  # under another name where a library has put its own in front
             if isinstance(value, Replaced):
                 value.undo()
+                if isinstance(value.settings, Encoder) and value.settings.graphs is not None:
+                    value.settings.graphs.drop()
     clear_packed()
 
 
 def accelerate(
-    model: nn.Module, strict: bool = False, *, capacity: int | None = None, prove: bool = True, unpad: str = "auto"
+    model: nn.Module,
+    strict: bool = False,
+    *,
+    capacity: int | None = None,
+    prove: bool = True,
+    unpad: str = "auto",
+    cuda_graphs: bool | int = False,
 ) -> Handle:
     """Let the encoders inside `model` compute real tokens alone, with fused attention, FFN and add + LayerNorm.
 
@@ -115,6 +133,12 @@ def accelerate(
             (the first one, of a sequence that is padded on the left). "always" is your word that it does not matter what stands
             at padding; "never" fuses and leaves it in. Hooks on a layer see (B, L, C), so that with them padding stays in every
             case.
+        cuda_graphs: True replays inference calls as CUDA graphs, each captured the first time that its shapes are seen; at most
+            16 are kept, or as many as a number here says. Outputs are copies of the caller's own. With no capacity the number of
+            real tokens is read on the host once in a call, and rounded up by at most an eighth so that batches share graphs. With
+            an attention_mask in the host's memory, beside inputs on the GPU, nothing waits. Calls that cannot be captured run as
+            they would without it, and `report.not_captured` counts them by reason: in training, with a gradient wanted, with
+            hooks, on a CPU. docs/accelerate.md says what is captured and what memory it takes.
 
     Returns:
         A handle with `report`, `overflowed`, `restore()` and `refresh()`, which is a context manager too.
@@ -128,12 +152,15 @@ def accelerate(
     model's own code; `report.fallbacks` counts it, and the logger "fastattn" says so once for each reason.
     """
     _check(model, capacity, unpad)
+    graphs = _graphs(cuda_graphs)
     _undo_on_copies(model)
     report = Report()
     handle = Handle(report)
     for name, module in model.named_modules():
         if own_class(module) is not None:
-            _accelerate_encoder(handle, model, name, module, strict=strict, capacity=capacity, prove=prove, unpad=unpad)
+            encoder = _accelerate_encoder(handle, model, name, module, strict=strict, capacity=capacity, prove=prove, unpad=unpad)
+            if encoder is not None and graphs is not None:
+                encoder.graphs = EncoderGraphs(module, graphs)
     if strict and (report.left or not report.accelerated):
         handle.restore()
         why = "; ".join(f"{name or 'model'}: {reason}" for name, reason in report.left.items())
@@ -157,6 +184,14 @@ def _check(model: Any, capacity: Any, unpad: Any) -> None:
         raise ValueError(f"unpad must be one of {', '.join(UNPAD)}; got {unpad!r}")
 
 
+def _graphs(cuda_graphs: Any) -> Graphs | None:
+    if cuda_graphs is False:
+        return None
+    limit = LIMIT if cuda_graphs is True else cuda_graphs
+    check_limit(limit, "cuda_graphs")
+    return Graphs(limit)
+
+
 def _undo_on_copies(model: nn.Module) -> None:
     """A copy of an accelerated model is one, but its handle is nowhere. Raises ValueError where there is a handle."""
     for name, module in model.named_modules():
@@ -169,21 +204,23 @@ def _undo_on_copies(model: nn.Module) -> None:
         standing.undo()
 
 
-def _accelerate_encoder(handle: Handle, model: nn.Module, name: str, module: nn.Module, **settings: Any) -> None:
+def _accelerate_encoder(handle: Handle, model: nn.Module, name: str, module: nn.Module, **settings: Any) -> Encoder | None:
     """One encoder inside a model, and the heads around it that take labels; or its line in `report.left`."""
     cls: Any = own_class(module)
     family, inputs = FAMILIES[cls.__name__], list(inspect.signature(cls.forward).parameters)[1:]
     refusal = look(module, family, {}).refusal
     if refusal is not None:
         handle.report.left[name] = refusal
-        return
+        return None
     outside = [outer for outer in model.modules() if outer is not module and module in set(outer.modules())]
     reader = next((why for outer in outside if (why := reader_among(outer)) is not None), None)
     pooled = family.causal or getattr(module, "pooler", None) is not None or any(hasattr(outer, "config") for outer in outside)
-    _replace_encoder(handle, module, Encoder(family, name, inputs, handle.report, reader, pooled, **settings))
+    encoder = Encoder(family, name, inputs, handle.report, reader, pooled, **settings)
+    _replace_encoder(handle, module, encoder)
     for outer in outside if family.encoder is not None and "attention_mask" in inputs else ():
         if takes_labels(outer) and not isinstance(vars(outer).get("forward"), Replaced):
             handle._replace(outer, head_forward, None)
+    return encoder
 
 
 def _replace_encoder(handle: Handle, model: Any, encoder: Encoder) -> None:

@@ -13,9 +13,9 @@ import inspect
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from fastattn.integrations.accelerate_layers import Batch, Family, Parts, comput
 from fastattn.integrations.accelerate_proof import Proof, tell
 from fastattn.integrations.keywords import HARMLESS
 from fastattn.packing import Packing
+
+if TYPE_CHECKING:
+    from fastattn.integrations.accelerate_graphs import EncoderGraphs
 
 logger = logging.getLogger("fastattn")
 KEYWORD = "fastattn_batch"
@@ -102,12 +105,14 @@ class Report:
     foreseen: dict[str, str] = field(default_factory=dict)  # module -> which calls will run its own code, and why
     fallbacks: Counter[str] = field(default_factory=Counter)  # why calls ran the model's own code, and how many
     padded: Counter[str] = field(default_factory=Counter)  # why calls kept their padding, and how many
+    not_captured: Counter[str] = field(default_factory=Counter)  # with cuda_graphs: why calls ran without, and how many
 
     def __str__(self) -> str:
         named = ((self.accelerated, ""), (self.left, "left as it was: "), (self.foreseen, "to come: "))
         lines = [f"{name or 'model'}: {kind}{what}" for found, kind in named for name, what in found.items()]
         lines += [f"{count} calls ran the model's own code: {why}" for why, count in self.fallbacks.items()]
-        return "\n".join(lines + [f"{count} calls kept their padding: {why}" for why, count in self.padded.items()])
+        lines += [f"{count} calls kept their padding: {why}" for why, count in self.padded.items()]
+        return "\n".join(lines + [f"{count} calls ran without a CUDA graph: {why}" for why, count in self.not_captured.items()])
 
 
 @dataclass
@@ -131,6 +136,7 @@ class Encoder:
     unproven: bool = False  # the next call is to compare
     differs: str | None = None  # what a proof found
     overflowed: Tensor | None = None  # of the last packed call
+    graphs: EncoderGraphs | None = None  # with cuda_graphs
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy looks at its own modules, and proves itself."""
@@ -179,8 +185,14 @@ def model_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
     inputs = {**dict(zip(encoder.inputs, args, strict=False)), **kwargs}
     why = encoder.refusal(model) or _unserved(encoder, model, inputs)
     if why is not None:
+        if encoder.graphs is not None:
+            encoder.report.not_captured["the model's own code runs"] += 1
         _tell_fallback(encoder, why)
         return at.own(*args, **kwargs)
+    if encoder.graphs is not None:
+        outputs = encoder.graphs.replayed(at, inputs)
+        if outputs is not None:
+            return outputs
     mask = inputs.get("attention_mask")
     keep = None if mask is None else mask.bool()
     batch = _batch(encoder, model, inputs, keep)
@@ -192,6 +204,19 @@ def model_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
     if batch.proof is not None:
         _conclude(encoder, batch.proof)
     return outputs if batch.packing is None else _unpacked(outputs, batch.packing)
+
+
+def laid_out(at: Replaced, inputs: dict[str, Any], masked: bool, rows: int | None) -> tuple[Any, Tensor | None]:
+    """A call of a model whose padding was decided about before, so that nothing is read: taken out to so many rows, or, where
+    `rows` is None, left in, behind a mask or not. Its outputs, and whether tokens were dropped."""
+    encoder, mask = at.settings, inputs.get("attention_mask")
+    keep = None if mask is None else mask.bool()
+    inputs = {name: x for name, x in inputs.items() if name != "attention_mask"}
+    if rows is None or keep is None:
+        return at.own(**inputs, **{KEYWORD: _padded(encoder, keep if masked else None)}), None
+    packing = Packing.from_mask(keep, rows)
+    outputs = at.own(**inputs, **{KEYWORD: _packed(encoder, packing)})
+    return _unpacked(outputs, packing), packing.overflowed
 
 
 def encoder_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
@@ -304,6 +329,10 @@ def _batch(encoder: Encoder, model: nn.Module, inputs: dict[str, Any], keep: Ten
     encoder.overflowed = packing.overflowed
     if packing.known_total == keep.numel():
         return _padded(encoder, None)
+    return _packed(encoder, packing)
+
+
+def _packed(encoder: Encoder, packing: Packing) -> Batch:
     return Batch(packing, masks.causal() if encoder.family.causal else None)
 
 
@@ -317,6 +346,14 @@ def _padded(encoder: Encoder, keep: Tensor | None) -> Batch:
 
 def _padding_stays(encoder: Encoder, model: Any, inputs: dict[str, Any], keep: Tensor) -> str | None:
     """Why padding is not taken out of a call, or None."""
+    why = padding_stays_unread(encoder, model, inputs, keep)
+    if why is not None or traced(keep):
+        return why
+    return next((why for why, holds in questions(encoder, model, inputs, keep) if bool(holds)), None)
+
+
+def padding_stays_unread(encoder: Encoder, model: Any, inputs: dict[str, Any], keep: Tensor) -> str | None:
+    """As far as it is known without reading a value."""
     if encoder.unpad == "never":
         return "unpad=never"
     if encoder.found.hooked is not None:
@@ -329,7 +366,16 @@ def _padding_stays(encoder: Encoder, model: Any, inputs: dict[str, Any], keep: T
         return "hidden states that may be asked for their gradients"  # copies of them are not on the way to a loss
     if encoder.capacity is not None or traced(keep):
         return heads.labels_for_each_token(keep)
-    return heads.labels_at_padding(keep) or (heads.pooled_padding(model, inputs, keep) if encoder.pooled else None)
+    return None
+
+
+def questions(encoder: Encoder, model: Any, inputs: dict[str, Any], keep: Tensor) -> Iterator[heads.Question]:
+    """The rest, as what there is to read."""
+    if encoder.capacity is not None or encoder.unpad == "always":
+        return
+    yield from heads.labels_at_padding(keep)
+    if encoder.pooled:
+        yield heads.pooled_padding(model, inputs, keep)
 
 
 def _unpacked(outputs: Any, packing: Packing) -> Any:

@@ -69,7 +69,9 @@ def _labels() -> tuple[tuple[Tensor, int], ...]:
     return getattr(_thread, "labels", ())
 
 
-# Why padding must stay in a call, or None. keep: bool (B, L), the real tokens.
+# Why padding must stay in a call. keep: bool (B, L), the real tokens. A `Question` is not read yet.
+
+Question = tuple[str, Tensor]  # a reason, and bool (): whether it is one
 
 
 def labels_for_each_token(keep: Tensor) -> str | None:
@@ -79,19 +81,25 @@ def labels_for_each_token(keep: Tensor) -> str | None:
     return None
 
 
-def labels_at_padding(keep: Tensor) -> str | None:
+def labels_at_padding(keep: Tensor) -> Iterator[Question]:
     for labels, ignored in _labels():
-        if labels.shape == keep.shape and bool(((labels != ignored) & ~keep.to(labels.device)).any()):
-            return "labels at padding"
-    return None
+        if labels.shape == keep.shape:
+            labels, real = _together(labels, keep)
+            yield "labels at padding", ((labels != ignored) & ~real).any()
 
 
-def pooled_padding(model: Any, inputs: dict[str, Any], keep: Tensor) -> str | None:
+def pooled_padding(model: Any, inputs: dict[str, Any], keep: Tensor) -> Question:
     """Of CLIP's text model its end-of-text token is read, of others the first one, wherever padding is."""
     if type(model).__name__ == "CLIPTextModel":
-        ids = inputs["input_ids"].int()
+        ids, keep = _together(inputs["input_ids"].int(), keep)
         column = (ids if model.eos_token_id == 2 else (ids == model.eos_token_id).int()).argmax(1, keepdim=True)
-        read = keep.gather(1, column.to(keep.device))[:, 0]
+        read = keep.gather(1, column)[:, 0]
     else:
         read = keep[:, 0]
-    return "the token that is pooled is padding" if bool((keep.any(1) & ~read).any()) else None
+    return "the token that is pooled is padding", (keep.any(1) & ~read).any()
+
+
+def _together(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Both on one device, and where one is not on the host, not there: a copy to it would wait."""
+    device = keep.device if x.device.type == "cpu" else x.device
+    return x.to(device, non_blocking=True), keep.to(device, non_blocking=True)

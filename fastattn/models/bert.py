@@ -189,6 +189,7 @@ class BertModel(nn.Module):
     """The encoder. `config` is a BertConfig, Hugging Face's, or the dictionary of a config.json.
 
     A new model has random weights and is in training mode; `from_pretrained` gives one in evaluation mode.
+    `fastattn.graphs.graphed(model)` replays its inference calls as CUDA graphs.
     """
 
     def __init__(self, config: Any, implementation: str | Ops = "fastattn", add_pooling_layer: bool = True) -> None:
@@ -279,7 +280,10 @@ class BertHead(nn.Module):
 
 
 class BertForMaskedLM(nn.Module):
-    """The encoder with the masked-language-model head; the decoder shares its weight with the word embeddings."""
+    """The encoder with the masked-language-model head; the decoder shares its weight with the word embeddings.
+
+    `fastattn.graphs.graphed(model)` replays its inference calls as CUDA graphs.
+    """
 
     def __init__(self, config: Any, implementation: str | Ops = "fastattn") -> None:
         super().__init__()

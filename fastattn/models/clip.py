@@ -253,6 +253,7 @@ class CLIPModel(nn.Module):
     """Both towers. `config` is a CLIPConfig, Hugging Face's, or the dictionary of a config.json.
 
     A new model has random weights and is in training mode; `from_pretrained` gives one in evaluation mode.
+    `fastattn.graphs.graphed(model)` replays its inference calls as CUDA graphs, and so `graphed(model.get_text_features)`.
     """
 
     def __init__(self, config: Any, implementation: str | Ops = "fastattn") -> None:

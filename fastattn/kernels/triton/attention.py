@@ -72,15 +72,17 @@ def unsupported(problem) -> list[str]:
 
 
 def forward_plan(q, k, v, mask: Prepared, scale: float, exact_lse: bool, want_lse: bool):
-    """For calls like this one: (q, k, v, mask) -> (out, lse or None). q, k and v are (B, H, L, D), or (T, H, D) of a packing."""
+    """For calls like this one: (q, k, v, mask) -> (out, lse or None). q, k and v are (B, H, L, D), or (T, H, D) of a packing. A
+    caller that has memory for out, as it is made here, gives it."""
     make_out, make_lse = result(q, v.shape[-1], mask), statistics(q, mask, float("-inf"))
     out, lse = make_out(q.to("meta")), make_lse(q.to("meta")) if want_lse else None
     four = (batched(x) for x in (q, k, v, out))
     go, handle = launcher(forward_launch(*four, lse, mask.fields, scale, gpu_of(q.device)), "q", KEY_TILES)
     rows = -2 if q.dim() == 4 else 0
 
-    def call(q: Tensor, k: Tensor, v: Tensor, mask: Prepared) -> tuple[Tensor, Tensor | None]:
-        out = make_out(q)
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Prepared, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if out is None:
+            out = make_out(q)
         lse = make_lse(q) if want_lse else None
         tensors = handle(q), handle(k), handle(v), handle(out), None if lse is None else handle(lse)
         go(tensors, mask, q.shape[rows], k.shape[rows])

@@ -126,7 +126,8 @@ def unsupported(problem) -> list[str]:
 
 def forward_plan(x, residual, weight, bias, eps: float, rms: bool, keep: bool, statistics: bool):
     """For calls like this one, however many rows: (x, residual, weight, bias) -> y, the sum (None without a residual, or where
-    nobody keeps it), mean (None in an RMSNorm) and rstd (both None without `statistics`)."""
+    nobody keeps it), mean (None in an RMSNorm) and rstd (both None without `statistics`). A caller that has memory for y gives
+    it."""
     given = x, residual, weight, bias
     if not in_rows(*given):
         plan = forward_plan(*contiguous(*given), eps, rms, keep, statistics)
@@ -140,9 +141,10 @@ def forward_plan(x, residual, weight, bias, eps: float, rms: bool, keep: bool, s
     start, handle, values = ready(launch)
     constants, block, width = values[FORWARD_VARYING:], launch.config.BLOCK_M, x.shape[-1]
 
-    def call(x, residual, weight, bias):
-        y = total = mean = rstd = None
-        y = x.new_empty(x.shape)
+    def call(x, residual, weight, bias, y=None):
+        total = mean = rstd = None
+        if y is None:
+            y = x.new_empty(x.shape)
         if keep:
             total = x.new_empty(x.shape, dtype=dtype)
         rows = x.numel() // width
