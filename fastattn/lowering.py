@@ -119,6 +119,18 @@ def batched(x: Tensor) -> Tensor:
     return x if x.dim() == 4 else x.transpose(0, 1)[None]
 
 
+def three(matrix: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """q, k and v, (B, H, L, D) or (T, H, D), which lie side by side in a matrix (tokens, 3 H D): views."""
+    row, D = matrix.stride(0), shape[-1]
+    strides = (shape[2] * row, D, row, 1) if len(shape) == 4 else (row, D, 1)
+    return matrix.as_strided((3, *shape), (row // 3, *strides), matrix.storage_offset()).unbind(0)
+
+
+def side_by_side(*heads: Tensor) -> Tensor:
+    """What `three` gives as one matrix: a copy."""
+    return torch.stack([batched(x).transpose(1, 2) for x in heads], 2).flatten(0, 1).flatten(1)
+
+
 def packed_rows(starts: Tensor, length: int, rows: int) -> Tensor:
     """(B, length) int64: for each rank of a sequence its row among `rows` packed ones, `rows` beyond the sequence's end."""
     begin, end = starts[:-1, None].clamp(0, rows), starts[1:, None].clamp(max=rows)

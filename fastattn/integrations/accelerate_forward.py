@@ -24,7 +24,9 @@ from fastattn import masks
 from fastattn.integrations import accelerate_heads as heads
 from fastattn.integrations.accelerate_checks import Examined, Found, look
 from fastattn.integrations.accelerate_layers import Batch, Family, Parts, compute, traced
+from fastattn.integrations.accelerate_plans import Weights, inferred, served
 from fastattn.integrations.accelerate_proof import Proof, tell
+from fastattn.integrations.accelerate_training import trained
 from fastattn.integrations.keywords import HARMLESS
 from fastattn.packing import Packing
 
@@ -163,7 +165,7 @@ class Encoder:
     def _take(self, found: Found) -> None:
         self.found = found
         for layer in self.layers:
-            layer.parts = found.parts.get(layer.module)
+            layer.parts, layer.weights = found.parts.get(layer.module), None
 
     def path(self, layer: str) -> str:
         return ".".join(part for part in (self.name, self.family.layers, layer) if part)
@@ -175,6 +177,23 @@ class Layer:
     module: nn.Module
     family: Family
     parts: Parts | None  # None: it must not be computed by us
+    weights: Weights | None = None  # those of the parts
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has weights of its own."""
+        return {**vars(self), "weights": None}
+
+    def output(self, x: Tensor, batch: Batch) -> Tensor:
+        """By the shortest way that serves it."""
+        assert self.parts is not None
+        if served(x, self.parts):
+            if self.weights is None:
+                self.weights = Weights(self.parts)
+            shortest = trained if torch.is_grad_enabled() else inferred
+            y = shortest(self.family, self.parts, self.weights, x, batch)
+            if y is not None:
+                return y
+        return compute(self.family, self.parts, x, batch)
 
 
 # The replaced methods
@@ -243,7 +262,7 @@ def layer_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
             return at.own(x, *rest, **kwargs)
         return batch.packing.pack(at.own(batch.packing.unpack(x), *rest, **kwargs))
 
-    ours = functools.partial(compute, layer.family, layer.parts, batch=batch)
+    ours = functools.partial(layer.output, batch=batch)
     if batch.proof is not None and not batch.proof.holds(layer.name, module, x, own, ours):
         return own(x)
     return module._gradient_checkpointing_func(ours, x) if _checkpoints_in_forward(module) else ours(x)
@@ -333,15 +352,15 @@ def _batch(encoder: Encoder, model: nn.Module, inputs: dict[str, Any], keep: Ten
 
 
 def _packed(encoder: Encoder, packing: Packing) -> Batch:
-    return Batch(packing, masks.causal() if encoder.family.causal else None)
+    return Batch(packing, masks.causal() if encoder.family.causal else None, {})
 
 
 def _padded(encoder: Encoder, keep: Tensor | None) -> Batch:
     causal = masks.causal() if encoder.family.causal else None
     if keep is None:
-        return Batch(None, causal)
+        return Batch(None, causal, {})
     padding = masks.key_padding(keep)
-    return Batch(None, padding if causal is None else padding & causal)
+    return Batch(None, padding if causal is None else padding & causal, {})
 
 
 def _padding_stays(encoder: Encoder, model: Any, inputs: dict[str, Any], keep: Tensor) -> str | None:

@@ -83,6 +83,7 @@ class Batch(NamedTuple):
 
     packing: Packing | None
     mask: Mask | None
+    scratch: dict  # memory that the layers of this call share
     proof: Any = None
 
 

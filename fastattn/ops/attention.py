@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn import masks, plans
-from fastattn.lowering import LoweredMask, Prepared, batched
+from fastattn.lowering import LoweredMask, Prepared, batched, side_by_side
 from fastattn.masks import Mask
 from fastattn.ops import dispatch
 from fastattn.planned import PLAIN, PLANS, fp32_precision, keep, plain, unaligned, watched
@@ -54,7 +54,7 @@ class AttentionProblem(NamedTuple):
         return f"{'varlen_' * self.packed}attention({sizes}, {dtype}, {self.device}, mask: {' & '.join(mask) or 'none'})"
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> AttentionProblem:
+def problem_of(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> AttentionProblem:
     B, H, M, D = q.shape
     N = k.shape[2]
     if mask.query_starts is not None:
@@ -127,11 +127,8 @@ class _Attention(torch.autograd.Function):
         if not isinstance(mask, Prepared):
             fields = mask._replace(**dict(zip(_TENSORS, tensors, strict=True)))
             grads = dispatch.call_backward(_BACKWARD, *given, *fields, ctx.scale, ctx.backend)
-        elif not torch.is_grad_enabled() and not watched() and plain(*given):
-            grads = backward_by_plan(*given, mask, ctx.scale, ctx.backend)
         else:
-            grads = dispatch.call_backward(_BACKWARD, *_batched(*given), *mask.fields, ctx.scale, ctx.backend)
-            grads = grads if q.dim() == 4 else tuple(grad[0].transpose(0, 1) for grad in grads)
+            grads = gradients(*given, mask, ctx.scale, ctx.backend)
         return (*grads, None, None, None, None, None)
 
 
@@ -194,7 +191,7 @@ def _forward_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int)
 
 
 def _unit_forward_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int):
-    module = dispatch.choose("attention", BACKENDS, backend, _problem(batched(q), batched(k), batched(v), mask.fields))
+    module = dispatch.choose("attention", BACKENDS, backend, problem_of(batched(q), batched(k), batched(v), mask.fields))
     if hasattr(module, "forward_plan"):
         return module.forward_plan(q, k, v, mask, scale, lse == EXACT, lse != UNWANTED)
     if q.dim() == 4:
@@ -207,22 +204,33 @@ def _unit_forward_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse:
     return packed
 
 
-def backward_by_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str):
+def gradients(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str, joined: bool = False) -> Any:
+    """dq, dk and dv by a plan, or, where something watches, by the op. joined: side by side, as one matrix (tokens, 3 H D)."""
+    given = dout, dlse, q, k, v, out, lse
+    if not torch.is_grad_enabled() and not watched() and plain(*given):
+        return backward_by_plan(*given, mask, scale, backend, joined)
+    grads = dispatch.call_backward(_BACKWARD, *_batched(*given), *mask.fields, scale, backend)
+    if joined:
+        return side_by_side(*grads)
+    return grads if q.dim() == 4 else tuple(grad[0].transpose(0, 1) for grad in grads)
+
+
+def backward_by_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str, joined: bool = False):
     given = dout, dlse, q, k, v, out, lse
     address = dout.data_ptr() | out.data_ptr() | lse.data_ptr() | (0 if dlse is None else dlse.data_ptr())
     key = (
         forward_key(q, k, v, mask, scale, backend, dout.stride()), dout.dtype, out.stride(), lse.is_contiguous(),
-        None if dlse is None else dlse.is_contiguous(), address & 15 and unaligned(dout, out, lse, dlse),
+        None if dlse is None else dlse.is_contiguous(), joined, address & 15 and unaligned(dout, out, lse, dlse),
     )  # fmt: skip
-    plan = PLANS.get(key) or keep(key, _backward_plan(*given, mask, scale, backend))
+    plan = PLANS.get(key) or keep(key, _backward_plan(*given, mask, scale, backend, joined))
     return plan(*given, mask)
 
 
-def _backward_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str):
+def _backward_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str, joined: bool):
     given = dout, dlse, q, k, v, out, lse
     if lse.is_contiguous() and (dlse is None or dlse.is_contiguous()) and all(x.stride(-1) == 1 for x in (dout, q, k, v, out)):
-        return _unit_backward_plan(given, mask, scale, backend)
-    plan = _unit_backward_plan(_laid_out(*given), mask, scale, backend)
+        return _unit_backward_plan(given, mask, scale, backend, joined)
+    plan = _unit_backward_plan(_laid_out(*given), mask, scale, backend, joined)
     return lambda *given: plan(*_laid_out(*given[:-1]), given[-1])
 
 
@@ -231,9 +239,14 @@ def _laid_out(dout, dlse, q, k, v, out, lse) -> tuple:
     return dout, None if dlse is None else dlse.contiguous(), q, k, v, out, lse.contiguous()
 
 
-def _unit_backward_plan(given: tuple, mask: Prepared, scale: float, backend: str):
+def _unit_backward_plan(given: tuple, mask: Prepared, scale: float, backend: str, joined: bool):
     _, _, q, k, v, _, _ = given
-    module = dispatch.choose("attention", BACKENDS, backend, _problem(batched(q), batched(k), batched(v), mask.fields))
+    module = dispatch.choose("attention", BACKENDS, backend, problem_of(batched(q), batched(k), batched(v), mask.fields))
+    if hasattr(module, "joined_results") and joined:
+        return module.backward_plan(*given, mask, scale, joined)
+    if joined:
+        plan = _unit_backward_plan(given, mask, scale, backend, False)
+        return lambda *given: side_by_side(*plan(*given))
     if hasattr(module, "backward_plan"):
         return module.backward_plan(*given, mask, scale)
     if q.dim() == 4:
@@ -376,7 +389,7 @@ def explain(
     least possible, and the time that an H100 needs at least; for that it reads the mask's tensors.
     """
     q, k, v, lowered, _ = checked(q, k, v, mask, bias, scale, dropout, seed, backend)
-    problem = _problem(q, k, v, lowered)
+    problem = problem_of(q, k, v, lowered)
     notes = [
         f"{name} has a last stride of {x.stride(-1)} and is copied"
         for name, x in (("q", q), ("k", k), ("v", v))

@@ -27,7 +27,7 @@ from fastattn.planned import PLAIN, PLANS, fp32_precision, layout, plain, unalig
 
 
 def _forward(x, w1, b1, w2, b2, activation, train, backend):
-    y, hidden, z = _forward_by_plan(x, w1, b1, w2, b2, activation, train, backend)
+    y, hidden, z = forward_by_plan(x, w1, b1, w2, b2, activation, train, backend)
     return y, (hidden if train else x.new_empty(0)), (z if train else x.new_empty(0))
 
 
@@ -50,7 +50,7 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, activation, train, backend, plan=None):
-        ctx.activation, ctx.backend, ctx.direct = activation, backend, plan is not None
+        ctx.activation, ctx.backend = activation, backend
         ctx.set_materialize_grads(False)
         if plan is not None:
             y, hidden, z = plan(x, w1, b1, w2, b2)
@@ -67,16 +67,20 @@ class _FeedForward(torch.autograd.Function):
         if dy is None:
             return (None,) * 9
         needs, tensors = list(ctx.needs_input_grad[:5]), ctx.saved_tensors
-        if ctx.direct and not torch.is_grad_enabled() and not watched() and plain(dy, *tensors):
-            grads = _backward_by_plan((dy, *tensors), ctx.activation, needs, ctx.backend)
-        else:
-            grads = dispatch.call_backward(_BACKWARD, dy, *tensors, ctx.activation, needs, ctx.backend)
+        grads = gradients((dy, *tensors), ctx.activation, needs, ctx.backend)
         return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None)
+
+
+def gradients(tensors, activation, needs, backend):
+    """Of dy, x, w1, b1, w2, b2, hidden and z: those of x, w1, b1, w2, b2 by a plan, or, where something watches, by the op."""
+    if not torch.is_grad_enabled() and not watched() and plain(*tensors):
+        return _backward_by_plan(tensors, activation, needs, backend)
+    return dispatch.call_backward(_BACKWARD, *tensors, activation, needs, backend)
 
 
 def _backward(dy, x, w1, b1, w2, b2, hidden, z, activation, needs, backend):
     if z.numel() != x.shape[:-1].numel() * w1.shape[0]:  # a graph exported for inference that is trained after all
-        _, hidden, z = _forward_by_plan(x, w1, b1, w2, b2, activation, True, backend)
+        _, hidden, z = forward_by_plan(x, w1, b1, w2, b2, activation, True, backend)
     grads = _backward_by_plan((dy, x, w1, b1, w2, b2, hidden, z), activation, needs, backend)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -107,7 +111,7 @@ _BACKWARD = dispatch.define(
 _record = super(torch.autograd.Function, _FeedForward).apply  # less what transforms need, for which nothing may be direct
 
 
-def _forward_by_plan(x, w1, b1, w2, b2, activation, train, backend):
+def forward_by_plan(x, w1, b1, w2, b2, activation, train, backend):
     key = _forward_key(x, w1, b1, w2, b2, activation, train, backend)
     plan = PLANS.get(key) or planned.keep(key, _forward_plan(x, w1, b1, w2, b2, activation, train, backend))
     return plan(x, w1, b1, w2, b2)

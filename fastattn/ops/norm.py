@@ -40,7 +40,7 @@ def _problem(x: Tensor, residual: Tensor | None = None) -> NormProblem:
 
 
 def _forward(x, residual, weight, bias, eps, rms, keep, backend):
-    y, total, mean, rstd = _forward_by_plan(x, residual, weight, bias, eps, rms, keep, backend)
+    y, total, mean, rstd = forward_by_plan(x, residual, weight, bias, eps, rms, keep, backend)
     empty = x.new_empty(0)
     return y, (empty if total is None else total), (rstd.new_empty(0) if mean is None else mean), rstd
 
@@ -69,7 +69,7 @@ class _AddNorm(torch.autograd.Function):
     def forward(ctx, x, residual, weight, bias, eps, rms, keep, backend, plan=None):
         ctx.set_materialize_grads(False)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
-        ctx.rms, ctx.keep, ctx.backend, ctx.direct = rms, keep and residual is not None, backend, plan is not None
+        ctx.rms, ctx.keep, ctx.backend = rms, keep and residual is not None, backend
         if plan is None:
             with dispatch.below_autograd():
                 y, total, mean, rstd = _FORWARD(x, residual, weight, bias, eps, rms, True, backend)
@@ -88,15 +88,19 @@ class _AddNorm(torch.autograd.Function):
             dtotal = None  # of an empty output
         if dy is None:
             dy = torch.zeros_like(total, dtype=ctx.dtypes[0])
-        given, flags = (dy, dtotal, total, mean, rstd, weight), (ctx.rms, *ctx.needs_input_grad[2:4], ctx.backend)
-        if ctx.direct and not torch.is_grad_enabled() and not watched() and plain(*given):
-            grads = _backward_by_plan(*given, *flags)
-        else:
-            empty_mean = rstd.new_empty(0) if mean is None else mean
-            grads = dispatch.call_backward(_BACKWARD, dy, dtotal, total, empty_mean, rstd, weight, *flags)
-        dsum, dweight, dbias = grads
+        flags = ctx.rms, *ctx.needs_input_grad[2:4], ctx.backend
+        dsum, dweight, dbias = gradients(dy, dtotal, total, mean, rstd, weight, *flags)
         wanted = zip((dsum, dsum, dweight, dbias), ctx.dtypes, ctx.needs_input_grad, strict=False)
         return (*(grad.to(dtype) if need else None for grad, dtype, need in wanted), None, None, None, None, None)
+
+
+def gradients(dy, dtotal, total, mean, rstd, weight, rms, need_dweight, need_dbias, backend):
+    """dsum, dweight and dbias by a plan, or, where something watches, by the op."""
+    flags = rms, need_dweight, need_dbias, backend
+    if not torch.is_grad_enabled() and not watched() and plain(dy, dtotal, total, mean, rstd, weight):
+        return _backward_by_plan(dy, dtotal, total, None if rms else mean, rstd, weight, *flags)
+    empty_mean = rstd.new_empty(0) if mean is None else mean
+    return dispatch.call_backward(_BACKWARD, dy, dtotal, total, empty_mean, rstd, weight, *flags)
 
 
 def _backward(dy, dtotal, total, mean, rstd, weight, rms, need_dweight, need_dbias, backend):
@@ -131,7 +135,7 @@ _BACKWARD = dispatch.define(
 _record = super(torch.autograd.Function, _AddNorm).apply  # less what transforms need, for which nothing may be direct
 
 
-def _forward_by_plan(x, residual, weight, bias, eps, rms, keep, backend):
+def forward_by_plan(x, residual, weight, bias, eps, rms, keep, backend):
     key = _forward_key(x, residual, weight, bias, eps, rms, keep, backend, True)
     plan = PLANS.get(key) or planned.keep(key, _forward_plan(x, residual, weight, bias, eps, rms, keep, backend, True))
     return plan(x, residual, weight, bias)

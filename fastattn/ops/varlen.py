@@ -74,10 +74,7 @@ def varlen_attention(
     if key_packing.lengths.shape != packing.lengths.shape:
         counts = f"{key_packing.lengths.numel()} sequences, but packing has {packing.lengths.numel()}"
         raise ValueError(f"key_packing has {counts}")
-    if mask is None:
-        lowered = LoweredMask(**packed_fields(packing, key_packing))
-    else:
-        lowered = as_mask(mask).lower_packed(packing, key_packing, q.shape[1])
+    lowered = _lowered(packing, key_packing, mask, q.shape[1])
     *four, lowered, checked_scale = checked(batched(q), batched(k), batched(v), lowered, bias, scale, dropout, seed, backend)
     if quiet and plain(q, k, v) and type(scale) in SCALES:
         prepared = Prepared(lowered)
@@ -89,6 +86,17 @@ def varlen_attention(
     out, lse = forward_autograd(*four, *lowered, checked_scale, backend, return_lse)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
+
+
+def _lowered(packing: Packing, key_packing: Packing, mask: Mask | Tensor | None, H: int) -> LoweredMask:
+    if mask is None:
+        return LoweredMask(**packed_fields(packing, key_packing))
+    return as_mask(mask).lower_packed(packing, key_packing, H)
+
+
+def prepared_of(packing: Packing, mask: Mask | None, H: int) -> Prepared:
+    """A packing as a mask for self-attention, for callers that make sure that tensors fit it."""
+    return Prepared(_lowered(packing, packing, mask, H))
 
 
 def _direct(q, k, v, packing, mask, key_packing, scale, backend, return_lse) -> Any:

@@ -23,7 +23,7 @@ from fastattn.kernels.triton.attention_backward import _attention_backward_kerne
 from fastattn.kernels.triton.attention_forward import _attention_forward_kernel
 from fastattn.kernels.triton.launch import GPU, Launch, gpu_here, gpu_of, precision, ready, refusals, settle_keys, vector
 from fastattn.kernels.triton.tuned import ONE_KERNEL, Config, Row, dtype_class, sources, tiles_of
-from fastattn.lowering import LoweredMask, Prepared, batched
+from fastattn.lowering import LoweredMask, Prepared, batched, three
 from fastattn.plans import KernelPlan, tensor_bytes
 
 settle_keys(primitives, tiles, attention_forward, attention_backward)
@@ -91,30 +91,32 @@ def forward_plan(q, k, v, mask: Prepared, scale: float, exact_lse: bool, want_ls
     return call
 
 
-def backward_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float):
-    """For calls like this one: (dout, dlse, q, k, v, out, lse, mask) -> (dq, dk, dv); lse and dlse are contiguous."""
-    makers = [result(x, x.shape[-1], mask) for x in (q, k, v)]
-    grads = [make(x.to("meta")) for make, x in zip(makers, (q, k, v), strict=True)]
+def backward_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, joined: bool = False):
+    """For calls like this one: (dout, dlse, q, k, v, out, lse, mask) -> (dq, dk, dv); lse and dlse are contiguous.
+
+    joined: the gradients lie side by side for each token, and are given as the one matrix (tokens, 3 H D) that they are in.
+    """
+    make = joined_results(q, mask) if joined else separate_results(q, k, v, mask)
+    _, *grads = make(q.to("meta"), k.to("meta"), v.to("meta"))
     given = (*(batched(x) for x in (q, k, v, out)), lse, *(batched(x) for x in grads))
     launches = backward_launches(batched(dout), dlse, *given, mask.fields, scale, gpu_of(q.device))
     rows = -2 if q.dim() == 4 else 0
-    make_dq, make_dk, make_dv = makers
     first, handle = launcher(launches[0], "q" if len(launches) > 1 else "k", KEY_TILES)
     second, _ = launcher(launches[1], "k", QUERY_TILES) if len(launches) > 1 else (None, handle)
 
-    def call(dout, dlse, q, k, v, out, lse, mask: Prepared) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = make_dq(q), make_dk(k), make_dv(v)
+    def call(dout, dlse, q, k, v, out, lse, mask: Prepared) -> Any:
+        returned, dq, dk, dv = make(q, k, v)
         totals = q.shape[rows], k.shape[rows]
         inputs, at_dout, at_lse = (handle(q), handle(k), handle(v)), handle(dout), handle(lse)
         at_dlse = None if dlse is None else handle(dlse)
         if second is None:
             gradients = handle(dq), handle(dk), handle(dv)
             first((*inputs, handle(out), at_dout, *gradients, at_lse, at_dlse), mask, *totals)
-            return dq, dk, dv
+            return returned
         delta = lse.new_empty(lse.shape)
         first((*inputs, handle(out), at_dout, handle(dq), at_lse, at_dlse, handle(delta)), mask, *totals)
         second((*inputs, at_dout, handle(dk), handle(dv), at_lse, handle(delta)), mask, *totals)
-        return dq, dk, dv
+        return returned
 
     return call
 
@@ -320,6 +322,30 @@ def result(x: Tensor, width: int, mask: Prepared) -> Callable[[Tensor], Tensor]:
         return (x.new_empty(size) if whole else x.new_zeros(size)).transpose(1, 2)
 
     return rows
+
+
+def separate_results(q: Tensor, k: Tensor, v: Tensor, mask: Prepared) -> Callable[..., tuple]:
+    """What makes (what is returned, dq, dk, dv)."""
+    make_dq, make_dk, make_dv = (result(x, x.shape[-1], mask) for x in (q, k, v))
+
+    def make(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+        grads = make_dq(q), make_dk(k), make_dv(v)
+        return grads, *grads
+
+    return make
+
+
+def joined_results(q: Tensor, mask: Prepared) -> Callable[..., tuple]:
+    """The same in one memory, of q, k and v of one shape."""
+    whole = mask.fields.query_starts is None or mask.fields.all_rows
+    width = q.shape[-1] * q.shape[-3 if q.dim() == 4 else -2]
+
+    def make(q: Tensor, *_: Tensor) -> tuple:
+        tokens = q.shape[0] * q.shape[2] if q.dim() == 4 else q.shape[0]
+        matrix = q.new_empty((tokens, 3 * width)) if whole else q.new_zeros((tokens, 3 * width))
+        return matrix, *three(matrix, q.shape)
+
+    return make
 
 
 def statistics(x: Tensor, mask: Prepared, dead: float) -> Callable[[Tensor], Tensor]:

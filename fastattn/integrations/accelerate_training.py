@@ -1,0 +1,149 @@
+"""A layer of an accelerated encoder in training on a GPU: one autograd Function, so that autograd sees one node for each layer.
+
+Inside are the ops' plans and PyTorch's products. Query, key and value are one product forward and two backward, and so are their
+gradients one matrix, of which each gets its part. A gradient that nobody asks for is not computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.integrations.accelerate_layers import Batch, Family, Parts
+from fastattn.integrations.accelerate_plans import Numbers, Weights, numbers_of, prepared_mask
+from fastattn.lowering import Prepared, three
+from fastattn.ops import attention, dispatch, ffn, norm
+
+BACKEND = "auto"
+WEIGHTS = 16
+
+
+def trained(family: Family, parts: Parts, weights: Weights, x: Tensor, batch: Batch) -> Tensor | None:
+    """A layer's output, of x's shape, recorded for a backward pass; None where it is not served here."""
+    if weights.key() is None or x.dtype != weights.tensors[0].dtype or x.dtype == torch.float64:
+        return None
+    numbers = numbers_of(family, parts)
+    mask = batch.scratch.get("mask")
+    if mask is None:
+        heads = weights.tensors[0].shape[0] // numbers.head_size
+        mask = batch.scratch["mask"] = prepared_mask(x, heads, batch.packing, batch.mask)
+    return _record(x, mask, numbers, *weights.tensors)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, mask: Prepared, numbers: Numbers, *weights: Tensor | None) -> Tensor:
+        rows = x.view(-1, x.shape[-1])
+        saved = (_pre_norm if numbers.pre_norm else _post_norm)(rows, x.shape, mask, numbers, weights)
+        y, *kept = saved
+        ctx.save_for_backward(rows, *weights, *kept, *mask.tensors)
+        ctx.mask, ctx.numbers, ctx.shape = mask, numbers, x.shape
+        ctx.set_materialize_grads(False)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor | None) -> Any:
+        if dy is None:
+            return (None,) * (3 + WEIGHTS)
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # a graph of gradients is built, of which no more can be had
+            return dispatch.FirstDerivative.apply(lambda *given: _gradients(ctx, needs, *given), dy, *tensors)
+        return _gradients(ctx, needs, dy, *tensors)
+
+
+_record = super(torch.autograd.Function, _Layer).apply  # less what transforms need, which do not come here
+
+
+def _post_norm(x, shape, mask, n: Numbers, weights) -> tuple:
+    """LN(x + attention(x)), then LN(y + ffn(y)): the output, and what the backward reads."""
+    *attended, projected = _attended(x, shape, mask, n, weights)
+    w1, b1, w2, b2 = weights[12:]
+    normal, total1, mean1, rstd1 = norm.forward_by_plan(projected, x, w1, b1, n.first_eps, False, True, BACKEND)
+    y, hidden, z = ffn.forward_by_plan(normal, *weights[8:12], n.activation, True, BACKEND)
+    y, total2, mean2, rstd2 = norm.forward_by_plan(y, normal, w2, b2, n.second_eps, False, True, BACKEND)
+    return y, *attended, total1, mean1, rstd1, normal, hidden, z, total2, mean2, rstd2
+
+
+def _pre_norm(x, shape, mask, n: Numbers, weights) -> tuple:
+    """y = x + attention(LN(x)), then y + ffn(LN(y))."""
+    w1, b1, w2, b2 = weights[12:]
+    normal1, _, mean1, rstd1 = norm.forward_by_plan(x, None, w1, b1, n.first_eps, False, True, BACKEND)
+    *attended, projected = _attended(normal1, shape, mask, n, weights)
+    normal, total2, mean2, rstd2 = norm.forward_by_plan(projected, x, w2, b2, n.second_eps, False, True, BACKEND)
+    y, hidden, z = ffn.forward_by_plan(normal, *weights[8:12], n.activation, True, BACKEND)
+    return y.add_(total2), *attended, normal1, mean1, rstd1, normal, hidden, z, total2, mean2, rstd2
+
+
+def _attended(x: Tensor, shape, mask: Prepared, n: Numbers, weights) -> tuple[Tensor, ...]:
+    """Of x (rows, C): query, key and value as one matrix, what attention gives, as heads, its statistics, and its projection."""
+    weight, bias = _joined(weights)
+    qkv = F.linear(x, weight, bias)
+    q, k, v = three(qkv, _heads(shape, qkv, n))
+    out, lse = attention.forward_by_plan(q, k, v, mask, n.scale, BACKEND, attention.SAVED)
+    return qkv, out, lse, F.linear(_tokens(out), weights[6], weights[7])
+
+
+def _joined(weights) -> tuple[Tensor, Tensor | None]:
+    query, query_bias, key, key_bias, value, value_bias = weights[:6]
+    return torch.cat((query, key, value)), None if query_bias is None else torch.cat((query_bias, key_bias, value_bias))
+
+
+def _heads(shape: tuple[int, ...], qkv: Tensor, n: Numbers) -> tuple[int, ...]:
+    """(T, H, D), or (B, H, L, D)."""
+    heads, lead = qkv.shape[1] // (3 * n.head_size), tuple(shape[:-1])
+    return (*lead[:1], heads, *lead[1:], n.head_size)
+
+
+def _tokens(out: Tensor) -> Tensor:
+    """(T, H, D), or (B, H, L, D) in (B, L, H, D) memory, as (rows, H D)."""
+    return out.flatten(1) if out.dim() == 3 else out.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def _gradients(ctx, needs, dy: Tensor, x: Tensor, *tensors: Tensor) -> tuple:
+    weights, kept, n = tensors[:WEIGHTS], tensors[WEIGHTS:], ctx.numbers
+    qkv, out, lse, total1, mean1, rstd1, normal, hidden, z, total2, mean2, rstd2 = kept[:12]
+    w1, w2, dy = weights[12], weights[14], dy.contiguous().view(x.shape)
+    need, attended = [*needs[3:]], (qkv, out, lse)
+    first, second, up = (False, *need[12:14], BACKEND), (False, *need[14:16], BACKEND), [True, *need[8:12]]
+    inside = normal, *weights[8:12], hidden, z
+    if n.pre_norm:  # total1 is LN(x), which attention was given
+        dnormal, *ffn_grads = ffn.gradients((dy, *inside), n.activation, up, BACKEND)
+        dsum, dw2, db2 = norm.gradients(dnormal, dy, total2, mean2, rstd2, w2, *second)
+        dnormal, attention_grads = _attended_gradients(ctx, dsum, total1, attended, weights, need, None)
+        dx, dw1, db1 = norm.gradients(dnormal, dsum, x, mean1, rstd1, w1, *first)
+    else:
+        dsum, dw2, db2 = norm.gradients(dy, None, total2, mean2, rstd2, w2, *second)
+        dnormal, *ffn_grads = ffn.gradients((dsum, *inside), n.activation, up, BACKEND)
+        dsum, dw1, db1 = norm.gradients(dnormal.add_(dsum), None, total1, mean1, rstd1, w1, *first)
+        dx, attention_grads = _attended_gradients(ctx, dsum, x, attended, weights, need, dsum)
+    grads = (*attention_grads, *ffn_grads, dw1, db1, dw2, db2)
+    given = (grad.to(w.dtype) if wanted else None for grad, w, wanted in zip(grads, weights, need, strict=True))
+    return dx.view(ctx.shape), None, None, *given
+
+
+def _attended_gradients(ctx, d: Tensor, x: Tensor, attended, weights, need, plus: Tensor | None) -> tuple[Tensor, list]:
+    """Of d, the gradient of what attention adds: that of x, with `plus` added, and those of the first eight weights."""
+    (qkv, out, lse), n = attended, ctx.numbers
+    q, k, v = three(qkv, _heads(ctx.shape, qkv, n))
+    dout = (d @ weights[6]).view(_tokens_shape(out))
+    dout = dout if out.dim() == 3 else dout.transpose(1, 2)
+    grads: list[Any] = [None] * 8
+    if need[6]:
+        grads[6] = d.mT @ _tokens(out)
+    if need[7]:
+        grads[7] = d.sum(0)
+    dqkv = attention.gradients(dout, None, q, k, v, out, lse, ctx.mask, n.scale, BACKEND, joined=True)
+    if need[0] or need[2] or need[4]:
+        grads[0:6:2] = (dqkv.mT @ x).chunk(3)
+    if need[1] or need[3] or need[5]:
+        grads[1:6:2] = dqkv.sum(0).chunk(3)
+    weight = torch.cat((weights[0], weights[2], weights[4]))
+    return dqkv @ weight if plus is None else torch.addmm(plus, dqkv, weight), grads
+
+
+def _tokens_shape(out: Tensor) -> tuple[int, ...]:
+    """(T, H, D), or (B, L, H, D): of memory as that of out."""
+    return tuple(out.shape) if out.dim() == 3 else (out.shape[0], out.shape[2], out.shape[1], out.shape[3])
