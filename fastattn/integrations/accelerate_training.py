@@ -60,20 +60,20 @@ _record = super(torch.autograd.Function, _Layer).apply  # less what transforms n
 def _post_norm(x, shape, mask, n: Numbers, weights) -> tuple:
     """LN(x + attention(x)), then LN(y + ffn(y)): the output, and what the backward reads."""
     *attended, projected = _attended(x, shape, mask, n, weights)
-    w1, b1, w2, b2 = weights[12:]
+    up, b_up, down, b_down, w1, b1, w2, b2 = weights[8:]
     normal, total1, mean1, rstd1 = norm.forward_by_plan(projected, x, w1, b1, n.first_eps, False, True, BACKEND)
-    y, hidden, z = ffn.forward_by_plan(normal, *weights[8:12], n.activation, True, BACKEND)
+    y, hidden, z = ffn.forward_by_plan(normal, up, b_up, down, b_down, n.activation, True, BACKEND)
     y, total2, mean2, rstd2 = norm.forward_by_plan(y, normal, w2, b2, n.second_eps, False, True, BACKEND)
     return y, *attended, total1, mean1, rstd1, normal, hidden, z, total2, mean2, rstd2
 
 
 def _pre_norm(x, shape, mask, n: Numbers, weights) -> tuple:
     """y = x + attention(LN(x)), then y + ffn(LN(y))."""
-    w1, b1, w2, b2 = weights[12:]
+    up, b_up, down, b_down, w1, b1, w2, b2 = weights[8:]
     normal1, _, mean1, rstd1 = norm.forward_by_plan(x, None, w1, b1, n.first_eps, False, True, BACKEND)
     *attended, projected = _attended(normal1, shape, mask, n, weights)
     normal, total2, mean2, rstd2 = norm.forward_by_plan(projected, x, w2, b2, n.second_eps, False, True, BACKEND)
-    y, hidden, z = ffn.forward_by_plan(normal, *weights[8:12], n.activation, True, BACKEND)
+    y, hidden, z = ffn.forward_by_plan(normal, up, b_up, down, b_down, n.activation, True, BACKEND)
     return y.add_(total2), *attended, normal1, mean1, rstd1, normal, hidden, z, total2, mean2, rstd2
 
 
@@ -120,8 +120,9 @@ def _gradients(ctx, needs, dy: Tensor, x: Tensor, *tensors: Tensor) -> tuple:
         dsum, dw1, db1 = norm.gradients(dnormal.add_(dsum), None, total1, mean1, rstd1, w1, *first)
         dx, attention_grads = _attended_gradients(ctx, dsum, x, attended, weights, need, dsum)
     grads = (*attention_grads, *ffn_grads, dw1, db1, dw2, db2)
-    given = (grad.to(w.dtype) if wanted else None for grad, w, wanted in zip(grads, weights, need, strict=True))
-    return dx.view(ctx.shape), None, None, *given
+    dtype = x.dtype  # of all weights; the sums of the norms and of the FFN's biases are fp32
+    given = [g if g is None or g.dtype is dtype else g.to(dtype) for g in grads]
+    return dx.view(ctx.shape), None, None, *(g if wanted else None for g, wanted in zip(given, need, strict=True))
 
 
 def _attended_gradients(ctx, d: Tensor, x: Tensor, attended, weights, need, plus: Tensor | None) -> tuple[Tensor, list]:
