@@ -86,13 +86,14 @@ class Prepared:
     by the function that makes one.
     """
 
-    __slots__ = ("fields", "handles", "key", "tensors")
+    __slots__ = ("fields", "handles", "key", "packed", "tensors")
 
     def __init__(self, fields: LoweredMask) -> None:
-        self.fields = fields
+        self.fields, self.packed = fields, fields.query_starts is not None
         self.tensors = [x for x in fields if isinstance(x, Tensor)]
-        sizes = () if fields.query_starts is None else (fields.max_queries, fields.max_keys)
-        kept = fields if not sizes else fields._replace(max_queries=_rounded(sizes[0]), max_keys=_rounded(sizes[1]))
+        kept = fields
+        if self.packed:
+            kept = fields._replace(max_queries=_rounded(fields.max_queries), max_keys=_rounded(fields.max_keys))
         layouts = tuple(_layout(x) if isinstance(x, Tensor) else x for x in kept)
         if len(_KEYS) >= MOST_KEYS:
             _KEYS.clear()

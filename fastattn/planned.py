@@ -23,11 +23,12 @@ from torch.autograd import forward_ad
 
 LIMIT = 4096
 PLAIN = (Tensor, nn.Parameter)  # exactly: a subclass may compute anything
+_PLAIN_OR_NONE = {*PLAIN, type(None)}
 misses = 0  # plans that were made
 pretending = False  # whether tensors of the CPU stand for those of a GPU
 PLANS: dict[tuple, Callable[..., Any]] = {}
 
-_include, _exclude = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
+_include, _autocast = torch._C._dispatch_tls_local_include_set, torch._C._is_any_autocast_enabled
 _traced, _switch = torch.compiler.is_dynamo_compiling, torch._C._get_fp32_precision_getter
 _functions, _profiled = torch._C._len_torch_function_stack, torch._C._autograd._profiler_enabled
 
@@ -44,12 +45,14 @@ def keep(key: tuple, plan: Callable[..., Any]) -> Callable[..., Any]:
 def watched() -> bool:
     """Whether something of PyTorch's is to see what happens now: a trace, a mode, a transform, autocast, a profiler.
 
-    All but a few of these are keys of the dispatcher on this thread. In forward mode a call has to reach the op, which refuses.
+    Traces, modes of the dispatcher and transforms are keys that it has included on this thread. In forward mode a call has to
+    reach the op, which refuses.
     """
     return (
         _traced()
-        or _QUIET.get(_include().raw_repr()) != _exclude().raw_repr()
+        or _include().raw_repr() not in _QUIET
         or _functions() > 0
+        or _autocast()
         or _profiled()
         or forward_ad._current_level >= 0
     )
@@ -58,6 +61,11 @@ def watched() -> bool:
 def plain(*tensors: Tensor | None) -> bool:
     """Whether these are memory of a CPU or a GPU and no more: no subclass, nothing that stands for other values."""
     return all(x is None or (type(x) in PLAIN and (x.is_cuda or x.is_cpu) and not x.is_neg()) for x in tensors)
+
+
+def plain_types(*tensors: Tensor | None) -> bool:
+    """The same of tensors whose device is in a key. (The last stride of a negated view is 2, and such tensors are copied.)"""
+    return _PLAIN_OR_NONE.issuperset(map(type, tensors))
 
 
 def layout(x: Tensor | None) -> Any:
@@ -78,14 +86,14 @@ def unaligned(*tensors: Tensor | None) -> tuple[bool, ...]:
     return tuple(x is None or x.data_ptr() % 16 == 0 for x in tensors)
 
 
-def _quiet() -> dict[int, int]:
-    """The dispatcher's keys, included and excluded, of a thread where nothing goes on: in inference mode and outside."""
-    found = {}
+def _quiet() -> set[int]:
+    """The dispatcher's included keys on a thread where nothing goes on: in inference mode and outside."""
+    found = set()
 
     def look() -> None:
         for inference in (False, True):
             with torch.inference_mode(inference):
-                found[_include().raw_repr()] = _exclude().raw_repr()
+                found.add(_include().raw_repr())
 
     thread = threading.Thread(target=look)
     thread.start()

@@ -17,7 +17,7 @@ from fastattn import masks, plans
 from fastattn.lowering import LoweredMask, Prepared, batched, side_by_side
 from fastattn.masks import Mask
 from fastattn.ops import dispatch
-from fastattn.planned import PLAIN, PLANS, fp32_precision, keep, plain, unaligned, watched
+from fastattn.planned import PLAIN, PLANS, fp32_precision, keep, plain, plain_types, unaligned, watched
 
 # In order of preference. On an H100 `triton` is faster than `cuda` on every shape that was timed, from 50 keys to 1,024, forward
 # and backward (benchmarks/results/h100: a test holds the order to it), although `cuda` moves fewer bytes up to 288 keys. No other
@@ -172,7 +172,7 @@ def forward_by_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: in
 
 def forward_key(q, k, v, mask: Prepared, scale: float | None, backend: str, lse: Any) -> tuple:
     """q, k, v: (B, H, L, D), or with a packing (T, H, D); no plan knows how many rows a packing has."""
-    if mask.fields.query_starts is None:
+    if not mask.packed:
         sizes: Any = q.shape, k.shape, v.shape
     else:
         sizes = tuple((x.shape[-3 if x.dim() == 4 else -2], x.shape[-1], x.dim()) for x in (q, k, v))
@@ -207,7 +207,7 @@ def _unit_forward_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse:
 def gradients(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str, joined: bool = False) -> Any:
     """dq, dk and dv by a plan, or, where something watches, by the op. joined: side by side, as one matrix (tokens, 3 H D)."""
     given = dout, dlse, q, k, v, out, lse
-    if not torch.is_grad_enabled() and not watched() and plain(*given):
+    if not torch.is_grad_enabled() and not watched() and plain_types(*given):
         return backward_by_plan(*given, mask, scale, backend, joined)
     grads = dispatch.call_backward(_BACKWARD, *_batched(*given), *mask.fields, scale, backend)
     if joined:

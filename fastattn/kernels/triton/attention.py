@@ -78,14 +78,17 @@ def forward_plan(q, k, v, mask: Prepared, scale: float, exact_lse: bool, want_ls
     out, lse = make_out(q.to("meta")), make_lse(q.to("meta")) if want_lse else None
     four = (batched(x) for x in (q, k, v, out))
     go, handle = launcher(forward_launch(*four, lse, mask.fields, scale, gpu_of(q.device)), "q", KEY_TILES)
-    rows = -2 if q.dim() == 4 else 0
+    packed, rows = mask.packed, -2 if q.dim() == 4 else 0
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Prepared, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if out is None:
             out = make_out(q)
         lse = make_lse(q) if want_lse else None
         tensors = handle(q), handle(k), handle(v), handle(out), None if lse is None else handle(lse)
-        go(tensors, mask, q.shape[rows], k.shape[rows])
+        if packed:
+            go(tensors, mask, q.shape[rows], k.shape[rows])
+        else:
+            go(tensors, mask)
         return out, lse
 
     return call
@@ -100,13 +103,13 @@ def backward_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, j
     _, *grads = make(q.to("meta"), k.to("meta"), v.to("meta"))
     given = (*(batched(x) for x in (q, k, v, out)), lse, *(batched(x) for x in grads))
     launches = backward_launches(batched(dout), dlse, *given, mask.fields, scale, gpu_of(q.device))
-    rows = -2 if q.dim() == 4 else 0
+    packed, rows = mask.packed, -2 if q.dim() == 4 else 0
     first, handle = launcher(launches[0], "q" if len(launches) > 1 else "k", KEY_TILES)
     second, _ = launcher(launches[1], "k", QUERY_TILES) if len(launches) > 1 else (None, handle)
 
     def call(dout, dlse, q, k, v, out, lse, mask: Prepared) -> Any:
         returned, dq, dk, dv = make(q, k, v)
-        totals = q.shape[rows], k.shape[rows]
+        totals = (q.shape[rows], k.shape[rows]) if packed else ()
         inputs, at_dout, at_lse = (handle(q), handle(k), handle(v)), handle(dout), handle(lse)
         at_dlse = None if dlse is None else handle(dlse)
         if second is None:
@@ -122,7 +125,8 @@ def backward_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, j
 
 
 def launcher(launch: Launch, blocked: str, tiles: int) -> tuple[Callable[..., None], Callable[[Tensor], Any]]:
-    """`go(tensors, mask, total_queries, total_keys)`, which launches a kernel on its first parameters, and what handles are.
+    """`go(tensors, mask)`, of packed sequences with `total_queries, total_keys` behind, which launches a kernel on its first
+    parameters; and what handles are.
 
     blocked: whether a program has a block of the queries of a head ("q") or of keys ("k"; the one backward kernel has all).
     tiles: which of the mask's two lists of tiles the kernel reads.
@@ -134,7 +138,7 @@ def launcher(launch: Launch, blocked: str, tiles: int) -> tuple[Callable[..., No
     config = launch.config
     block = 0 if launch.kernel is _attention_backward_kernel else config.BLOCK_M if blocked == "q" else config.BLOCK_N
 
-    def dense(tensors: tuple, mask: Prepared, *_: int) -> None:
+    def dense(tensors: tuple, mask: Prepared) -> None:
         start(programs, tensors + (mask.handles.get(handle) or _handles(mask, handle))[tiles] + constants)
 
     def packed(tensors: tuple, mask: Prepared, total_queries: int, total_keys: int) -> None:
