@@ -33,10 +33,13 @@ def launches_of(request: Callable[[], object], gpu: GPU = HOPPER) -> list[Launch
 
 def attention_launches(
     dtype: torch.dtype, D: int, mask: str, L: int = 640, inside: bool = True, gpu: GPU = HOPPER, Dv: int | None = None,
-    group: int = 1, packed: bool = False,
+    group: int = 1, packed: bool = False, inference: bool = False,
 ) -> list[Launch]:  # fmt: skip
-    """Forward and backward. `mask`: a name of `_mask` below, or one of `testing.MASKS`; `inside`: (B, L, H, D) memory; `packed`:
-    sequences of up to L tokens end to end, (T, H, D)."""
+    """Forward and backward, or the forward alone as `inference` takes it, without the log-sum-exp.
+
+    mask: a name of `_mask` below, or one of `testing.MASKS`. inside: (B, L, H, D) memory. packed: sequences of up to L tokens end to
+    end, (T, H, D).
+    """
     H = 2
     lowered, tokens = _lowered(mask, H * group, L, packed)
     B, rows = (1, tokens) if packed else (2, L)
@@ -50,6 +53,8 @@ def attention_launches(
     q, dq, out, dout = empty(H * group, D), empty(H * group, D), empty(H * group, Dv), empty(H * group, Dv)
     k, dk, v, dv = empty(H, D), empty(H, D), empty(H, Dv), empty(H, Dv)
     lse = torch.zeros(B, H * group, rows)
+    if inference:
+        return [attention.forward_launch(q, k, v, out, None, lowered, D**-0.5, gpu)]
     forward = attention.forward_launch(q, k, v, out, lse, lowered, D**-0.5, gpu)
     return [forward, *attention.backward_launches(dout, None, q, k, v, out, lse, dq, dk, dv, lowered, D**-0.5, gpu)]
 
@@ -97,10 +102,15 @@ def linear_launches(dtype: torch.dtype, activation: str, M: int, K: int, N: int,
     ]
 
 
-def norm_launches(dtype: torch.dtype, N: int, rms: bool, M: int = 128, gpu: GPU = HOPPER) -> list[Launch]:
-    """Forward and backward with everything that a request can have; an RMSNorm has neither mean nor bias."""
+def norm_launches(
+    dtype: torch.dtype, N: int, rms: bool, M: int = 128, gpu: GPU = HOPPER, inference: bool = False
+) -> list[Launch]:
+    """Forward and backward with everything that a request can have, or the forward alone with nothing but y to write; an RMSNorm
+    has neither mean nor bias."""
     x, weight, rstd = (torch.empty(s, device="meta", dtype=d) for s, d in (((M, N), dtype), (N, dtype), (M, torch.float32)))
     mean, bias = (None, None) if rms else (rstd, weight)
+    if inference:
+        return [norm.forward_launch(x, x, weight, bias, x, None, None, None, 1e-6, rms, gpu)]
     dweight = torch.empty(norm.parts(x, True, gpu)[0], N, device="meta")
     return [
         norm.forward_launch(x, x, weight, bias, x, x, mean, rstd, 1e-6, rms, gpu),

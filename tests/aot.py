@@ -57,7 +57,7 @@ def held(kernel) -> dict[str, int]:
 
 
 # dtype, head dimension, mask, and options: length (longer than the one backward kernel takes by default), Dv, heads of a group,
-# whether sequences are packed
+# whether sequences are packed, whether it is inference
 ATTENTION = [
     (torch.float16, 64, "none", {}),
     (torch.bfloat16, 64, "causal_padding", {}),
@@ -70,6 +70,7 @@ ATTENTION = [
     (torch.bfloat16, 64, "causal_padding", {"packed": True}),
     (torch.float16, 64, "documents", {"packed": True}),
     (torch.float16, 64, "none", {"L": 128, "packed": True}),
+    (torch.float16, 64, "none", {"inference": True}),
 ]
 MORE_ATTENTION = [  # with the above, every row of the config tables
     (torch.float16, 16, "causal_padding", {}),
@@ -82,6 +83,7 @@ MORE_ATTENTION = [  # with the above, every row of the config tables
     (torch.float16, 64, "causal_padding", {"Dv": 128}),
     *itertools.product([torch.float16], [32, 64], ["none", "causal_padding", "keys"], [{"L": 64}, {"L": 128}, {"L": 256}]),
     *itertools.product([torch.float16], [128], ["none", "causal_padding", "keys"], [{"L": 64}, {"L": 128}]),
+    *itertools.product([torch.bfloat16], [64, 128], ["causal_padding"], [{"inference": True}]),
     *itertools.product([torch.float16], [16, 32, 64, 80, 128], ["bits"], [{}]),
     *itertools.product([torch.float16], [32, 128], ["documents"], [{}]),
     *itertools.product([torch.float32], [16, 32, 80, 128], ["causal_padding"], [{}]),
@@ -105,11 +107,14 @@ MORE_LINEAR = [
     *itertools.product([torch.float32], ["gelu"], ["large", "odd"]),
 ]
 # dtype, width, is it an RMSNorm: two kernels each
-NORM = [(torch.bfloat16, 768, False), (torch.float16, 512, True), (torch.float32, 8192, False)]
+NORM = [
+    (torch.bfloat16, 768, False, {}), (torch.float16, 512, True, {}), (torch.float32, 8192, False, {}),
+    (torch.bfloat16, 768, False, {"inference": True}),
+]  # fmt: skip
 MORE_NORM = [
-    *itertools.product([torch.bfloat16], [16, 32, 33, 64, 128, 256, 1024, 2048, 4096, 8192], [False]),
-    *itertools.product([torch.float32], [33, 768, 4096], [False]),
-    *itertools.product([torch.bfloat16, torch.float32], [768, 8192], [True]),
+    *itertools.product([torch.bfloat16], [16, 32, 33, 64, 128, 256, 1024, 2048, 4096, 8192], [False], [{}]),
+    *itertools.product([torch.float32], [33, 768, 4096], [False], [{}]),
+    *itertools.product([torch.bfloat16, torch.float32], [768, 8192], [True], [{}]),
 ]
 CAPABILITIES = (80, 89, 90)
 
@@ -137,9 +142,9 @@ def launches(more: bool, sm: int) -> Iterator[tuple[torch.dtype, str, Launch]]:
         yield from ((dtype, case, launch) for launch in attention_launches(dtype, D, mask, gpu=gpu, **options))
     for dtype, activation, size in LINEAR + MORE_LINEAR * more:
         yield from ((dtype, f"{activation} {size}", launch) for launch in linear_launches(dtype, activation, *SIZES[size], gpu))
-    for dtype, width, rms in NORM + MORE_NORM * more:
-        case = f"width={width} {'rms' if rms else 'layer'}{' odd' if width % 8 else ''}"
-        yield from ((dtype, case, launch) for launch in norm_launches(dtype, width, rms, gpu=gpu))
+    for dtype, width, rms, options in NORM + MORE_NORM * more:
+        case = " ".join([f"width={width} {'rms' if rms else 'layer'}{' odd' if width % 8 else ''}", *options])
+        yield from ((dtype, case, launch) for launch in norm_launches(dtype, width, rms, gpu=gpu, **options))
 
 
 def shipped() -> Iterator[Variant]:

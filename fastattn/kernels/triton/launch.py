@@ -160,9 +160,11 @@ def ready(launch: Launch) -> Ready:
         if start is not None:
             return Ready(start, Tensor.data_ptr, values)
 
+    kernel = launch.kernel  # and none of the launch's tensors
+
     def start_by_jit(programs: int, values: tuple) -> None:
         with _active(next(x.device for x in values if isinstance(x, Tensor))):
-            launch.kernel[(programs,)](*values, **options)
+            kernel[(programs,)](*values, **options)
 
     return Ready(start_by_jit, _itself, values)
 
