@@ -37,8 +37,8 @@ def attention_launches(
 ) -> list[Launch]:  # fmt: skip
     """Forward and backward, or the forward alone as `inference` takes it, without the log-sum-exp.
 
-    mask: a name of `_mask` below, or one of `testing.MASKS`. inside: (B, L, H, D) memory. packed: sequences of up to L tokens end to
-    end, (T, H, D).
+    mask: a name of `_mask` below, or one of `testing.MASKS`. inside: (B, L, H, D) memory. packed: sequences of up to L tokens end
+    to end, (T, H, D).
     """
     H = 2
     lowered, tokens = _lowered(mask, H * group, L, packed)
