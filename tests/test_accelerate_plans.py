@@ -208,6 +208,10 @@ def change(how, model):
             linear.weight.data = linear.weight.data * 1.5
         elif how == "data transposed in place":
             linear.weight.data = linear.weight.data.t()
+        elif how == "data cut":
+            mlp = model.encoder.layer[1].intermediate.dense, model.encoder.layer[1].output.dense
+            mlp[0].weight.data, mlp[0].bias.data = mlp[0].weight.data[:40], mlp[0].bias.data[:40]
+            mlp[1].weight.data = mlp[1].weight.data[:, :40].contiguous()
         elif how == "another parameter":
             linear.weight = nn.Parameter(linear.weight * 1.5)
         elif how == "bias gone":
@@ -225,7 +229,7 @@ def change(how, model):
 
 @pytest.mark.parametrize(
     "how",
-    ["in place", "data written", "data replaced", "data transposed in place", "another parameter", "bias gone", "one bias gone",
+    ["in place", "data written", "data replaced", "data transposed in place", "data cut", "another parameter", "bias gone", "one bias gone",
      "eps", "scale", "loaded"],
 )  # fmt: skip
 def test_changes_between_calls_are_seen(how):

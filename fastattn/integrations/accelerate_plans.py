@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import planned
-from fastattn.integrations.accelerate_layers import DROPOUTS, LINEARS, NORMS, Batch, Family, Parts, activation_name
+from fastattn.integrations.accelerate_layers import LINEARS, NORMS, Batch, Family, Parts, activation_name
 from fastattn.lowering import Prepared, batched, three
 from fastattn.masks import Mask
 from fastattn.ops import attention, dispatch, ffn, linear, norm
@@ -27,6 +27,7 @@ from fastattn.packing import Packing
 
 ORDER = (*LINEARS, *NORMS)  # query, key, value, out, up, down, first and second norm: of each the weight, then the bias
 UNSERVED = object()
+SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
 class Numbers(NamedTuple):
@@ -61,7 +62,7 @@ class Weights:
         tensors = [*map(dict.get, self._owners, self._names)]
         if not self.tensors or not all(map(operator.is_, tensors, self.tensors)):
             self.tensors, self._there, self._places = tensors, [x for x in tensors if x is not None], []
-        places = [*map(Tensor.data_ptr, self._there), *map(Tensor.stride, self._there)]
+        places = [*map(Tensor.data_ptr, self._there), *map(SHAPE, self._there), *map(Tensor.stride, self._there)]
         if places != self._places:
             self._places, self._key = places, self._described()
         return self._key
@@ -90,8 +91,13 @@ def served(x: Tensor, parts: Parts) -> bool:
     """Whether a layer may be computed here, as far as its input and PyTorch's state tell."""
     if not (x.is_cuda or planned.pretending) or type(x) not in planned.PLAIN or planned.watched():
         return False
-    dropouts = (getattr(parts, name) for name in DROPOUTS)
-    return x.is_contiguous() and x.numel() > 0 and not any(d is not None and d.training and getattr(d, "p", 0) for d in dropouts)
+    if _drops(parts.attention_output_dropout) or _drops(parts.ffn_output_dropout):
+        return False
+    return x.is_contiguous() and x.numel() > 0
+
+
+def _drops(dropout: Any) -> bool:
+    return dropout is not None and dropout.training and getattr(dropout, "p", 0.0) > 0.0
 
 
 # Inference
