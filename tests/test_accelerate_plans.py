@@ -229,8 +229,8 @@ def change(how, model):
 
 @pytest.mark.parametrize(
     "how",
-    ["in place", "data written", "data replaced", "data transposed in place", "data cut", "another parameter", "bias gone", "one bias gone",
-     "eps", "scale", "loaded"],
+    ["in place", "data written", "data replaced", "data transposed in place", "data cut", "another parameter", "bias gone",
+     "one bias gone", "eps", "scale", "loaded"],
 )  # fmt: skip
 def test_changes_between_calls_are_seen(how):
     model, ours = both()
