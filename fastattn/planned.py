@@ -8,7 +8,8 @@ checked again; for a new one the op checks, chooses a backend, and `keep`s the p
 from batch to batch while its kernels do not (the rows of packed tokens, of a linear, of a norm) is no part of a key.
 
 A call goes to its plan without PyTorch's dispatcher where its tensors are plain and nothing `watches` it; else through the
-registered op, which looks for the same plan.
+registered op, which looks for the same plan. A call of `linear`, `ffn` or a norm whose tensors are contiguous makes no key the
+next time: guards `recall` its plan.
 """
 
 from __future__ import annotations
@@ -19,18 +20,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
 
 LIMIT = 4096
+REMEMBERED = 16  # kinds of tensors for each request, at most
 PLAIN = (Tensor, nn.Parameter)  # exactly: a subclass may compute anything
 _PLAIN_OR_NONE = {*PLAIN, type(None)}
 misses = 0  # plans that were made
 pretending = False  # whether tensors of the CPU stand for those of a GPU
-PLANS: dict[tuple, Callable[..., Any]] = {}
+PLANS: dict[tuple, Any] = {}  # a plan by the key of a call, or by a request a list of what is remembered
 
 _include, _autocast = torch._C._dispatch_tls_local_include_set, torch._C._is_any_autocast_enabled
 _traced, _switch = torch.compiler.is_dynamo_compiling, torch._C._get_fp32_precision_getter
-_functions, _profiled = torch._C._len_torch_function_stack, torch._C._autograd._profiler_enabled
+_modes, _functions = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_profiled = torch._C._autograd._profiler_enabled
+
+
+Known = tuple[Callable[..., Any], bool]  # a plan, and whether a gradient is wanted
+Request = tuple[tuple, tuple, tuple]  # what is no tensor, the tensors of rows, and all tensors, they first
 
 
 def keep(key: tuple, plan: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,12 +50,49 @@ def keep(key: tuple, plan: Callable[..., Any]) -> Callable[..., Any]:
     return plan
 
 
-def watched() -> bool:
-    """Whether something of PyTorch's is to see what happens now: a trace, a mode, a transform, autocast, a profiler.
+def remember(request: Request, found: Known, precision: str | None = None) -> None:
+    """Let `recall` find this for calls like the one that it is for, if all tensors are contiguous and start at multiples of 16
+    bytes. Those of rows may have other sizes next time, but for their last. `precision` is what `fp32_precision` says now.
 
-    Traces, modes of the dispatcher and transforms are keys that it has included on this thread. In forward mode a call has to
-    reach the op, which refuses.
+    What PyTorch's compiler guards its graphs with compares types, dtypes, devices, sizes, strides, requires_grad and the
+    dispatcher's keys of all tensors at once, in a fraction of the time that a key takes.
     """
+    name, rows, tensors = request
+    known = PLANS.setdefault(name, [])
+    if len(known) == REMEMBERED or not all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in tensors):
+        return
+    sizes: list[Any] = [list(x.shape) for x in tensors]
+    strides: list[Any] = [list(x.stride()) for x in tensors]
+    for size, stride in zip(sizes[: len(rows)], strides, strict=False):
+        size[:-1], stride[:-1] = ([None] * (len(size) - 1) for _ in range(2))
+    fits = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    if fits(*tensors):  # a tensor that is there twice never does
+        known.append((fits, precision, found))
+
+
+def recall(name: tuple, rows: tuple, tensors: tuple) -> Known | None:
+    """What is remembered of calls like this one; nothing is `observed`. Whether rows are equally many, the caller has to see."""
+    for fits, precision, found in PLANS.get(name, ()):
+        if fits(*tensors) and (precision is None or precision == _switch("cuda", "matmul")):
+            for x in rows:
+                if not x.is_contiguous():
+                    return None
+            address = 0
+            for x in tensors:
+                address |= x.data_ptr()
+            return None if address & 15 else found
+    return None
+
+
+def observed() -> bool:
+    """Whether something of PyTorch's is to see what happens now that no tensor's keys tell of: a trace, a mode, a profiler, or
+    forward mode, in which a call has to reach the op, which refuses."""
+    return _traced() or _modes() > 0 or _functions() > 0 or _profiled() or forward_ad._current_level >= 0
+
+
+def watched() -> bool:
+    """Whether something of PyTorch's is to see what happens now: also a transform, or autocast, which are keys of the dispatcher
+    on this thread, as most of what is `observed` is."""
     return (
         _traced()
         or _include().raw_repr() not in _QUIET
@@ -72,8 +117,17 @@ def layout(x: Tensor | None) -> Any:
     """Of a key: how the rows of a matrix or a vector lie; of a contiguous one it leaves out how many there are."""
     if x is None:
         return None
-    where = x.shape[-1:] if x.is_contiguous() else (x.shape, x.stride())
-    return where, x.dtype, x.get_device()
+    shape = x.shape
+    where = (len(shape), shape[-1]) if shape and x.is_contiguous() else (shape, x.stride())
+    return where, x.dtype, x.device, x.is_neg()
+
+
+def memory(x: Tensor, shape: torch.Size, width: int) -> Tensor:
+    """Memory for (*shape[:-1], width) beside x, of its dtype; PyTorch reads sizes faster than a tuple of them."""
+    dims = len(shape)
+    if dims == 3:
+        return x.new_empty(shape[0], shape[1], width)
+    return x.new_empty(shape[0], width) if dims == 2 else x.new_empty(*shape[:-1], width)
 
 
 def fp32_precision(dtype: torch.dtype) -> str | None:

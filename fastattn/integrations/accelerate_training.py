@@ -107,17 +107,17 @@ def _gradients(ctx, needs, dy: Tensor, x: Tensor, *tensors: Tensor) -> tuple:
     qkv, out, lse, total1, mean1, rstd1, normal, hidden, z, total2, mean2, rstd2 = kept[:12]
     w1, w2, dy = weights[12], weights[14], dy.contiguous().view(x.shape)
     need, attended = [*needs[3:]], (qkv, out, lse)
-    first, second, up = (False, *need[12:14], BACKEND), (False, *need[14:16], BACKEND), [True, *need[8:12]]
+    first, second, up = (False, *need[12:14], BACKEND), (False, *need[14:16], BACKEND), (True, *need[8:12])
     inside = normal, *weights[8:12], hidden, z
     if n.pre_norm:  # total1 is LN(x), which attention was given
         dnormal, *ffn_grads = ffn.gradients((dy, *inside), n.activation, up, BACKEND)
-        dsum, dw2, db2 = norm.gradients(dnormal, dy, total2, mean2, rstd2, w2, *second)
+        dsum, dw2, db2 = norm.gradients((dnormal, dy, total2, mean2, rstd2, w2), *second)
         dnormal, attention_grads = _attended_gradients(ctx, dsum, total1, attended, weights, need, None)
-        dx, dw1, db1 = norm.gradients(dnormal, dsum, x, mean1, rstd1, w1, *first)
+        dx, dw1, db1 = norm.gradients((dnormal, dsum, x, mean1, rstd1, w1), *first)
     else:
-        dsum, dw2, db2 = norm.gradients(dy, None, total2, mean2, rstd2, w2, *second)
+        dsum, dw2, db2 = norm.gradients((dy, None, total2, mean2, rstd2, w2), *second)
         dnormal, *ffn_grads = ffn.gradients((dsum, *inside), n.activation, up, BACKEND)
-        dsum, dw1, db1 = norm.gradients(dnormal.add_(dsum), None, total1, mean1, rstd1, w1, *first)
+        dsum, dw1, db1 = norm.gradients((dnormal.add_(dsum), None, total1, mean1, rstd1, w1), *first)
         dx, attention_grads = _attended_gradients(ctx, dsum, x, attended, weights, need, dsum)
     grads = (*attention_grads, *ffn_grads, dw1, db1, dw2, db2)
     dtype = x.dtype  # of all weights; the sums of the norms and of the FFN's biases are fp32

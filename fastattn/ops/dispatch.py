@@ -167,6 +167,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def _reasons(op: str, backend: str, problem: Problem) -> list[str]:
     try:
         return backend_module(op, backend).unsupported(problem)

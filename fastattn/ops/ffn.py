@@ -5,6 +5,8 @@ An op of its own for its backward: the gradient of the hidden layer is multiplie
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,20 @@ from fastattn.ops.linear import (
     plan_of_module,
     problem_of,
 )
-from fastattn.planned import PLAIN, PLANS, fp32_precision, layout, plain, unaligned, watched
+from fastattn.planned import (
+    PLAIN,
+    PLANS,
+    Known,
+    Request,
+    fp32_precision,
+    layout,
+    observed,
+    plain,
+    recall,
+    remember,
+    unaligned,
+    watched,
+)
 
 # ffn: y = h W2^T + b2 with h = act(z), z = x W1^T + b1; h and z are returned, else empty, where `train` says so.
 
@@ -50,7 +65,7 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, activation, train, backend, plan=None):
-        ctx.activation, ctx.backend = activation, backend
+        ctx.request = activation, backend, plan is not None
         ctx.set_materialize_grads(False)
         if plan is not None:
             y, hidden, z = plan(x, w1, b1, w2, b2)
@@ -66,22 +81,25 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 9
-        needs, tensors = list(ctx.needs_input_grad[:5]), ctx.saved_tensors
-        grads = gradients((dy, *tensors), ctx.activation, needs, ctx.backend)
-        return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None)
+        needs, given, (activation, backend, direct) = ctx.needs_input_grad[:5], (dy, *ctx.saved_tensors), ctx.request
+        return (*gradients(given, activation, needs, backend, direct), None, None, None, None)
 
 
-def gradients(tensors, activation, needs, backend):
-    """Of dy, x, w1, b1, w2, b2, hidden and z: those of x, w1, b1, w2, b2 by a plan, or, where something watches, by the op."""
-    if not torch.is_grad_enabled() and not watched() and plain(*tensors):
-        return _backward_by_plan(tensors, activation, needs, backend)
-    return dispatch.call_backward(_BACKWARD, *tensors, activation, needs, backend)
+def gradients(given: tuple, activation: str, needs: tuple, backend: str, direct: bool = True) -> Any:
+    """Of dy, x, w1, b1, w2, b2, hidden and z: the gradients of x, w1, b1, w2 and b2, None where not needed. By a plan, or
+    where something watches, or where they are not `direct` results of one, by the op."""
+    plan = _backward_plan(given, activation, needs, backend, False) if direct and not torch.is_grad_enabled() else None
+    if plan is not None:
+        return plan(*given)
+    grads = dispatch.call_backward(_BACKWARD, *given, activation, list(needs), backend)
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 def _backward(dy, x, w1, b1, w2, b2, hidden, z, activation, needs, backend):
     if z.numel() != x.shape[:-1].numel() * w1.shape[0]:  # a graph exported for inference that is trained after all
         _, hidden, z = forward_by_plan(x, w1, b1, w2, b2, activation, True, backend)
-    grads = _backward_by_plan((dy, x, w1, b1, w2, b2, hidden, z), activation, needs, backend)
+    given = dy, x, w1, b1, w2, b2, hidden, z
+    grads = _backward_plan(given, activation, tuple(needs), backend, True)(*given)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -118,15 +136,10 @@ def forward_by_plan(x, w1, b1, w2, b2, activation, train, backend):
 
 
 def _forward_key(x, w1, b1, w2, b2, activation, train, backend) -> tuple:
-    address, first, second = x.data_ptr() | w1.data_ptr() | w2.data_ptr(), None, None
-    if b1 is not None:
-        address, first = address | b1.data_ptr(), (b1.shape, b1.stride(), b1.dtype, b1.get_device())
-    if b2 is not None:
-        address, second = address | b2.data_ptr(), (b2.shape, b2.stride(), b2.dtype, b2.get_device())
+    given = x, w1, b1, w2, b2
     return (
-        "ffn", layout(x), w1.shape, w1.stride(), w1.dtype, w1.get_device(), first, w2.shape, w2.stride(), w2.dtype,
-        w2.get_device(), second, activation, train, backend, x.device, address & 15 and unaligned(x, w1, b1, w2, b2),
-        fp32_precision(w1.dtype),
+        "ffn", *map(layout, given), w1.shape, w2.shape, activation, train, backend, x.device, unaligned(*given),
+        fp32_precision(x.dtype),
     )  # fmt: skip
 
 
@@ -137,7 +150,7 @@ def _module(x, w1, w2, activation, backend):
 
 def _forward_plan(x, w1, b1, w2, b2, activation, train, backend):
     module = _module(x, w1, w2, activation, backend)
-    hidden = torch.empty((*x.shape[:-1], w1.shape[0]), dtype=x.dtype, device="meta")
+    hidden = x.new_empty((*x.shape[:-1], w1.shape[0]))
     up = plan_of_module(module, x, w1, b1, None, activation, train)
     down = plan_of_module(module, hidden, w2, b2, None, None, train)
 
@@ -148,14 +161,33 @@ def _forward_plan(x, w1, b1, w2, b2, activation, train, backend):
     return call
 
 
-def _backward_by_plan(tensors, activation, needs, backend):
-    x, flags = tensors[1], (activation, *needs, backend)
-    key = "ffn backward", *map(layout, tensors), *flags, x.device, unaligned(*tensors), fp32_precision(x.dtype)
-    plan = PLANS.get(key) or planned.keep(key, _backward_plan(tensors, activation, needs, backend))
-    return plan(*tensors)
+def _backward_plan(tensors, activation, needs, backend, in_op: bool):
+    """Outside of the op None where something watches, or a tensor is not plain."""
+    dy, x, w1, b1, w2, b2, hidden, z = tensors
+    rows = dy, x, hidden, z
+    name = "ffn backward", activation, needs, backend, b1 is None, b2 is None
+    request = name, rows, (*rows, w1, w2, *(b for b in (b1, b2) if b is not None))
+    found = None if observed() else recall(*request)
+    if found is not None:
+        return found[0]
+    if not in_op and (watched() or not plain(*tensors)):
+        return None
+    key = (
+        "ffn backward",
+        *map(layout, tensors),
+        activation,
+        *needs,
+        backend,
+        x.device,
+        unaligned(*tensors),
+        fp32_precision(x.dtype),
+    )
+    plan = PLANS.get(key) or planned.keep(key, _make_backward_plan(tensors, activation, needs, backend))
+    remember(request, (plan, False), fp32_precision(x.dtype))
+    return plan
 
 
-def _backward_plan(tensors, activation, needs, backend):
+def _make_backward_plan(tensors, activation, needs, backend):
     dy, x, w1, b1, w2, b2, hidden, z = tensors
     module = _module(x, w1, w2, activation, backend)
     need_dx, need_dw1, need_db1, need_dw2, need_db2 = needs
@@ -163,7 +195,7 @@ def _backward_plan(tensors, activation, needs, backend):
     need_dz, through = need_dx or need_dw1 or need_db1, need_dx or need_dw1
     flags = need_dz, need_dw2, need_db2
     down = backward_plan_of_module(module, dy, hidden, w2, None, None, *flags, before=(z, activation))
-    dz = torch.empty(z.shape, dtype=x.dtype, device="meta")
+    dz = x.new_empty(z.shape)
     up = backward_plan_of_module(module, dz, x, w1, None, None, need_dx, need_dw1, False) if through else None
 
     def call(dy, x, w1, b1, w2, b2, hidden, z):
@@ -175,23 +207,27 @@ def _backward_plan(tensors, activation, needs, backend):
     return call
 
 
-def _direct(x, w1, b1, w2, b2, activation, backend, checked: bool) -> Tensor | None:
-    """The result without the dispatcher; nothing watches. None where no such call was checked before and this one was not
-    either, and where a tensor is not plain."""
-    if type(x) not in PLAIN or type(w1) not in PLAIN or type(w2) not in PLAIN:
+def _request(x, w1, b1, w2, b2, activation, backend) -> Request:
+    name = "ffn", activation, backend, b1 is None, b2 is None, torch.is_grad_enabled()
+    first = (x, w1, w2) if b1 is None else (x, w1, w2, b1)
+    return name, (x,), first if b2 is None else (*first, b2)
+
+
+def _look_up(x, w1, b1, w2, b2, activation, backend, checked: bool) -> Known | None:
+    """The plan by the key of the call, for any layout; nothing watches. None where no such call was checked before and this one
+    was not either, and where a tensor is not plain."""
+    given = x, w1, b1, w2, b2
+    if not (all(type(t) in PLAIN for t in (x, w1, w2)) and all(t is None or type(t) in PLAIN for t in (b1, b2))):
         return None
-    if (b1 is not None and type(b1) not in PLAIN) or (b2 is not None and type(b2) not in PLAIN):
-        return None
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2))
-    key = _forward_key(x, w1, b1, w2, b2, activation, recorded, backend)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    key = _forward_key(*given, activation, recorded, backend)
     plan = PLANS.get(key)
     if plan is None:
         if not checked:
             return None
-        plan = planned.keep(key, _forward_plan(x, w1, b1, w2, b2, activation, recorded, backend))
-    if recorded:
-        return _record(x, w1, b1, w2, b2, activation, True, backend, plan)
-    return plan(x, w1, b1, w2, b2)[0]
+        plan = planned.keep(key, _forward_plan(*given, activation, recorded, backend))
+    remember(_request(*given, activation, backend), (plan, recorded), fp32_precision(x.dtype))
+    return plan, recorded
 
 
 # The public function
@@ -215,9 +251,26 @@ def ffn(
     x (..., K), w1 (F, K), b1 (F,), w2 (K', F), b2 (K',); the result is (..., K'). dtypes, activations and errors are those of
     `linear`. dropout, seed and recompute are not served yet; anything but the default raises NotImplementedError.
     """
-    quiet = dropout == 0.0 and seed is None and recompute is False and not watched()
-    if quiet and (found := _direct(x, w1, b1, w2, b2, activation, backend, False)) is not None:
-        return found
+    default = dropout == 0.0 and seed is None and recompute is False
+    found = recall(*_request(x, w1, b1, w2, b2, activation, backend)) if default and not observed() else None
+    if found is None:
+        quiet = default and not watched()
+        found = _look_up(x, w1, b1, w2, b2, activation, backend, False) if quiet else None
+    if found is None:
+        x = _ffn_input(x, w1, b1, w2, b2, activation, dropout, seed, recompute, backend)
+        if not quiet or not plain(x, w1, b1, w2, b2):
+            train = dispatch.wants_autograd(x, w1, b1, w2, b2)
+            return _forward_autograd(x, w1, b1, w2, b2, activation, train, backend)[0]
+        found = _look_up(x, w1, b1, w2, b2, activation, backend, True)
+        assert found is not None
+    plan, recorded = found
+    if recorded:
+        return _record(x, w1, b1, w2, b2, activation, True, backend, plan)
+    return plan(x, w1, b1, w2, b2)[0]
+
+
+def _ffn_input(x, w1, b1, w2, b2, activation, dropout, seed, recompute, backend) -> Tensor:
+    """x, cast for autocast, once all arguments of `ffn` have been checked."""
     for name, value, default in (("dropout", dropout, 0.0), ("seed", seed, None), ("recompute", recompute, False)):
         if value is not default and value != default:
             raise NotImplementedError(f"{name} is not served yet: leave it at {default}")
@@ -226,9 +279,4 @@ def ffn(
     x, autocast = checked_input(x, activation, backend)
     check_layer(x, x.shape[-1], {"w1": w1, "b1": b1}, autocast)
     check_layer(x, w1.shape[0], {"w2": w2, "b2": b2}, autocast)
-    if quiet and plain(x, w1, b1, w2, b2):
-        found = _direct(x, w1, b1, w2, b2, activation, backend, True)
-        assert found is not None
-        return found
-    train = dispatch.wants_autograd(x, w1, b1, w2, b2)
-    return _forward_autograd(x, w1, b1, w2, b2, activation, train, backend)[0]
+    return x

@@ -11,7 +11,21 @@ from torch import Tensor
 from fastattn import planned
 from fastattn.activations import check_activation
 from fastattn.ops import dispatch
-from fastattn.planned import PLAIN, PLANS, fp32_precision, layout, plain, unaligned, watched
+from fastattn.ops.dispatch import in_dtype
+from fastattn.planned import (
+    PLAIN,
+    PLANS,
+    Known,
+    Request,
+    fp32_precision,
+    layout,
+    observed,
+    plain,
+    recall,
+    remember,
+    unaligned,
+    watched,
+)
 
 BACKENDS = ("triton", "cuda", "cpu", "eager")  # in order of preference
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -68,8 +82,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, activation, train, backend, plan=None):
-        ctx.activation, ctx.backend, ctx.direct = activation, backend, plan is not None
-        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.request = activation, backend, plan is not None, None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
         if plan is not None:
             y, z = plan(x, weight, bias, residual)
@@ -86,15 +99,19 @@ class _Linear(torch.autograd.Function):
         if dy is None:
             return (None,) * 8
         x, weight, bias, z = ctx.saved_tensors
-        need_dx, need_dw, need_db, need_residual = ctx.needs_input_grad[:4]
-        residual_grad = dy.to(ctx.residual_dtype) if need_residual else None
-        dy, needs = dy.to(x.dtype), (need_dx, need_dw, need_db, ctx.backend)
-        if ctx.direct and not torch.is_grad_enabled() and not watched() and plain(dy, x, weight, bias, z):
-            dx, dw, db = _backward_by_plan(dy, x, weight, bias, z, ctx.activation, *needs)
+        activation, backend, direct, residual_dtype = ctx.request
+        need_dx, need_dw, need_db, need_residual, *_ = ctx.needs_input_grad
+        residual_grad = in_dtype(dy, residual_dtype) if need_residual else None
+        dy, needs = in_dtype(dy, x.dtype), (need_dx, need_dw, need_db)
+        plan = None
+        if direct and not torch.is_grad_enabled():
+            plan = _backward_plan(dy, x, weight, bias, z, activation, *needs, backend, False)
+        if plan is not None:
+            grads = _run_backward(plan, dy, x, weight, bias, z)
         else:
             z = x.new_empty(0) if z is None else z
-            dx, dw, db = dispatch.call_backward(_BACKWARD, dy, x, weight, bias, z, ctx.activation, *needs)
-        grads = dx if need_dx else None, dw if need_dw else None, db if need_db else None
+            grads = dispatch.call_backward(_BACKWARD, dy, x, weight, bias, z, activation, *needs, backend)
+            grads = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return (*grads, residual_grad, None, None, None, None)
 
 
@@ -103,13 +120,14 @@ def _backward(dy, x, weight, bias, z, activation, need_dx, need_dw, need_db, bac
         z = None
     elif z.numel() != dy.numel():  # a graph exported for inference that is trained after all
         z = _forward_by_plan(x, weight, bias, None, None, False, backend)[0]
-    dx, dw, db = _backward_by_plan(dy, x, weight, bias, z, activation, need_dx, need_dw, need_db, backend)
+    plan = _backward_plan(dy, x, weight, bias, z, activation, need_dx, need_dw, need_db, backend, True)
+    dx, dw, db = _run_backward(plan, dy, x, weight, bias, z)
     return _op_result(dx, x), _op_result(dw, weight), _op_result(db, x if bias is None else bias)
 
 
 def given(grad: Tensor | None, like: Tensor) -> Tensor | None:
     """A gradient as it is returned: dense, in the dtype of its tensor."""
-    return None if grad is None else grad.to(like.dtype).contiguous()
+    return None if grad is None else in_dtype(grad, like.dtype).contiguous()
 
 
 def _op_result(grad: Tensor | None, like: Tensor) -> Tensor:
@@ -153,15 +171,10 @@ def _forward_by_plan(x, weight, bias, residual, activation, train, backend):
 
 
 def _forward_key(x, weight, bias, residual, activation, train, backend) -> tuple:
-    address, same, dtype = x.data_ptr() | weight.data_ptr(), None, x.dtype
-    if bias is not None:
-        address |= bias.data_ptr()
-    if residual is not None:
-        address, same = address | residual.data_ptr(), residual.shape[:-1] == x.shape[:-1]
+    given = x, weight, bias, residual
     return (
-        "linear", layout(x), weight.shape, weight.stride(), weight.dtype, weight.get_device(),
-        None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.get_device()), layout(residual), same,
-        activation, train, backend, x.device, address & 15 and unaligned(x, weight, bias, residual), fp32_precision(dtype),
+        "linear", *map(layout, given), weight.shape, residual is not None and residual.shape[:-1] == x.shape[:-1],
+        activation, train, backend, x.device, unaligned(*given), fp32_precision(x.dtype),
     )  # fmt: skip
 
 
@@ -182,16 +195,28 @@ def plan_of_module(module, x, weight, bias, residual, activation, train):
     return call
 
 
-def _backward_by_plan(dy, x, weight, bias, z, activation, need_dx, need_dw, need_db, backend):
-    tensors, flags = (dy, x, weight, z), (activation, need_dx, need_dw, need_db and bias is not None)
-    key = (
-        "linear backward", *map(layout, tensors), *flags, backend, x.device, unaligned(*tensors), fp32_precision(x.dtype),
-    )  # fmt: skip
+def _backward_plan(dy, x, weight, bias, z, activation, need_dx, need_dw, need_db, backend, in_op: bool):
+    """Outside of the op None where something watches, or a tensor is not plain."""
+    flags = activation, need_dx, need_dw, need_db and bias is not None
+    rows = (dy, x) if z is None else (dy, x, z)
+    request = ("linear backward", z is None, *flags, backend), rows, (*rows, weight)
+    found = None if observed() else recall(*request)
+    if found is not None:
+        return found[0]
+    tensors = dy, x, weight, z
+    if not in_op and (watched() or not plain(*tensors)):
+        return None
+    key = "linear backward", *map(layout, tensors), *flags, backend, x.device, unaligned(*tensors), fp32_precision(x.dtype)
     plan = PLANS.get(key)
     if plan is None:
         module = dispatch.choose("ffn", BACKENDS, backend, problem_of(x, weight, activation))
         plan = planned.keep(key, backward_plan_of_module(module, *tensors, *flags))
-    dx, dw, db, _ = plan(*tensors, None)
+    remember(request, (plan, False), fp32_precision(x.dtype))
+    return plan
+
+
+def _run_backward(plan, dy, x, weight, bias, z):
+    dx, dw, db, _ = plan(dy, x, weight, z, None)
     return given(dx, x), given(dw, weight), given(db, x if bias is None else bias)
 
 
@@ -207,23 +232,27 @@ def backward_plan_of_module(module, dy, x, weight, z, activation, need_dx, need_
     return call
 
 
-def _direct(x, weight, bias, residual, activation, backend, checked: bool) -> Tensor | None:
-    """The result without the dispatcher; nothing watches. None where no such call was checked before and this one was not
-    either, and where a tensor is not plain."""
-    if type(x) not in PLAIN or type(weight) not in PLAIN:
+def _request(x, weight, bias, residual, activation, backend) -> Request:
+    name = "linear", activation, backend, residual is None, bias is None, torch.is_grad_enabled()
+    rows = (x,) if residual is None else (x, residual)
+    return name, rows, (*rows, weight) if bias is None else (*rows, weight, bias)
+
+
+def _look_up(x, weight, bias, residual, activation, backend, checked: bool) -> Known | None:
+    """The plan by the key of the call, for any layout; nothing watches. None where no such call was checked before and this one
+    was not either, and where a tensor is not plain."""
+    given = x, weight, bias, residual
+    if not (all(type(t) in PLAIN for t in (x, weight)) and all(t is None or type(t) in PLAIN for t in (bias, residual))):
         return None
-    if (bias is not None and type(bias) not in PLAIN) or (residual is not None and type(residual) not in PLAIN):
-        return None
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
-    key = _forward_key(x, weight, bias, residual, activation, recorded, backend)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    key = _forward_key(*given, activation, recorded, backend)
     plan = PLANS.get(key)
     if plan is None:
         if not checked:
             return None
-        plan = planned.keep(key, _forward_plan(x, weight, bias, residual, activation, recorded, backend))
-    if recorded:
-        return _record(x, weight, bias, residual, activation, True, backend, plan)
-    return plan(x, weight, bias, residual)[0]
+        plan = planned.keep(key, _forward_plan(*given, activation, recorded, backend))
+    remember(_request(*given, activation, backend), (plan, recorded), fp32_precision(x.dtype))
+    return plan, recorded
 
 
 # The public function
@@ -258,16 +287,21 @@ def linear(
     On CPUs, inference goes through oneDNN with the activation fused and may keep a packed copy of the weight: see
     `clear_packed`. `explain_linear` says which backend serves, and which part another library does.
     """
-    quiet = not watched()
-    if quiet and (found := _direct(x, weight, bias, residual, activation, backend, False)) is not None:
-        return found
-    x = _linear_input(x, weight, bias, activation, residual, backend)
-    if quiet and plain(x, weight, bias, residual):
-        found = _direct(x, weight, bias, residual, activation, backend, True)
+    found = None if observed() else recall(*_request(x, weight, bias, residual, activation, backend))
+    if found is None or (residual is not None and residual.shape[:-1] != x.shape[:-1]):
+        quiet = not watched()
+        found = _look_up(x, weight, bias, residual, activation, backend, False) if quiet else None
+    if found is None:
+        x = _linear_input(x, weight, bias, activation, residual, backend)
+        if not quiet or not plain(x, weight, bias, residual):
+            train = dispatch.wants_autograd(x, weight, bias, residual)
+            return _forward_autograd(x, weight, bias, residual, activation, train, backend)[0]
+        found = _look_up(x, weight, bias, residual, activation, backend, True)
         assert found is not None
-        return found
-    train = dispatch.wants_autograd(x, weight, bias, residual)
-    return _forward_autograd(x, weight, bias, residual, activation, train, backend)[0]
+    plan, recorded = found
+    if recorded:
+        return _record(x, weight, bias, residual, activation, True, backend, plan)
+    return plan(x, weight, bias, residual)[0]
 
 
 def explain_linear(

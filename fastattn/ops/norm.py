@@ -6,13 +6,15 @@ Both are one op with a flag, `rms`: an RMSNorm is a LayerNorm that subtracts no 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn import planned
 from fastattn.ops import dispatch
-from fastattn.planned import PLAIN, PLANS, layout, plain, unaligned, watched
+from fastattn.ops.dispatch import in_dtype
+from fastattn.planned import PLAIN, PLANS, Known, Request, layout, observed, plain, recall, remember, unaligned, watched
 
 BACKENDS = ("triton", "cpu", "eager")  # in order of preference
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -68,8 +70,8 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, rms, keep, backend, plan=None):
         ctx.set_materialize_grads(False)
+        ctx.request = rms, keep and residual is not None, backend, plan is not None
         ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
-        ctx.rms, ctx.keep, ctx.backend = rms, keep and residual is not None, backend
         if plan is None:
             with dispatch.below_autograd():
                 y, total, mean, rstd = _FORWARD(x, residual, weight, bias, eps, rms, True, backend)
@@ -78,35 +80,44 @@ class _AddNorm(torch.autograd.Function):
             y, total, mean, rstd = plan(x, residual, weight, bias)
         ctx.save_for_backward(x if residual is None else total, mean, rstd, weight)
         if plan is None:
-            return y, (total if ctx.keep else x.new_empty(0)), mean, rstd
-        return (y, total) if ctx.keep else y
+            return y, (total if ctx.request[1] else x.new_empty(0)), mean, rstd
+        return (y, total) if ctx.request[1] else y
 
     @staticmethod
     def backward(ctx, dy, dtotal=None, *_):
         total, mean, rstd, weight = ctx.saved_tensors
-        if not ctx.keep:
+        rms, keep, backend, direct = ctx.request
+        need_dx, need_dresidual, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+        if not keep:
             dtotal = None  # of an empty output
         if dy is None:
             dy = torch.zeros_like(total, dtype=ctx.dtypes[0])
-        flags = ctx.rms, *ctx.needs_input_grad[2:4], ctx.backend
-        dsum, dweight, dbias = gradients(dy, dtotal, total, mean, rstd, weight, *flags)
-        wanted = zip((dsum, dsum, dweight, dbias), ctx.dtypes, ctx.needs_input_grad, strict=False)
-        return (*(grad.to(dtype) if need else None for grad, dtype, need in wanted), None, None, None, None, None)
+        given = dy, dtotal, total, mean, rstd, weight
+        dsum, dweight, dbias = gradients(given, rms, need_dweight, need_dbias, backend, direct)
+        dtype, residual_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            in_dtype(dsum, dtype) if need_dx else None, in_dtype(dsum, residual_dtype) if need_dresidual else None,
+            in_dtype(dweight, weight_dtype) if need_dweight else None, in_dtype(dbias, bias_dtype) if need_dbias else None,
+            None, None, None, None, None,
+        )  # fmt: skip
 
 
-def gradients(dy, dtotal, total, mean, rstd, weight, rms, need_dweight, need_dbias, backend):
-    """dsum, dweight and dbias by a plan, or, where something watches, by the op."""
-    flags = rms, need_dweight, need_dbias, backend
-    if not torch.is_grad_enabled() and not watched() and plain(dy, dtotal, total, mean, rstd, weight):
-        return _backward_by_plan(dy, dtotal, total, None if rms else mean, rstd, weight, *flags)
+def gradients(given: tuple, rms: bool, need_dweight: bool, need_dbias: bool, backend: str, direct: bool = True) -> Any:
+    """Of dy, dtotal, total, mean, rstd and weight: dsum, dweight and dbias. By a plan, or where something watches, or where they
+    are not `direct` results of one, by the op."""
+    plan = _backward_plan(given, need_dweight, need_dbias, backend, False) if direct and not torch.is_grad_enabled() else None
+    if plan is not None:
+        return plan(*given)
+    dy, dtotal, total, mean, rstd, weight = given
     empty_mean = rstd.new_empty(0) if mean is None else mean
-    return dispatch.call_backward(_BACKWARD, dy, dtotal, total, empty_mean, rstd, weight, *flags)
+    return dispatch.call_backward(_BACKWARD, dy, dtotal, total, empty_mean, rstd, weight, rms, need_dweight, need_dbias, backend)
 
 
 def _backward(dy, dtotal, total, mean, rstd, weight, rms, need_dweight, need_dbias, backend):
-    mean = None if rms else mean
-    grads = _backward_by_plan(dy, dtotal, total, mean, rstd, weight, rms, need_dweight, need_dbias, backend)
-    return tuple(rstd.new_empty(0) if grad is None else grad for grad in grads)
+    given = dy, dtotal, total, None if rms else mean, rstd, weight
+    dsum, dweight, dbias = _backward_plan(given, need_dweight, need_dbias, backend, True)(*given)
+    dbias = None if dbias is None else dbias.clone()  # dweight's neighbour in memory, which no result of an op may be
+    return tuple(rstd.new_empty(0) if grad is None else grad for grad in (dsum, dweight, dbias))
 
 
 def _backward_fake(dy, dtotal, total, mean, rstd, weight, rms, need_dweight, need_dbias, backend):
@@ -142,16 +153,10 @@ def forward_by_plan(x, residual, weight, bias, eps, rms, keep, backend):
 
 
 def _forward_key(x, residual, weight, bias, eps, rms, keep, backend, statistics) -> tuple:
-    address, same = x.data_ptr(), None
-    if residual is not None:
-        address, same = address | residual.data_ptr(), residual.shape == x.shape
-    if weight is not None:
-        address |= weight.data_ptr()
-    if bias is not None:
-        address |= bias.data_ptr()
+    given = x, residual, weight, bias
     return (
-        layout(x), layout(residual), layout(weight), layout(bias), same, x.dim() > 0, eps, rms, keep, backend, statistics,
-        x.device, address & 15 and unaligned(x, residual, weight, bias),
+        "norm", *map(layout, given), residual is not None and residual.shape == x.shape, eps, rms, keep, backend, statistics,
+        x.device, unaligned(*given),
     )  # fmt: skip
 
 
@@ -167,19 +172,29 @@ def _forward_plan(x, residual, weight, bias, eps, rms, keep, backend, statistics
     return call
 
 
-def _backward_by_plan(dy, dtotal, total, mean, rstd, weight, rms, need_dweight, need_dbias, backend):
-    given = dy, dtotal, total, mean, rstd, weight
-    addresses = [0 if x is None else x.data_ptr() for x in given]
-    aligned = not any(address & 15 for address in addresses)
-    key = (*map(layout, given), need_dweight, need_dbias, backend, dy.device, aligned or unaligned(*given))
-    plan = PLANS.get(key) or planned.keep(key, _backward_plan(*given, need_dweight, need_dbias, backend))
-    return plan(*given)
+def _backward_plan(given: tuple, need_dweight, need_dbias, backend, in_op: bool):
+    """Outside of the op None where something watches, or a tensor is not plain."""
+    dy, dtotal, total, mean, rstd, weight = given
+    name = "norm backward", need_dweight, need_dbias, backend, dtotal is None, mean is None, weight is None
+    rows = (dy, total, rstd) if mean is None else (dy, total, rstd, mean)
+    if dtotal is not None:
+        rows = *rows, dtotal
+    request = name, rows, rows if weight is None else (*rows, weight)
+    found = None if observed() else recall(*request)
+    if found is not None:
+        return found[0]
+    if not in_op and (watched() or not plain(*given)):
+        return None
+    key = *name, *map(layout, given), dy.device, unaligned(*given)
+    plan = PLANS.get(key) or planned.keep(key, _make_backward_plan(given, need_dweight, need_dbias, backend))
+    remember(request, (plan, False))
+    return plan
 
 
-def _backward_plan(dy, dtotal, total, mean, rstd, weight, need_dweight, need_dbias, backend):
-    module = dispatch.choose("norm", BACKENDS, backend, _problem(total))
+def _make_backward_plan(given: tuple, need_dweight, need_dbias, backend):
+    module = dispatch.choose("norm", BACKENDS, backend, _problem(given[2]))
     if hasattr(module, "backward_plan"):
-        return module.backward_plan(dy, dtotal, total, mean, rstd, weight, need_dweight, need_dbias)
+        return module.backward_plan(*given, need_dweight, need_dbias)
 
     def call(*given):
         return [None if grad is None else grad.contiguous() for grad in module.backward(*given, need_dweight, need_dbias)]
@@ -187,28 +202,29 @@ def _backward_plan(dy, dtotal, total, mean, rstd, weight, need_dweight, need_dbi
     return call
 
 
-def _direct(x, residual, weight, bias, eps, rms, return_sum, backend, checked: bool):
-    """The result without the dispatcher; nothing watches. None where no such call was checked before and this one was not
-    either, and where a tensor is not plain."""
-    if type(x) not in PLAIN or not (
-        (residual is None or type(residual) in PLAIN) and (weight is None or type(weight) in PLAIN)
-        and (bias is None or type(bias) in PLAIN)
-    ):  # fmt: skip
+def _request(x, residual, weight, bias, eps, rms, return_sum, backend) -> Request:
+    name = "norm", eps, rms, return_sum, backend, residual is None, weight is None, bias is None, torch.is_grad_enabled()
+    rows = (x,) if residual is None else (x, residual)
+    tensors = rows if weight is None else (*rows, weight)
+    return name, rows, tensors if bias is None else (*tensors, bias)
+
+
+def _look_up(x, residual, weight, bias, eps, rms, return_sum, backend, checked: bool) -> Known | None:
+    """The plan by the key of the call, for any layout; nothing watches. None where no such call was checked before and this one
+    was not either, and where a tensor is not plain."""
+    given = x, residual, weight, bias
+    if not (type(x) in PLAIN and all(t is None or type(t) in PLAIN for t in (residual, weight, bias))):
         return None
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
-    request = eps, rms, return_sum or recorded, backend, recorded
-    key = _forward_key(x, residual, weight, bias, *request)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    options = eps, rms, return_sum or recorded, backend, recorded
+    key = _forward_key(*given, *options)
     plan = PLANS.get(key)
     if plan is None:
         if not checked:
             return None
-        plan = planned.keep(key, _forward_plan(x, residual, weight, bias, *request))
-    if recorded:
-        found = _record(x, residual, weight, bias, eps, rms, return_sum, backend, plan)
-        y, total = found if return_sum and residual is not None else (found, None)
-    else:
-        y, total, _, _ = plan(x, residual, weight, bias)
-    return (y, x if residual is None else total) if return_sum else y
+        plan = planned.keep(key, _forward_plan(*given, *options))
+    remember(_request(*given, eps, rms, return_sum, backend), (plan, recorded))
+    return plan, recorded
 
 
 # Public functions
@@ -268,20 +284,30 @@ def add_rms_norm(
 
 
 def _add_norm(x, residual, weight, bias, eps, dropout, seed, return_sum, backend, *, rms):
-    quiet = dropout == 0.0 and seed is None and not watched()
-    if quiet and (found := _direct(x, residual, weight, bias, eps, rms, return_sum, backend, False)) is not None:
-        return found
-    for name, value, default in (("dropout", dropout, 0.0), ("seed", seed, None)):
-        if value is not default and value != default:
-            raise NotImplementedError(f"{name} is not served yet: leave it at {default}")
-    dispatch.check_backend(backend, BACKENDS)
-    _check_norm(x, residual, weight, bias, eps)
-    if quiet and plain(x, residual, weight, bias) and type(eps) in (int, float):
-        return _direct(x, residual, weight, bias, eps, rms, return_sum, backend, True)
-    y, total, _, _ = _forward_autograd(x, residual, weight, bias, eps, rms, return_sum, backend)
-    if return_sum:
-        return y, x if residual is None else total
-    return y
+    default = dropout == 0.0 and seed is None
+    request = x, residual, weight, bias, eps, rms, return_sum, backend
+    found = recall(*_request(*request)) if default and not observed() else None
+    if found is None or (residual is not None and residual.shape != x.shape):
+        quiet = default and not watched()
+        found = _look_up(*request, False) if quiet else None
+    if found is None:
+        for name, value, default in (("dropout", dropout, 0.0), ("seed", seed, None)):
+            if value is not default and value != default:
+                raise NotImplementedError(f"{name} is not served yet: leave it at {default}")
+        dispatch.check_backend(backend, BACKENDS)
+        _check_norm(x, residual, weight, bias, eps)
+        if not quiet or not plain(x, residual, weight, bias) or type(eps) not in (int, float):
+            y, total, _, _ = _forward_autograd(*request)
+            return (y, x if residual is None else total) if return_sum else y
+        found = _look_up(*request, True)
+        assert found is not None
+    plan, recorded = found
+    if not recorded:
+        y, total, _, _ = plan(x, residual, weight, bias)
+    else:
+        y = _record(*request, plan)
+        y, total = y if return_sum and residual is not None else (y, None)
+    return (y, x if residual is None else total) if return_sum else y
 
 
 def _check_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:

@@ -8,6 +8,7 @@ residual and z there are, and whether rows are made of whole tiles and of units 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from fastattn.kernels.triton.launch import (
     settle_keys,
 )
 from fastattn.kernels.triton.tuned import EPILOGUE, LIBRARY, ProductConfig, dtype_class, sources, tiles_of
+from fastattn.planned import memory
 
 settle_keys(primitives, activations, product, ffn_forward, ffn_backward)
 
@@ -82,7 +84,9 @@ def forward_plan(x, weight, bias, residual, activation: str | None, train: bool)
         plan = forward_plan(x, weight.to(x.dtype), bias, residual, activation, train)
         return lambda x, weight, bias, residual: plan(x, weight.to(x.dtype), bias, residual)
     if activation is None and residual is None:
-        return lambda x, weight, bias, _: (F.linear(x, weight, None if bias is None else bias.to(x.dtype)), None)
+        if bias is None or bias.dtype is x.dtype:
+            return lambda x, weight, bias, _: (F.linear(x, weight, bias), None)
+        return lambda x, weight, bias, _: (F.linear(x, weight, bias.to(x.dtype)), None)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     if dtype == torch.float64:  # the kernel adds in fp32
         plan = forward_plan(x, weight, bias, None, activation, train)
@@ -103,41 +107,39 @@ def _by_rows(weight: Tensor, dtype: torch.dtype, activation: str | None, with_z:
     """By the sizes of results and then by the row of the table that a size has: kernels, or PyTorch's product."""
     sizes: dict[int, Any] = {}
     made: dict[Any, Any] = {}
-    columns, N = squares(1, weight.shape[0]), weight.shape[0]
+    (N, K), columns = weight.shape, squares(1, weight.shape[0])
 
     def call(x, weight, bias, residual):
-        rows = x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
+        shape = x.shape
+        rows = shape[0] * shape[1] if len(shape) == 3 else shape[:-1].numel()
         size = -(-rows // SQUARE) * columns
         compute = sizes.get(size)
         if compute is None:
             choice = _library_choice(x, weight, bias, activation, with_z) if residual is None else None
             if choice is None:
-                choice = _config(
-                    rows, N, x.shape[-1], x.dtype, gpu_of(x.device), "linear_forward", activation=activation, z=with_z
-                )
+                choice = _config(rows, N, K, x.dtype, gpu_of(x.device), "linear_forward", activation=activation, z=with_z)
             if choice not in made:
                 made[choice] = _computing(choice, x, weight, bias, residual, dtype, activation, with_z)
             compute = sizes[size] = made[choice]
-        return compute(x, weight, bias, residual, rows)
+        return compute(x, weight, bias, residual, shape, rows)
 
     return call
 
 
 def _computing(choice, x, weight, bias, residual, dtype: torch.dtype, activation: str | None, with_z: bool):
     if isinstance(choice, str):
-        return lambda x, weight, bias, residual, rows: library_linear(choice, x, weight, bias, activation, with_z)
+        return lambda x, weight, bias, *_: library_linear(choice, x, weight, bias, activation, with_z)
     N, same = weight.shape[0], dtype is x.dtype
     meta = torch.empty(1, N, dtype=dtype, device="meta")
     matrices = matrix(x), matrix(weight), bias, None if residual is None else matrix(residual)
     start, handle, values = ready(forward_with(choice, *matrices, meta, meta.to(x.dtype) if with_z else None, activation))
     constants, block, columns = values[FORWARD_VARYING:], choice.BLOCK_M, -(-N // choice.BLOCK_N)
 
-    def compute(x, weight, bias, residual, rows):
-        shape = (rows, N) if x.dim() == 2 else (*x.shape[:-1], N)
-        y = x.new_empty(shape) if same else x.new_empty(shape, dtype=dtype)
-        z = x.new_empty(shape) if with_z else None
+    def compute(x, weight, bias, residual, shape, rows):
+        y = memory(x, shape, N) if same else x.new_empty(*shape[:-1], N, dtype=dtype)
+        z = memory(x, shape, N) if with_z else None
         if rows:
-            at_bias, at_residual = (None if t is None else handle(t) for t in (bias, residual))
+            at_bias, at_residual = None if bias is None else handle(bias), None if residual is None else handle(residual)
             given = handle(x), handle(weight), at_bias, at_residual, handle(y), None if z is None else handle(z), rows
             start(-(-rows // block) * columns, given + constants)
         return y, z
@@ -171,61 +173,89 @@ def backward_plan(
 ):  # fmt: skip
     """The same: (dy, x, weight, z, the z before) -> dx, dW, db and the sum of dx over rows, as
     `fastattn.reference.linear_backward` defines them; the sums are fp32."""
-    make_dz = None if activation is None else _dz_plan(matrix(dy), matrix(z), activation, need_db)
+    make_dz = None if activation is None else _dz_plan(dy, z, activation, need_db)
     dgrad = _dgrad_plan(before[1]) if need_dx and before is not None else None
+    as_dz, as_x, as_weight, as_before = _flat(dy), _flat(x), _flat(weight), matrix if before is None else _flat(before[0])
+    cast, whole = weight.dtype is not x.dtype, x.dim() == 2
 
     def call(dy, x, weight, z, z_before):
-        dz, db = matrix(dy), None
+        dx = dw = db = sums = None
         if make_dz is not None:
-            dz, db = make_dz(dz, matrix(z))
-        elif need_db:
-            db = dz.sum(0, dtype=torch.float32)
-        dw = (dz.mT @ matrix(x)).to(weight.dtype) if need_dw else None
-        if not need_dx:
-            return None, dw, db, None
-        weight = weight.to(x.dtype)
-        if dgrad is None:
-            return (dz @ weight).view(x.shape), dw, db, None
-        dx, sums = dgrad(dz, matrix(weight), matrix(z_before))
-        return dx.view(x.shape), dw, db, sums
+            dz, db = make_dz(dy, z)
+        else:
+            dz = as_dz(dy)
+            if need_db:
+                db = dz.sum(0, dtype=torch.float32)
+        if need_dw:
+            dw = torch.mm(dz.t(), as_x(x))
+        if need_dx:
+            weight = weight.to(x.dtype) if cast else weight
+            if dgrad is None:
+                dx = torch.mm(dz, weight)
+            else:
+                dx, sums = dgrad(dz, as_weight(weight), as_before(z_before))
+            dx = dx if whole else dx.view_as(x)
+        return dx, dw.to(weight.dtype) if cast and need_dw else dw, db, sums
 
     return call
 
 
+def _flat(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """`matrix`, for tensors that lie as x does."""
+    if x.dim() == 2 and in_rows(x):
+        return lambda x: x
+    width = x.shape[-1]
+    return (lambda x: x.view(-1, width)) if width and x.is_contiguous() else matrix
+
+
 def _dz_plan(dy: Tensor, z: Tensor, activation: str, need_db: bool):
-    """(dy, z) -> dz and its sum over rows; all are matrices."""
-    N = dy.shape[1]
+    """(dy, z) -> dz as a matrix and its sum over rows."""
+    if not in_rows(dy, z):
+        plan = _dz_plan(dy.contiguous(), z.contiguous(), activation, need_db)
+        return lambda dy, z: plan(dy.contiguous(), z.contiguous())
+    N = dy.shape[-1]
     meta = torch.empty(1, N, dtype=dy.dtype, device="meta")
-    start, handle, values = ready(dz_launch(dy, z, meta, meta.float() if need_db else None, activation))
+    start, handle, values = ready(dz_launch(matrix(dy), matrix(z), meta, meta.float() if need_db else None, activation))
     constants, columns = values[DZ_VARYING:], -(-N // ROWS.BLOCK_N)
 
     def call(dy, z):
-        dz, rows, parts = dy.new_empty(dy.shape), dy.shape[0], dz_parts(dy)
-        sums = dy.new_empty((parts, N), dtype=torch.float32) if need_db else None
+        rows = dy.numel() // N if N else dy.shape[:-1].numel()
+        dz = dy.new_empty(rows, N)
+        parts = dz_parts(dz)
+        sums = dy.new_empty(parts, N, dtype=torch.float32) if need_db else None
         if rows:
-            start(parts * columns, (handle(dy), handle(z), handle(dz), None if sums is None else handle(sums), rows, *constants))
+            given = handle(dy), handle(z), handle(dz), None if sums is None else handle(sums), rows
+            start(parts * columns, given + constants)
         return dz, None if sums is None else sums.sum(0)
 
     return call
 
 
 def _dgrad_plan(activation: str):
-    """(dy, weight, z) -> dz = (dy W) * act'(z) and its sum over rows, by kernels for each config that the rows ask for."""
-    made: dict[Any, Any] = {}
+    """(dy, weight, z), matrices of one layout -> dz = (dy W) * act'(z) and its sum over rows, by the kernel for each config that
+    the rows ask for."""
+    sizes: dict[int, Any] = {}
+    made: dict[ProductConfig, Any] = {}
+
+    def prepare(dy, weight, z, size):
+        (rows, outputs), N = dy.shape, weight.shape[1]
+        config = _config(rows, N, outputs, dy.dtype, gpu_of(dy.device), "linear_dgrad")
+        if config not in made:
+            dz = torch.empty(1, N, dtype=dy.dtype, device="meta")
+            start, handle, values = ready(dgrad_with(config, matrix(dy), matrix(weight), matrix(z), dz, dz.float(), activation))
+            made[config] = start, handle, values[DGRAD_VARYING:], config.BLOCK_M, -(-N // config.BLOCK_N)
+        sizes[size] = made[config]
+        return made[config]
 
     def call(dy, weight, z):
-        (rows, outputs), N, gpu = dy.shape, weight.shape[1], gpu_of(dy.device)
-        config = _config(rows, N, outputs, dy.dtype, gpu, "linear_dgrad")
-        dz = dy.new_empty((rows, N))
-        parts = -(-rows // config.BLOCK_M)
-        sums = dy.new_empty((parts, N), dtype=torch.float32)
-        layout = config, dy.stride(0), weight.stride(0), z.stride(0), *(t.data_ptr() % 16 for t in (dy, weight, z))
-        if layout not in made:
-            made[layout] = ready(dgrad_with(config, dy, weight, z, dz, sums, activation))
-        start, handle, values = made[layout]
+        rows, N = z.shape
+        size = squares(rows, N)
+        start, handle, constants, block, columns = sizes.get(size) or prepare(dy, weight, z, size)
+        parts = -(-rows // block)
+        dz, sums = dy.new_empty(rows, N), dy.new_empty(parts, N, dtype=torch.float32)
         if rows:
             given = handle(dy), handle(weight), handle(z), handle(dz), handle(sums), rows
-            start(parts * -(-N // config.BLOCK_N), given + values[DGRAD_VARYING:])
+            start(parts * columns, given + constants)
         return dz, sums.sum(0)
 
     return call

@@ -30,6 +30,7 @@ from fastattn.kernels.triton.launch import (
 )
 from fastattn.kernels.triton.primitives import load_tile, round_to, store_tile
 from fastattn.kernels.triton.tuned import Config, dtype_class, tiles_of
+from fastattn.planned import memory
 
 # The sums of dweight and dbias of a wider row do not fit into the registers; up to it nothing spills, but for rows of more than
 # 4096 elements that are no multiple of 16 bytes, whose backward spills.
@@ -139,35 +140,33 @@ def forward_plan(x, residual, weight, bias, eps: float, rms: bool, keep: bool, s
     matrices = matrix(x), None if residual is None else matrix(residual)
     launch = forward_launch(*matrices, weight, bias, *outputs, eps, rms, gpu_of(x.device))
     start, handle, values = ready(launch)
-    constants, block, width = values[FORWARD_VARYING:], launch.config.BLOCK_M, x.shape[-1]
+    constants, block, width, same = values[FORWARD_VARYING:], launch.config.BLOCK_M, x.shape[-1], dtype is x.dtype
 
     def call(x, residual, weight, bias, y=None):
-        total = mean = rstd = None
+        total, mean, rstd, shape = None, None, None, x.shape
         if y is None:
-            y = x.new_empty(x.shape)
+            y = memory(x, shape, width)
         if keep:
-            total = x.new_empty(x.shape, dtype=dtype)
-        rows = x.numel() // width
+            total = memory(x, shape, width) if same else x.new_empty(shape, dtype=dtype)
         if statistics:
-            rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+            rstd = x.new_empty(*shape[:-1], 1, dtype=torch.float32)
             mean = None if rms else torch.empty_like(rstd)
+        rows = x.numel() // width
         if rows:
-            start(
-                -(-rows // block),
-                (
-                    handle(x), None if residual is None else handle(residual), None if weight is None else handle(weight),
-                    None if bias is None else handle(bias), handle(y), None if total is None else handle(total),
-                    None if mean is None else handle(mean), None if rstd is None else handle(rstd), rows, *constants,
-                ),
+            tensors = (
+                handle(x), None if residual is None else handle(residual), None if weight is None else handle(weight),
+                None if bias is None else handle(bias), handle(y), None if total is None else handle(total),
+                None if mean is None else handle(mean), None if rstd is None else handle(rstd), rows,
             )  # fmt: skip
+            start(-(-rows // block), tensors + constants)
         return y, total, mean, rstd
 
     return call
 
 
 def backward_plan(dy, dtotal, total, mean, rstd, weight, need_dweight: bool, need_dbias: bool):
-    """The same: (dy, dtotal, total, mean, rstd, weight) -> dsum in total's dtype; dweight and dbias in fp32, None if not needed.
-    An RMSNorm has no mean."""
+    """The same: (dy, dtotal, total, mean, rstd, weight) -> dsum in total's dtype; dweight and dbias in fp32, which
+    lie beside each other, None if not needed. An RMSNorm has no mean."""
     given = dy, dtotal, total, mean, rstd, weight
     if not in_rows(*given):
         plan = backward_plan(*contiguous(*given), need_dweight, need_dbias)
@@ -182,14 +181,23 @@ def backward_plan(dy, dtotal, total, mean, rstd, weight, need_dweight: bool, nee
     wanted = need_dweight + need_dbias
 
     def call(dy, dtotal, total, mean, rstd, weight):
-        dsum, rows = total.new_empty(total.shape), total.numel() // width
+        dsum = memory(total, total.shape, width)
+        rows = total.numel() // width
         programs, steps = parts_with(config, rows, wanted > 0)
-        sums = list(rstd.new_empty((wanted, programs, width)).unbind()) if wanted else []
-        dweight, dbias = sums[0] if need_dweight else None, sums[-1] if need_dbias else None
+        sums = rstd.new_empty(wanted, programs, width) if wanted else None
+        at_sums = None if sums is None else handle(sums)
+        at_bias = handle(sums[1]) if wanted == 2 else at_sums if need_dbias else None
         if rows:
-            tensors = dy, dtotal, total, mean, rstd, weight, dsum, dweight, dbias
-            start(programs, (*(None if x is None else handle(x) for x in tensors), rows, steps, *constants))
-        return dsum, *(None if x is None else x.sum(0) for x in (dweight, dbias))
+            given = (
+                handle(dy), None if dtotal is None else handle(dtotal), handle(total), None if mean is None else handle(mean),
+                handle(rstd), None if weight is None else handle(weight), handle(dsum), at_sums if need_dweight else None,
+                at_bias, rows, steps,
+            )  # fmt: skip
+            start(programs, given + constants)
+        if sums is None:
+            return dsum, None, None
+        found = sums.sum(1).unbind()
+        return dsum, found[0] if need_dweight else None, found[-1] if need_dbias else None
 
     return call
 
