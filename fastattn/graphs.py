@@ -15,13 +15,14 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fastattn.kept import nothing_kept
 from fastattn.watched import GLOBAL_HOOKS, TENSORS, Watched
@@ -32,6 +33,7 @@ LIMIT = 16  # graphs at a time, where nobody says how many
 STEPS = 8  # of `bucket`, from one power of two to the next
 LEAST = 16  # rows of a bucket
 PLAIN = (bool, int, float, str, type(None))  # inputs that are a part of the key by their value
+KINDS = frozenset((*PLAIN, *TENSORS))
 _thread = threading.local()  # .capturing: inside a warm-up or a capture of ours
 
 
@@ -98,8 +100,7 @@ class Captured(NamedTuple):
     inputs: list[Tensor]  # static: a replay reads them
     stream: Any  # whose memory they are
     replay: Callable[[], None]
-    results: list[Any]  # leaves of what the call gave; a replay writes to the tensors among them
-    spec: Any  # of the leaves
+    output: Any  # what the call gave; a replay writes to the tensors in it
 
     def fill(self, inputs: Sequence[Tensor]) -> None:
         """Nothing waits, and the caller may write to its tensors again, in the host's memory too."""
@@ -108,11 +109,31 @@ class Captured(NamedTuple):
 
     def taken(self) -> Any:
         """What the call gave, in memory of the caller's own."""
-        copies: dict[int, Tensor] = {}
-        for x in self.results:
-            if isinstance(x, Tensor) and id(x) not in copies:
-                copies[id(x)] = x.clone()
-        return tree_unflatten([copies.get(id(x), x) for x in self.results], self.spec)
+        return _copied(self.output, {})
+
+
+def _copied(x: Any, copies: dict[int, Tensor]) -> Any:
+    """x with copies of its tensors, of one that is in it twice the same.
+
+    Of a class of transformers' an object is filled, not made: its fields are items as well, and the class takes longer to check
+    them than the copies take.
+    """
+    if isinstance(x, Tensor):
+        if id(x) not in copies:
+            copies[id(x)] = x.clone()
+        return copies[id(x)]
+    kind = type(x)
+    if kind in PLAIN:
+        return x
+    if kind is tuple:
+        return tuple([_copied(y, copies) for y in x])
+    if not (isinstance(x, OrderedDict) and is_dataclass(x) and kind.__module__.startswith("transformers.")):
+        return tree_map(lambda leaf: _copied(leaf, copies) if isinstance(leaf, Tensor) else leaf, x)
+    record = kind.__new__(kind)
+    vars(record).update(dict.fromkeys(vars(x)))
+    for name, y in x.items():
+        record[name] = _copied(y, copies)
+    return record
 
 
 class Graphs:
@@ -181,7 +202,7 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()  # a pool ends with the last of its graphs
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
-        inference, spec = torch.is_inference_mode_enabled(), None
+        inference, output = torch.is_inference_mode_enabled(), None
         # In inference mode, what PyTorch makes for random numbers with its first graph could be written to in that mode alone.
         with torch.inference_mode(False), torch.no_grad():
             static = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in inputs]
@@ -189,17 +210,17 @@ class Graphs:
                 x.copy_(given)
 
             def run() -> list[Any]:
-                nonlocal spec
+                nonlocal output
                 with torch.inference_mode(inference), torch.no_grad(), _capturing():
-                    leaves, spec = tree_flatten(function(static))
-                return leaves
+                    output = function(static)
+                return tree_leaves(output)
 
             with _collecting_nothing():
-                replay, results = capture(run, self._pool, self._streams[device])
-        strange = next((type(x).__name__ for x in results if not isinstance(x, (Tensor, *PLAIN))), None)
+                replay, leaves = capture(run, self._pool, self._streams[device])
+        strange = next((type(x).__name__ for x in leaves if not isinstance(x, (Tensor, *PLAIN))), None)
         if strange is not None:
             raise NotCaptured(f"its output holds a {strange}")
-        return Captured(static, stream, replay, results, spec)
+        return Captured(static, stream, replay, output)
 
     def _throw_out(self, key: Hashable) -> None:
         """Its memory goes back to the pool; with the last graph, the pool's to the device."""
@@ -265,25 +286,41 @@ class Calls:
         self._owner = object()
         self._lock = threading.Lock()
         self._watched: Watched | None = None
+        self._doubted = False
         self._strange: str | None = None
         self._changes = 0  # in so many calls, one after the other
 
-    def refusal(self, inputs: Sequence[Any]) -> str | None:
-        """Why a call with these inputs, tensors and others, is not to be captured, or None."""
+    def unchanged(self) -> bool:
+        """Whether nothing in the module is another than when `refusal` looked at it last, and no hook would see what happens
+        inside of it in inference. False where `doubt` was called since."""
+        with self._lock:
+            if self._watched is None or self._doubted or any(GLOBAL_HOOKS):
+                return False
+            return self._watched.same() and not self._watched.hooked()
+
+    def doubt(self) -> None:
+        """What others conclude from the module was concluded anew, maybe of another state than `refusal` has seen."""
+        self._doubted = True
+
+    def refusal(self, inputs: Sequence[Any], unchanged: bool = False) -> str | None:
+        """Why a call with these inputs, tensors and others, is not to be captured, or None.
+
+        unchanged: that `unchanged` has said so in this call; what it has looked at is not looked at again.
+        """
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         why = _refused_inputs(inputs, tensors) or _refused_here()
         if why is not None:
             return why
         with self._lock:
-            return self._refused_module(tensors)
+            return self._refused_module(tensors, unchanged)
 
-    def _refused_module(self, tensors: list[Tensor]) -> str | None:
-        watched = self._look()
+    def _refused_module(self, tensors: list[Tensor], unchanged: bool) -> str | None:
+        watched = self._look(unchanged)
         if self._changes > 1:
             return "the model, or where its weights lie, changes from call to call"
         if watched.training():
             return "the model is in training mode"
-        if watched.hooked():
+        if not unchanged and watched.hooked():
             return "there are hooks inside, which a replay would not run"
         if torch.is_grad_enabled() and (watched.requires_grad() or any(x.requires_grad for x in tensors)):
             return "a gradient may be wanted: call it under torch.no_grad() or torch.inference_mode()"
@@ -293,9 +330,10 @@ class Calls:
             return f"its weights are not all on {tensors[0].device}"
         return self._strange
 
-    def _look(self) -> Watched:
+    def _look(self, unchanged: bool) -> Watched:
         """The module as it is now; what was captured of it as it was before is dropped."""
-        if self._watched is not None and self._watched.same():
+        self._doubted = False
+        if self._watched is not None and (unchanged or self._watched.same()):
             self._changes = 0
             return self._watched
         self.graphs.drop(self._owner)
@@ -314,17 +352,21 @@ class Calls:
 
 
 def _refused_inputs(inputs: Sequence[Any], tensors: list[Tensor]) -> str | None:
-    elsewhere = next((x.device for x in tensors if not on_gpu(x)), None)
-    if elsewhere is not None or not tensors:
-        return f"only calls on a CUDA device are captured, and this one is on {elsewhere or 'none'}"
-    strange = next((type(x).__name__ for x in inputs if type(x) not in (*PLAIN, *TENSORS)), None)
-    if strange is not None:
-        return f"an input is a {strange}"
-    if any(x.device != tensors[0].device for x in tensors):
-        return "the inputs are on several devices"
-    if any(x.layout != torch.strided for x in tensors):
-        return "an input is sparse"
-    return "an input is empty" if any(x.numel() == 0 for x in tensors) else None
+    elsewhere = [x.device for x in tensors if not on_gpu(x)]
+    if elsewhere or not tensors:
+        return f"only calls on a CUDA device are captured, and this one is on {elsewhere[0] if elsewhere else 'none'}"
+    strange = [type(x).__name__ for x in inputs if type(x) not in KINDS]
+    if strange:
+        return f"an input is a {strange[0]}"
+    device = tensors[0].device
+    for x in tensors:
+        if x.device != device:
+            return "the inputs are on several devices"
+        if x.layout is not torch.strided:
+            return "an input is sparse"
+        if x.numel() == 0:
+            return "an input is empty"
+    return None
 
 
 def _refused_here() -> str | None:
@@ -335,30 +377,32 @@ def _refused_here() -> str | None:
         return "it is part of another capture"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "it is inside a transformation of torch.func or a forward-mode derivative"
-    modes = [type(mode) for mode in torch.overrides._get_current_function_mode_stack()]
-    if any(mode is not DeviceContext for mode in modes) or torch._C._len_torch_dispatch_stack():
+    if any(type(mode) is not DeviceContext for mode in _modes()) or torch._C._len_torch_dispatch_stack():
         return "a mode that sees each torch function is on"
     return "there are hooks on every module, which a replay would not run" if any(GLOBAL_HOOKS) else None
 
 
+def _modes() -> Sequence[Any]:
+    return torch.overrides._get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
+
+
 def _state() -> tuple:
-    """What decides how a call is computed, beside its module and its inputs."""
-    cudnn: Any = torch.backends.cudnn
-    matmul, sdp = torch.backends.cuda.matmul, torch.backends.cuda
+    """What decides how a call is computed, beside its module and its inputs. The switches of torch.backends are asked
+    for what their properties ask for, in Python."""
+    c = torch._C
     return (
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(DEVICE) and torch.get_autocast_dtype(DEVICE),
-        tuple(mode.device for mode in torch.overrides._get_current_function_mode_stack()),
+        tuple([mode.device for mode in _modes()]),
         torch.get_default_dtype(),
-        matmul.fp32_precision,
-        cudnn.conv.fp32_precision,
-        matmul.allow_fp16_reduced_precision_reduction,
-        matmul.allow_bf16_reduced_precision_reduction,
-        matmul.allow_fp16_accumulation,
-        torch.are_deterministic_algorithms_enabled(),
-        cudnn.enabled,
-        cudnn.deterministic,
-        sdp.flash_sdp_enabled(), sdp.mem_efficient_sdp_enabled(), sdp.math_sdp_enabled(), sdp.cudnn_sdp_enabled(),
+        c._get_fp32_precision_getter("cuda", "matmul"),
+        c._get_fp32_precision_getter("cuda", "conv"),
+        c._get_cublas_allow_fp16_reduced_precision_reduction(),
+        c._get_cublas_allow_bf16_reduced_precision_reduction(),
+        c._get_cublas_allow_fp16_accumulation(),
+        c._get_deterministic_algorithms(),
+        c._get_cudnn_enabled(), c._get_cudnn_deterministic(),
+        c._get_flash_sdp_enabled(), c._get_mem_efficient_sdp_enabled(), c._get_math_sdp_enabled(), c._get_cudnn_sdp_enabled(),
     )  # fmt: skip
 
 

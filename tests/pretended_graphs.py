@@ -122,6 +122,7 @@ def _count(monkeypatch, fake, name):
         asks = sys._getframe(1).f_code.co_filename
         if not hasattr(x, "on_host") and any(part in asks for part in OURS):
             fake.reads += 1
+            return on_host(honest(x).clone()) if name == "cpu" else honest(x, *args)
         return honest(x, *args)
 
     monkeypatch.setattr(torch.Tensor, name, read)

@@ -164,6 +164,20 @@ def token_classifier():
     return transformers.BertForTokenClassification(transformers.BertConfig(**SMALL, **QUIET))
 
 
+@torch.no_grad()
+def test_a_mask_alone_is_read_at_once(capturing, monkeypatch):
+    """As a copy, of which all that there is to know is known on the host."""
+    monkeypatch.setattr(graphs, "DeviceContext", OnHost)
+    model, ours, handle = both(prove=False)
+    for side in ("right", "left"):
+        capturing.reads = 0
+        with OnHost():
+            out = ours(**text(side))
+        assert capturing.reads == 1
+        close(result(ours, text(side)), result(model, text(side)), text(side)["attention_mask"])
+    assert handle.report.padded == {"the token that is pooled is padding": 2} and out.pooler_output is not None
+
+
 @pytest.mark.parametrize("name", ["bert", "distilbert"])
 @torch.no_grad()
 def test_a_mask_in_the_host_s_memory_is_counted_there(capturing, monkeypatch, name):

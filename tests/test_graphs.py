@@ -251,6 +251,13 @@ def swap(model):
     model.linear = nn.Linear(8, 8).eval()
 
 
+def made_anew(model):
+    """In dicts of their own."""
+    model.norm.__init__(8)
+    nn.init.normal_(model.norm.weight)
+    model.eval()
+
+
 def number(model):
     model.factor = 3.0
 
@@ -263,7 +270,7 @@ def forward(model):
     model.linear.forward = lambda y: y * 2
 
 
-CHANGES = [replace, assign, data, transpose, fewer, buffer, more, no_bias, swap, number, eps, forward]
+CHANGES = [replace, assign, data, transpose, fewer, buffer, more, no_bias, swap, made_anew, number, eps, forward]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -1,5 +1,6 @@
 """Calls that are not captured as CUDA graphs: they run as they are, and the reason is counted. A capture is pretended."""
 
+import enum
 from collections import OrderedDict
 
 import pytest
@@ -193,6 +194,21 @@ def test_an_output_of_some_other_kind(capturing):
 
     call = graphed(Other().eval())
     assert type(call(x())) is object and call.not_captured == {"its output holds a object": 1}
+
+
+@torch.no_grad()
+def test_a_plain_value_of_a_class_of_its_own(capturing):
+    class Two(enum.IntEnum):
+        A = 2
+
+    class Tells(nn.Module):
+        def forward(self, y):
+            return {"y": y + 1, "how": Two.A}
+
+    call = graphed(Tells().eval())
+    for _ in range(2):
+        assert call(x())["how"] is Two.A
+    assert capturing.replays == 2
 
 
 def test_bad_arguments(model):

@@ -144,13 +144,17 @@ class Encoder:
         """A copy looks at its own modules, and proves itself."""
         return {**vars(self), "examined": None}
 
-    def refusal(self, model: nn.Module) -> str | None:
-        """Why the layers are not computed by us, as they are now; what has changed is examined, and has to prove itself."""
+    def refusal(self, model: nn.Module, unchanged: bool = False) -> str | None:
+        """Why the layers are not computed by us, as they are now; what has changed is examined, and has to prove itself.
+
+        unchanged: that graphs have found all as it was in inference, which `holds` asks no more than.
+        """
         if torch.compiler.is_dynamo_compiling():  # a graph is guarded by all that is looked at
             found = look(model, self.family, self.ours)
             self._take(found)
             return found.refusal or self.differs
-        if self.examined is None or not self.examined.holds():
+        known = unchanged and not torch.is_grad_enabled()  # with hooks of a backward pass they have nothing to do
+        if self.examined is None or not (known or self.examined.holds()):
             with _lock:
                 self.examine(model)
         return self.found.refusal or self.differs
@@ -158,6 +162,8 @@ class Encoder:
     def examine(self, model: nn.Module) -> None:
         self.examined = Examined(model, self.family, dict(self.ours))
         self._take(self.examined.found)
+        if self.graphs is not None:
+            self.graphs.calls.doubt()
         self.unproven, self.differs = self.prove, None
         for layer in self.layers:
             self.report.left.pop(self.path(layer.name), None)
@@ -202,14 +208,15 @@ class Layer:
 def model_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
     encoder, model = at.settings, at.module
     inputs = {**dict(zip(encoder.inputs, args, strict=False)), **kwargs}
-    why = encoder.refusal(model) or _unserved(encoder, model, inputs)
+    unchanged = encoder.graphs is not None and encoder.graphs.unchanged()
+    why = encoder.refusal(model, unchanged) or _unserved(encoder, model, inputs)
     if why is not None:
         if encoder.graphs is not None:
             encoder.report.not_captured["the model's own code runs"] += 1
         _tell_fallback(encoder, why)
         return at.own(*args, **kwargs)
     if encoder.graphs is not None:
-        outputs = encoder.graphs.replayed(at, inputs)
+        outputs = encoder.graphs.replayed(at, inputs, unchanged)
         if outputs is not None:
             return outputs
     mask = inputs.get("attention_mask")

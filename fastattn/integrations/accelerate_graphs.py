@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.graphs import Calls, Graphs, NotCaptured, bucket, on_gpu
+from fastattn.integrations import accelerate_heads as heads
 from fastattn.integrations.accelerate_forward import Encoder, Replaced, laid_out, padding_stays_unread, questions
 
 MASK = "attention_mask"
@@ -31,10 +32,15 @@ class EncoderGraphs:
     def drop(self) -> None:
         self.calls.graphs.drop()
 
-    def replayed(self, at: Replaced, inputs: dict[str, Any]) -> Any | None:
-        """The outputs of a call by a replay; or None, the reason in the report, and a mask where the other inputs are."""
+    def unchanged(self) -> bool:
+        return not torch.compiler.is_compiling() and self.calls.unchanged()
+
+    def replayed(self, at: Replaced, inputs: dict[str, Any], unchanged: bool) -> Any | None:
+        """The outputs of a call by a replay; or None, the reason in the report, and a mask where the other inputs are.
+
+        unchanged: what `unchanged` has said in this call."""
         encoder = at.settings
-        why = self._refusal(encoder, inputs)
+        why = self._refusal(encoder, inputs, unchanged)
         if why is None:
             try:
                 return self._replayed(at, inputs)
@@ -45,18 +51,19 @@ class EncoderGraphs:
             inputs[MASK] = inputs[MASK].to(next(x.device for x in inputs.values() if isinstance(x, Tensor) and on_gpu(x)))
         return None
 
-    def _refusal(self, encoder: Encoder, inputs: dict[str, Any]) -> str | None:
+    def _refusal(self, encoder: Encoder, inputs: dict[str, Any], unchanged: bool) -> str | None:
         if torch.compiler.is_compiling():
             return "it is traced or compiled"
         if encoder.unproven:
             return "its layers are to be compared with their own code first"
         counted_on_host = _on_host(inputs)
-        return self.calls.refusal([x for name, x in inputs.items() if not (counted_on_host and name == MASK)])
+        return self.calls.refusal([x for name, x in inputs.items() if not (counted_on_host and name == MASK)], unchanged)
 
     def _replayed(self, at: Replaced, inputs: dict[str, Any]) -> Any:
         encoder, layout = at.settings, _layout(at, inputs)
-        names = [name for name, x in sorted(inputs.items()) if isinstance(x, Tensor)]
-        values = {name: x for name, x in sorted(inputs.items()) if not isinstance(x, Tensor)}
+        ordered = sorted(inputs.items())
+        names = [name for name, x in ordered if isinstance(x, Tensor)]
+        values = {name: x for name, x in ordered if not isinstance(x, Tensor)}
 
         def run(static: list[Tensor]) -> tuple[Any, Tensor | None]:
             return laid_out(at, {**values, **dict(zip(names, static, strict=True))}, layout.masked, layout.rows)
@@ -87,8 +94,9 @@ def foreign(model: nn.Module) -> str | None:
 def _on_host(inputs: dict[str, Any]) -> bool:
     """Whether the mask is in the host's memory, beside inputs that are not."""
     mask = inputs.get(MASK)
-    others = [x for name, x in inputs.items() if isinstance(x, Tensor) and name != MASK]
-    return mask is not None and type(mask) is Tensor and not on_gpu(mask) and any(map(on_gpu, others))
+    if type(mask) is not Tensor or on_gpu(mask):
+        return False
+    return any(isinstance(x, Tensor) and on_gpu(x) for x in inputs.values())
 
 
 def _layout(at: Replaced, inputs: dict[str, Any]) -> Layout:
@@ -103,12 +111,23 @@ def _layout(at: Replaced, inputs: dict[str, Any]) -> Layout:
         return Layout(True, None, why)
     if encoder.capacity is not None:
         return Layout(False, encoder.capacity)
-    asked = [*questions(encoder, at.module, inputs, keep)]
-    total, *answers = _read([keep.sum(), *(holds for _, holds in asked)])
+    total, why = _counted(encoder, at.module, inputs, keep)
     if total == keep.numel():
         return Layout(False, None)
-    why = next((why for (why, _), holds in zip(asked, answers, strict=True) if holds), None)
     return Layout(True, None, why) if why is not None else Layout(False, min(bucket(total), keep.numel()))
+
+
+def _counted(encoder: Encoder, model: nn.Module, inputs: dict[str, Any], keep: Tensor) -> tuple[int, str | None]:
+    """The number of real tokens, and why padding must stay in, if it must, with one wait for the GPU."""
+    if encoder.family.causal or heads.labels_given():  # other tensors of the GPU are read with the mask
+        asked = [*questions(encoder, model, inputs, keep)]
+        total, *answers = _read([keep.sum(), *(holds for _, holds in asked)])
+        return total, next((why for (why, _), holds in zip(asked, answers, strict=True) if holds), None)
+    keep = keep.cpu()  # once, in place of a launch for each step
+    total = int(keep.sum())
+    if total == keep.numel():
+        return total, None
+    return total, next((why for why, holds in questions(encoder, model, inputs, keep) if bool(holds)), None)
 
 
 def _read(numbers: list[Tensor]) -> list[int]:

@@ -65,6 +65,10 @@ def labels_inside(inputs: dict[str, Any]) -> Iterator[None]:
         _thread.labels = before
 
 
+def labels_given() -> bool:
+    return bool(_labels())
+
+
 def _labels() -> tuple[tuple[Tensor, int], ...]:
     return getattr(_thread, "labels", ())
 
