@@ -210,7 +210,7 @@ def parts(setting: Setting) -> dict[str, Case]:
         if not bound:
             bound.extend(kernels.launcher(kernel, "q", kernels.KEY_TILES))
         go, handle = bound
-        go((handle(q), handle(k), handle(v), handle(out), None), none, setting.L, setting.L)
+        go((handle(q), handle(k), handle(v), handle(out), None), none)
 
     trained = q.detach().requires_grad_()
     return {
@@ -228,9 +228,13 @@ def parts(setting: Setting) -> dict[str, Case]:
     }
 
 
+def _known(*_: Any) -> str:
+    return "known"
+
+
 @contextlib.contextmanager
 def at_hand(op: Any, answer: tuple) -> Iterator[None]:
     """Inside, without gradients, every key is known, and its plan has the answer."""
     known = mock.patch.object(op, "PLANS", {"known": lambda *_: answer})
-    with torch.no_grad(), known, mock.patch.object(op, "forward_key", return_value="known"):
+    with torch.no_grad(), known, mock.patch.object(op, "forward_key", _known):
         yield

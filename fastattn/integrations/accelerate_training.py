@@ -6,12 +6,14 @@ gradients one matrix, of which each gets its part. A gradient that nobody asks f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn import planned
 from fastattn.integrations.accelerate_layers import Batch, Family, Parts
 from fastattn.integrations.accelerate_plans import Numbers, Weights, numbers_of, prepared_mask
 from fastattn.lowering import Prepared, three
@@ -23,21 +25,37 @@ WEIGHTS = 16
 
 def trained(family: Family, parts: Parts, weights: Weights, x: Tensor, batch: Batch) -> Tensor | None:
     """A layer's output, of x's shape, recorded for a backward pass; None where it is not served here."""
-    if weights.key() is None or x.dtype != weights.tensors[0].dtype or x.dtype == torch.float64:
+    layout, numbers = weights.key(), numbers_of(family, parts)
+    if layout is None or x.dtype != weights.tensors[0].dtype or x.dtype == torch.float64:
         return None
-    numbers = numbers_of(family, parts)
     mask = batch.scratch.get("mask")
     if mask is None:
         heads = weights.tensors[0].shape[0] // numbers.head_size
         mask = batch.scratch["mask"] = prepared_mask(x, heads, batch.packing, batch.mask)
-    return _record(x, mask, numbers, *weights.tensors)
+    shape = x.shape if batch.packing is None else x.shape[1:]
+    key = "trained layer", layout, numbers, shape, x.device, x.data_ptr() % 16, mask.key, planned.fp32_precision(x.dtype)
+    plans: Any = planned.PLANS.get(key) or planned.keep(key, Plans())  # type: ignore[arg-type]
+    return _record(x, mask, numbers, plans, *weights.tensors)
+
+
+class Plans:
+    """Of the forward of layers that differ in values alone, each made where it is first used."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, Any] = {}
+
+    def run(self, name: str, make: Callable, given: tuple, *rest: Any) -> Any:
+        plan = self.made.get(name)
+        if plan is None:
+            plan = self.made[name] = make(*given, *rest)
+        return plan(*given)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, mask: Prepared, numbers: Numbers, *weights: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, mask: Prepared, numbers: Numbers, plans: Plans, *weights: Tensor | None) -> Tensor:
         rows = x.view(-1, x.shape[-1])
-        saved = (_pre_norm if numbers.pre_norm else _post_norm)(rows, x.shape, mask, numbers, weights)
+        saved = (_pre_norm if numbers.pre_norm else _post_norm)(rows, x.shape, mask, numbers, plans.run, weights)
         y, *kept = saved
         ctx.save_for_backward(rows, *weights, *kept, *mask.tensors)
         ctx.mask, ctx.numbers, ctx.shape = mask, numbers, x.shape
@@ -47,7 +65,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor | None) -> Any:
         if dy is None:
-            return (None,) * (3 + WEIGHTS)
+            return (None,) * (4 + WEIGHTS)
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad
         if torch.is_grad_enabled():  # a graph of gradients is built, of which no more can be had
             return dispatch.FirstDerivative.apply(lambda *given: _gradients(ctx, needs, *given), dy, *tensors)
@@ -57,32 +75,32 @@ class _Layer(torch.autograd.Function):
 _record = super(torch.autograd.Function, _Layer).apply  # less what transforms need, which do not come here
 
 
-def _post_norm(x, shape, mask, n: Numbers, weights) -> tuple:
+def _post_norm(x, shape, mask, n: Numbers, run: Callable, weights) -> tuple:
     """LN(x + attention(x)), then LN(y + ffn(y)): the output, and what the backward reads."""
-    *attended, projected = _attended(x, shape, mask, n, weights)
+    *attended, projected = _attended(x, shape, mask, n, run, weights)
     up, b_up, down, b_down, w1, b1, w2, b2 = weights[8:]
-    normal, total1, mean1, rstd1 = norm.forward_by_plan(projected, x, w1, b1, n.first_eps, False, True, BACKEND)
-    y, hidden, z = ffn.forward_by_plan(normal, up, b_up, down, b_down, n.activation, True, BACKEND)
-    y, total2, mean2, rstd2 = norm.forward_by_plan(y, normal, w2, b2, n.second_eps, False, True, BACKEND)
+    normal, total1, mean1, rstd1 = run("first", norm.plan_of, (projected, x, w1, b1), n.first_eps, False, True, BACKEND)
+    y, hidden, z = run("ffn", ffn.plan_of, (normal, up, b_up, down, b_down), n.activation, True, BACKEND)
+    y, total2, mean2, rstd2 = run("second", norm.plan_of, (y, normal, w2, b2), n.second_eps, False, True, BACKEND)
     return y, *attended, total1, mean1, rstd1, normal, hidden, z, total2, mean2, rstd2
 
 
-def _pre_norm(x, shape, mask, n: Numbers, weights) -> tuple:
+def _pre_norm(x, shape, mask, n: Numbers, run: Callable, weights) -> tuple:
     """y = x + attention(LN(x)), then y + ffn(LN(y))."""
     up, b_up, down, b_down, w1, b1, w2, b2 = weights[8:]
-    normal1, _, mean1, rstd1 = norm.forward_by_plan(x, None, w1, b1, n.first_eps, False, True, BACKEND)
-    *attended, projected = _attended(normal1, shape, mask, n, weights)
-    normal, total2, mean2, rstd2 = norm.forward_by_plan(projected, x, w2, b2, n.second_eps, False, True, BACKEND)
-    y, hidden, z = ffn.forward_by_plan(normal, up, b_up, down, b_down, n.activation, True, BACKEND)
+    normal1, _, mean1, rstd1 = run("first", norm.plan_of, (x, None, w1, b1), n.first_eps, False, True, BACKEND)
+    *attended, projected = _attended(normal1, shape, mask, n, run, weights)
+    normal, total2, mean2, rstd2 = run("second", norm.plan_of, (projected, x, w2, b2), n.second_eps, False, True, BACKEND)
+    y, hidden, z = run("ffn", ffn.plan_of, (normal, up, b_up, down, b_down), n.activation, True, BACKEND)
     return y.add_(total2), *attended, normal1, mean1, rstd1, normal, hidden, z, total2, mean2, rstd2
 
 
-def _attended(x: Tensor, shape, mask: Prepared, n: Numbers, weights) -> tuple[Tensor, ...]:
+def _attended(x: Tensor, shape, mask: Prepared, n: Numbers, run: Callable, weights) -> tuple[Tensor, ...]:
     """Of x (rows, C): query, key and value as one matrix, what attention gives, as heads, its statistics, and its projection."""
     weight, bias = _joined(weights)
     qkv = F.linear(x, weight, bias)
     q, k, v = three(qkv, _heads(shape, qkv, n))
-    out, lse = attention.forward_by_plan(q, k, v, mask, n.scale, BACKEND, attention.SAVED)
+    out, lse = run("attention", attention.plan_of, (q, k, v, mask), n.scale, BACKEND, attention.SAVED)
     return qkv, out, lse, F.linear(_tokens(out), weights[6], weights[7])
 
 
@@ -106,7 +124,7 @@ def _gradients(ctx, needs, dy: Tensor, x: Tensor, *tensors: Tensor) -> tuple:
     weights, kept, n = tensors[:WEIGHTS], tensors[WEIGHTS:], ctx.numbers
     qkv, out, lse, total1, mean1, rstd1, normal, hidden, z, total2, mean2, rstd2 = kept[:12]
     w1, w2, dy = weights[12], weights[14], dy.contiguous().view(x.shape)
-    need, attended = [*needs[3:]], (qkv, out, lse)
+    need, attended = [*needs[4:]], (qkv, out, lse)
     first, second, up = (False, *need[12:14], BACKEND), (False, *need[14:16], BACKEND), (True, *need[8:12])
     inside = normal, *weights[8:12], hidden, z
     if n.pre_norm:  # total1 is LN(x), which attention was given
@@ -122,7 +140,7 @@ def _gradients(ctx, needs, dy: Tensor, x: Tensor, *tensors: Tensor) -> tuple:
     grads = (*attention_grads, *ffn_grads, dw1, db1, dw2, db2)
     dtype = x.dtype  # of all weights; the sums of the norms and of the FFN's biases are fp32
     given = [g if g is None or g.dtype is dtype else g.to(dtype) for g in grads]
-    return dx.view(ctx.shape), None, None, *(g if wanted else None for g, wanted in zip(given, need, strict=True))
+    return dx.view(ctx.shape), None, None, None, *(g if wanted else None for g, wanted in zip(given, need, strict=True))
 
 
 def _attended_gradients(ctx, d: Tensor, x: Tensor, attended, weights, need, plus: Tensor | None) -> tuple[Tensor, list]:

@@ -165,9 +165,13 @@ _record = super(torch.autograd.Function, _Attention).apply  # less what transfor
 
 
 def forward_by_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int):
+    return plan_of(q, k, v, mask, scale, backend, lse)(q, k, v, mask)
+
+
+def plan_of(q, k, v, mask: Prepared, scale: float, backend: str, lse: int):
+    """(q, k, v, mask) -> out, lse or None."""
     key = forward_key(q, k, v, mask, scale, backend, lse)
-    plan = PLANS.get(key) or keep(key, _forward_plan(q, k, v, mask, scale, backend, lse))
-    return plan(q, k, v, mask)
+    return PLANS.get(key) or keep(key, _forward_plan(q, k, v, mask, scale, backend, lse))
 
 
 def forward_key(q, k, v, mask: Prepared, scale: float | None, backend: str, lse: Any) -> tuple:

@@ -130,9 +130,13 @@ _record = super(torch.autograd.Function, _FeedForward).apply  # less what transf
 
 
 def forward_by_plan(x, w1, b1, w2, b2, activation, train, backend):
+    return plan_of(x, w1, b1, w2, b2, activation, train, backend)(x, w1, b1, w2, b2)
+
+
+def plan_of(x, w1, b1, w2, b2, activation, train, backend):
+    """(x, w1, b1, w2, b2) -> y, hidden, z."""
     key = _forward_key(x, w1, b1, w2, b2, activation, train, backend)
-    plan = PLANS.get(key) or planned.keep(key, _forward_plan(x, w1, b1, w2, b2, activation, train, backend))
-    return plan(x, w1, b1, w2, b2)
+    return PLANS.get(key) or planned.keep(key, _forward_plan(x, w1, b1, w2, b2, activation, train, backend))
 
 
 def _forward_key(x, w1, b1, w2, b2, activation, train, backend) -> tuple:

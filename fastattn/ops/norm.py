@@ -147,9 +147,13 @@ _record = super(torch.autograd.Function, _AddNorm).apply  # less what transforms
 
 
 def forward_by_plan(x, residual, weight, bias, eps, rms, keep, backend):
+    return plan_of(x, residual, weight, bias, eps, rms, keep, backend)(x, residual, weight, bias)
+
+
+def plan_of(x, residual, weight, bias, eps, rms, keep, backend):
+    """(x, residual, weight, bias) -> y, the sum or None, mean or None, rstd."""
     key = _forward_key(x, residual, weight, bias, eps, rms, keep, backend, True)
-    plan = PLANS.get(key) or planned.keep(key, _forward_plan(x, residual, weight, bias, eps, rms, keep, backend, True))
-    return plan(x, residual, weight, bias)
+    return PLANS.get(key) or planned.keep(key, _forward_plan(x, residual, weight, bias, eps, rms, keep, backend, True))
 
 
 def _forward_key(x, residual, weight, bias, eps, rms, keep, backend, statistics) -> tuple:

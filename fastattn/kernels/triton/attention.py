@@ -315,7 +315,7 @@ def result(x: Tensor, width: int, mask: Prepared) -> Callable[[Tensor], Tensor]:
     whole = mask.fields.query_starts is None or mask.fields.all_rows
     if x.dim() == 3:
         H = x.shape[1]
-        return lambda x: x.new_empty((x.shape[0], H, width)) if whole else x.new_zeros((x.shape[0], H, width))
+        return lambda x: x.new_empty(x.shape[0], H, width) if whole else x.new_zeros((x.shape[0], H, width))
     B, H, L, _ = x.shape
     if mask.fields.query_starts is None:
         size, stride = (B, H, L, width), (L * H * width, width, H * width, 1)
@@ -356,8 +356,8 @@ def statistics(x: Tensor, mask: Prepared, dead: float) -> Callable[[Tensor], Ten
     """The same for (B, H, L), or (H, T), in fp32; `dead` in rows of no sequence."""
     H = x.shape[-3 if x.dim() == 4 else 1]
     if mask.fields.query_starts is None:
-        size = tuple(x.shape[:3])
-        return lambda x: x.new_empty(size, dtype=torch.float32)
+        B, _, M = x.shape[:3]
+        return lambda x: x.new_empty(B, H, M, dtype=torch.float32)  # PyTorch reads numbers faster than a tuple of them
     whole = mask.fields.all_rows
 
     def rows(x: Tensor) -> Tensor:
