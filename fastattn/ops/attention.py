@@ -102,33 +102,33 @@ def forward_autograd(*args):
 
 
 class _Attention(torch.autograd.Function):
-    """q, k, v -> out, lse: by a plan, with a mask prepared for it, or by the ops."""
+    """q, k, v -> out, lse: by a plan, with a mask prepared for it, lse only where it is wanted; or by the ops."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask: Prepared | LoweredMask, scale: float, backend: str, exact_lse: bool, plan):
-        ctx.mask, ctx.scale, ctx.backend = mask, scale, backend
+        ctx.set_materialize_grads(False)
         if isinstance(mask, Prepared):
             out, lse = plan(q, k, v, mask)
             ctx.save_for_backward(q, k, v, out, lse, *mask.tensors)
-        else:
-            with dispatch.below_autograd():
-                out, lse = _FORWARD(q, k, v, *mask, scale, backend, exact_lse)
-            ctx.save_for_backward(q, k, v, out, lse, *(getattr(mask, name) for name in _TENSORS))
-            ctx.mask = mask._replace(**dict.fromkeys(_TENSORS))
-        ctx.set_materialize_grads(False)
+            ctx.request = mask, scale, backend
+            return (out, lse) if exact_lse else out
+        with dispatch.below_autograd():
+            out, lse = _FORWARD(q, k, v, *mask, scale, backend, exact_lse)
+        ctx.save_for_backward(q, k, v, out, lse, *(getattr(mask, name) for name in _TENSORS))
+        ctx.request = mask._replace(**dict.fromkeys(_TENSORS)), scale, backend
         return out, lse
 
     @staticmethod
-    def backward(ctx, dout, dlse):
+    def backward(ctx, dout, dlse=None):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        given, mask = (dout, dlse, q, k, v, out, lse), ctx.mask
+        given, (mask, scale, backend) = (dout, dlse, q, k, v, out, lse), ctx.request
         if not isinstance(mask, Prepared):
             fields = mask._replace(**dict(zip(_TENSORS, tensors, strict=True)))
-            grads = dispatch.call_backward(_BACKWARD, *given, *fields, ctx.scale, ctx.backend)
+            grads = dispatch.call_backward(_BACKWARD, *given, *fields, scale, backend)
         else:
-            grads = gradients(*given, mask, ctx.scale, ctx.backend)
+            grads = gradients(*given, mask, scale, backend)
         return (*grads, None, None, None, None, None)
 
 
@@ -299,9 +299,8 @@ def direct(q, k, v, mask: Any, scale: float | None, backend: str, return_lse: bo
             return None
         plan = keep(key, _forward_plan(q, k, v, mask, checked_scale, backend, lse))
     if recorded:
-        found = _record(q, k, v, mask, _scale(q, scale), backend, return_lse, plan)
-    else:
-        found = plan(q, k, v, mask)
+        return _record(q, k, v, mask, _scale(q, scale), backend, return_lse, plan)
+    found = plan(q, k, v, mask)
     return found if return_lse else found[0]
 
 
