@@ -5,9 +5,12 @@ import functools
 import sys
 import threading
 
+# ruff: noqa: E402  (without triton or transformers nothing below can be imported)
 import pytest
 import torch
-import transformers
+
+pytest.importorskip("triton")
+transformers = pytest.importorskip("transformers")
 from test_accelerate import LENGTHS, MODELS, L, assert_same, build, gradients, result, text
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

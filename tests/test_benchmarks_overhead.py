@@ -28,7 +28,7 @@ PROMISED = {
 def names() -> set[str]:
     both = [f"{name}{kind}" for name in ops(DRY) for kind in ("", " forward + backward")]
     theirs = [f"{name}, PyTorch" for name in both if not name.startswith("varlen")]
-    parts = [f"part: {name}" for name in ("key", "allocation", "launch", "boundary", "autograd")]
+    parts = [f"part: {name}" for name in ("key", "allocation", "launch", "boundary", "autograd", "registered op")]
     return {*both, *theirs, *parts, *(name for name, _ in figures_of_layers())}
 
 

@@ -261,7 +261,7 @@ _paper: Recording | Dry | None = None
 def _on_paper(paper: Any) -> Iterator[None]:
     global _paper
     before, _paper = (_paper, planned.pretending), paper
-    planned.pretending = isinstance(paper, Dry)
+    planned.pretending = planned.pretending or isinstance(paper, Dry)
     planned.PLANS.clear()  # they know how to launch
     try:
         yield
