@@ -34,11 +34,13 @@ readme: ready-bench
 gates: ready-test
 	$(RUN) tests/gates.py
 
-# The oldest Triton that is supported compiles a sample of the kernels; beside the environment's own, which stays as it is.
+# The oldest Triton that is supported compiles a sample of the kernels and is launched as it should be; beside the environment's
+# own, which stays as it is.
 oldest: ready-test
 	$(RUN) -m pip install --quiet --no-deps --upgrade --target build/oldest triton==3.6.0
 	PYTHONPATH=build/oldest $(RUN) tests/gates.py sample > build/oldest/rows.json
 	grep -q '"triton": "3.6.0"' build/oldest/rows.json
+	PYTHONPATH=build/oldest $(RUN) -m pytest tests/test_launch.py
 
 # Everything that needs a GPU, in under nine minutes: see benchmarks/gpu.py. Uses the environment as it is, installs and downloads
 # nothing. STEPS=tests,verify runs these alone, BUDGET=120 ends after so many seconds.

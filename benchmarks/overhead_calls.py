@@ -189,7 +189,7 @@ def inference(setting: Setting) -> Iterator[None]:
 def parts(setting: Setting) -> dict[str, Case]:
     """Where the time of `attention` goes, each part alone: a regression names itself.
 
-    key: what a call's metadata is, and its plan looked up. allocation: memory of out. launch: addresses to the launch. boundary:
+    key: the plan of a call's metadata, recalled. allocation: memory of out. launch: addresses to the launch. boundary:
     from the public function to a plan, whose key and answer are ready. autograd: the Function around a plan whose answer is.
     registered op: PyTorch's dispatcher to a plan whose answer is, where something watches.
     """
@@ -202,7 +202,7 @@ def parts(setting: Setting) -> dict[str, Case]:
     none, scale = op.NO_MASK, setting.D**-0.5
     make_out = kernels.result(q, setting.D, none)
     out, lse = make_out(q), kernels.statistics(q, none, 0.0)(q)
-    request = q, k, v, none, None, "auto", op.UNWANTED
+    name = "attention", none.key, None, "auto", False, False
     kernel = kernels.forward_launch(q, k, v, out, None, none.fields, scale, launch.gpu_of(q.device))
     bound: list[Any] = []  # once a launch is what it is where this is timed
 
@@ -214,7 +214,7 @@ def parts(setting: Setting) -> dict[str, Case]:
 
     trained = q.detach().requires_grad_()
     return {
-        "part: key": Case(lambda: planned.PLANS.get(op.forward_key(*request))),
+        "part: key": Case(lambda: planned.recall(name, (), (q, k, v))),
         "part: allocation": Case(lambda: make_out(q)),
         "part: launch": Case(started, launches=True),
         "part: boundary": Case(lambda: fastattn.attention(q, k, v), lambda: at_hand(op, (out, lse))),
@@ -228,13 +228,15 @@ def parts(setting: Setting) -> dict[str, Case]:
     }
 
 
-def _known(*_: Any) -> str:
-    return "known"
-
-
 @contextlib.contextmanager
 def at_hand(op: Any, answer: tuple) -> Iterator[None]:
-    """Inside, without gradients, every key is known, and its plan has the answer."""
-    known = mock.patch.object(op, "PLANS", {"known": lambda *_: answer})
-    with torch.no_grad(), known, mock.patch.object(op, "forward_key", _known):
+    """Inside, without gradients, every call is remembered, and its plan has the answer."""
+
+    def plan(*_: Any) -> tuple:
+        return answer
+
+    def recall(*_: Any) -> tuple:
+        return plan, False
+
+    with torch.no_grad(), mock.patch.object(op, "recall", recall), mock.patch.object(op, "forward_by_plan", plan):
         yield

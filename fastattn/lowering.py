@@ -41,6 +41,10 @@ class LoweredMask(NamedTuple):
     max_keys: int | None = None  # N
     all_rows: bool | None = None  # whether every row of q, k and v is known to be in a sequence; others are 0 in results
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [x for x in self if isinstance(x, Tensor)]
+
     def pairs(self, i: Tensor, j: Tensor) -> Tensor:
         """Visibility of queries i and keys j, bool (B or 1, H or 1, len(i), len(j)): at the shape that the mask has."""
         distance = j - i[:, None]
@@ -90,10 +94,10 @@ class Prepared:
 
     def __init__(self, fields: LoweredMask) -> None:
         self.fields, self.packed = fields, fields.query_starts is not None
-        self.tensors = [x for x in fields if isinstance(x, Tensor)]
+        self.tensors = fields.tensors
         kept = fields
         if self.packed:
-            kept = fields._replace(max_queries=_rounded(fields.max_queries), max_keys=_rounded(fields.max_keys))
+            kept = fields._replace(max_queries=classed(fields.max_queries), max_keys=classed(fields.max_keys))
         layouts = tuple(_layout(x) if isinstance(x, Tensor) else x for x in kept)
         if len(_KEYS) >= MOST_KEYS:
             _KEYS.clear()
@@ -109,8 +113,8 @@ def _layout(x: Tensor) -> tuple:
     return x.stride(), tuple(size == 1 for size in x.shape), x.data_ptr() % 16 == 0, x.device
 
 
-def _rounded(length: int | None) -> int:
-    """The lengths of packed sequences by classes, which share their tiles."""
+def classed(length: int | None) -> int:
+    """The greatest length of packed sequences that shares its plans and its tiles."""
     assert length is not None
     return -(-length // CLASS) * CLASS
 

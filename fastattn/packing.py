@@ -142,12 +142,13 @@ class Packing:
     def prepared(self, key_packing: Packing) -> Any:
         """What `keep_prepared` was given last, if it was for these keys. It is no field: torch.compile guards those."""
         kept = self.__dict__.get("_prepared")
-        return kept[1] if kept is not None and kept[0] is key_packing else None
+        return kept[1] if kept is not None and kept[0] is (None if key_packing is self else key_packing) else None
 
     def keep_prepared(self, key_packing: Packing, prepared: Any) -> None:
         """Both packings as a mask for attention; not in the memory of a CUDA graph that is being captured."""
         if not (self.cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.__dict__["_prepared"] = key_packing, prepared
+            keys = None if key_packing is self else key_packing  # no cycle: its memory is freed with it
+            self.__dict__["_prepared"] = keys, prepared
 
     @property
     def positions(self) -> Tensor:

@@ -8,8 +8,8 @@ checked again; for a new one the op checks, chooses a backend, and `keep`s the p
 from batch to batch while its kernels do not (the rows of packed tokens, of a linear, of a norm) is no part of a key.
 
 A call goes to its plan without PyTorch's dispatcher where its tensors are plain and nothing `watches` it; else through the
-registered op, which looks for the same plan. A call of `linear`, `ffn` or a norm whose tensors are contiguous makes no key the
-next time: guards `recall` its plan.
+registered op. Forward, an op has plans of its own: it serves what the public function never checked, or checked by other rules,
+as autocast's. Most calls make no key but the first time: guards `recall` their plan.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ _include, _autocast = torch._C._dispatch_tls_local_include_set, torch._C._is_any
 _traced, _switch = torch.compiler.is_dynamo_compiling, torch._C._get_fp32_precision_getter
 _modes, _functions = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _profiled = torch._C._autograd._profiler_enabled
+_MEMORY = ("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
+_keys = torch._C._dispatch_keys
 
 
 Known = tuple[Callable[..., Any], bool]  # a plan, and whether a gradient is wanted
@@ -50,21 +52,26 @@ def keep(key: tuple, plan: Callable[..., Any]) -> Callable[..., Any]:
     return plan
 
 
-def remember(request: Request, found: Known, precision: str | None = None) -> None:
-    """Let `recall` find this for calls like the one that it is for, if all tensors are contiguous and start at multiples of 16
-    bytes. Those of rows may have other sizes next time, but for their last. `precision` is what `fp32_precision` says now.
+def remember(request: Request, found: Known, precision: str | None = None, tokens: bool = False) -> None:
+    """Let `recall` find this for calls like the one that it is for, if all tensors start at multiples of 16 bytes.
+
+    Tensors of rows are contiguous, and may have other sizes next time, but for their last; with `tokens` all tensors may be
+    longer or shorter. `precision` is what `fp32_precision` says now.
 
     What PyTorch's compiler guards its graphs with compares types, dtypes, devices, sizes, strides, requires_grad and the
     dispatcher's keys of all tensors at once, in a fraction of the time that a key takes.
     """
     name, rows, tensors = request
     known = PLANS.setdefault(name, [])
-    if len(known) == REMEMBERED or not all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in tensors):
+    dense = all(x.is_contiguous() and x.stride()[-2:-1] in ((), (x.shape[-1],)) for x in rows)
+    if len(known) == REMEMBERED or not dense or any(x.data_ptr() % 16 for x in tensors):
         return
     sizes: list[Any] = [list(x.shape) for x in tensors]
     strides: list[Any] = [list(x.stride()) for x in tensors]
     for size, stride in zip(sizes[: len(rows)], strides, strict=False):
         size[:-1], stride[:-1] = ([None] * (len(size) - 1) for _ in range(2))
+    for size in sizes if tokens else ():
+        size[0] = None
     fits = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     if fits(*tensors):  # a tensor that is there twice never does
         known.append((fits, precision, found))
@@ -77,10 +84,13 @@ def recall(name: tuple, rows: tuple, tensors: tuple) -> Known | None:
             for x in rows:
                 if not x.is_contiguous():
                     return None
-            address = 0
+            addresses = 0
             for x in tensors:
-                address |= x.data_ptr()
-            return None if address & 15 else found
+                address = x.data_ptr()
+                if not address:
+                    return None
+                addresses |= address
+            return None if addresses & 15 else found
     return None
 
 
@@ -104,21 +114,27 @@ def watched() -> bool:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether these are memory of a CPU or a GPU and no more: no subclass, nothing that stands for other values."""
-    return all(x is None or (type(x) in PLAIN and (x.is_cuda or x.is_cpu) and not x.is_neg()) for x in tensors)
+    """Whether these are memory of a CPU or a GPU and no more: no subclass, nothing that stands for other values.
+
+    Those are keys of the dispatcher too: of a view to be negated, of zeros without memory, of what a transform wraps.
+    """
+    return all(x is None or (type(x) in PLAIN and not _keys(x).raw_repr() & _OTHER) for x in tensors)
 
 
 def plain_types(*tensors: Tensor | None) -> bool:
-    """The same of tensors whose device is in a key. (The last stride of a negated view is 2, and such tensors are copied.)"""
+    """The same of tensors whose device is in a key, and whether they are to be negated."""
     return _PLAIN_OR_NONE.issuperset(map(type, tensors))
 
 
 def layout(x: Tensor | None) -> Any:
-    """Of a key: how the rows of a matrix or a vector lie; of a contiguous one it leaves out how many there are."""
+    """Of a key: how the rows of a matrix or a vector lie; of a contiguous one it leaves out how many there are.
+
+    One row is contiguous whatever the step to a next one; a matrix is told from a vector by having such a step.
+    """
     if x is None:
         return None
-    shape = x.shape
-    where = (len(shape), shape[-1]) if shape and x.is_contiguous() else (shape, x.stride())
+    shape, steps = x.shape, x.stride()
+    where = (len(shape), shape[-1], steps[-2:]) if shape and x.is_contiguous() else (shape, steps)
     return where, x.dtype, x.device, x.is_neg()
 
 
@@ -133,6 +149,14 @@ def memory(x: Tensor, shape: torch.Size, width: int) -> Tensor:
 def fp32_precision(dtype: torch.dtype) -> str | None:
     """Of a key: PyTorch's own switch, by which fp32 may be multiplied in less."""
     return _switch("cuda", "matmul") if dtype is torch.float32 else None
+
+
+def without_memory(*tensors: Tensor | None) -> Any:
+    """Of a key: True where all have memory; else, of what is empty or has but a shape, how many elements there are and where."""
+    for x in tensors:
+        if x is not None and not x.data_ptr():
+            return tuple((t.numel(), t.device) for t in tensors if t is not None)
+    return True
 
 
 def unaligned(*tensors: Tensor | None) -> tuple[bool, ...]:
@@ -155,4 +179,12 @@ def _quiet() -> set[int]:
     return found
 
 
-_QUIET = _quiet()
+def _other() -> int:
+    """The dispatcher's keys that a tensor which is memory has not."""
+    memory = 0
+    for name in _MEMORY:
+        memory |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr()
+    return ~memory
+
+
+_QUIET, _OTHER = _quiet(), _other()

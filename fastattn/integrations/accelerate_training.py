@@ -17,7 +17,7 @@ from fastattn import planned
 from fastattn.integrations.accelerate_layers import Batch, Family, Parts
 from fastattn.integrations.accelerate_plans import Numbers, Weights, numbers_of, prepared_mask
 from fastattn.lowering import Prepared, three
-from fastattn.ops import attention, dispatch, ffn, norm
+from fastattn.ops import attention, attention_plans, dispatch, ffn, norm
 
 BACKEND = "auto"
 WEIGHTS = 16
@@ -100,7 +100,7 @@ def _attended(x: Tensor, shape, mask: Prepared, n: Numbers, run: Callable, weigh
     weight, bias = _joined(weights)
     qkv = F.linear(x, weight, bias)
     q, k, v = three(qkv, _heads(shape, qkv, n))
-    out, lse = run("attention", attention.plan_of, (q, k, v, mask), n.scale, BACKEND, attention.SAVED)
+    out, lse = run("attention", attention_plans.plan_of, (q, k, v, mask), n.scale, BACKEND, attention_plans.SAVED)
     return qkv, out, lse, F.linear(_tokens(out), weights[6], weights[7])
 
 

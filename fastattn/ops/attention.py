@@ -8,69 +8,44 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastattn import masks, plans
-from fastattn.lowering import LoweredMask, Prepared, batched, side_by_side
+from fastattn.lowering import LoweredMask, Prepared, side_by_side
 from fastattn.masks import Mask
 from fastattn.ops import dispatch
-from fastattn.planned import PLAIN, PLANS, fp32_precision, keep, plain, plain_types, unaligned, watched
-
-# In order of preference. On an H100 `triton` is faster than `cuda` on every shape that was timed, from 50 keys to 1,024, forward
-# and backward (benchmarks/results/h100: a test holds the order to it), although `cuda` moves fewer bytes up to 288 keys. No other
-# GPU was timed; the order is the same there, as the count of bytes, the only reason for another one, did not decide here.
-BACKENDS = ("triton", "cuda", "cpu", "eager")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class AttentionProblem(NamedTuple):
-    """One request, from metadata alone: what a backend accepts or refuses, and what its config depends on."""
-
-    device: str
-    dtype: torch.dtype
-    B: int
-    H: int
-    M: int
-    N: int
-    D: int
-    Hkv: int  # heads of k and v
-    Dv: int  # head dimension of v
-    band: bool = False  # low or high
-    prefix: bool = False
-    ranges: bool = False  # key_begin, key_end or query_end
-    keys: bool = False
-    documents: bool = False
-    bits: bool = False
-    packed: bool = False  # B sequences laid end to end, of at most M queries and N keys
-
-    def __str__(self) -> str:
-        mask = [name for name in ("band", "prefix", "ranges", "keys", "documents", "bits") if getattr(self, name)]
-        dtype = str(self.dtype).removeprefix("torch.")
-        sizes = f"B={self.B} H={self.H} M={self.M} N={self.N} D={self.D}"
-        sizes += f" Hkv={self.Hkv}" * (self.Hkv != self.H) + f" Dv={self.Dv}" * (self.Dv != self.D)
-        return f"{'varlen_' * self.packed}attention({sizes}, {dtype}, {self.device}, mask: {' & '.join(mask) or 'none'})"
-
-
-def problem_of(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> AttentionProblem:
-    B, H, M, D = q.shape
-    N = k.shape[2]
-    if mask.query_starts is not None:
-        assert mask.max_queries is not None and mask.max_keys is not None
-        B, M, N = mask.query_starts.shape[0] - 1, mask.max_queries, mask.max_keys
-    return AttentionProblem(
-        q.device.type, q.dtype, B, H, M, N, D, k.shape[1], v.shape[3],
-        band=mask.low is not None or mask.high is not None,
-        prefix=mask.prefix is not None,
-        ranges=mask.key_begin is not None or mask.key_end is not None or mask.query_end is not None,
-        keys=mask.keys is not None,
-        documents=mask.ids is not None,
-        bits=mask.bits is not None,
-        packed=mask.query_starts is not None,
-    )  # fmt: skip
-
+from fastattn.ops.attention_plans import (
+    BACKENDS,
+    DTYPES,
+    EXACT,
+    NO_MASK,
+    SAVED,
+    UNWANTED,
+    AttentionProblem,
+    as_one_sequence,
+    backward_by_plan,
+    backward_plan_of,
+    forward_by_plan,
+    forward_key,
+    forward_plan,
+    problem_of,
+)  # fmt: skip
+from fastattn.planned import (
+    PLAIN,
+    PLANS,
+    Known,
+    fp32_precision,
+    keep,
+    observed,
+    plain,
+    plain_types,
+    recall,
+    remember,
+    watched,
+)
 
 # The op. `exact_lse` says that the caller wants lse itself; without it only the backward reads it, and a backend may save work.
 
@@ -156,140 +131,64 @@ _BACKWARD = dispatch.define(
 )  # fmt: skip
 
 
-# Plans
+# Without the dispatcher
 
-UNWANTED, SAVED, EXACT = range(3)  # the log-sum-exp: for nobody, for the backward, for the caller
 SCALES = (type(None), int, float)  # what a key may hold
-NO_MASK = Prepared(LoweredMask())
 _record = super(torch.autograd.Function, _Attention).apply  # less what transforms need, for which nothing may be direct
-
-
-def forward_by_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int):
-    return plan_of(q, k, v, mask, scale, backend, lse)(q, k, v, mask)
-
-
-def plan_of(q, k, v, mask: Prepared, scale: float, backend: str, lse: int):
-    """(q, k, v, mask) -> out, lse or None."""
-    key = forward_key(q, k, v, mask, scale, backend, lse)
-    return PLANS.get(key) or keep(key, _forward_plan(q, k, v, mask, scale, backend, lse))
-
-
-def forward_key(q, k, v, mask: Prepared, scale: float | None, backend: str, lse: Any) -> tuple:
-    """q, k, v: (B, H, L, D), or with a packing (T, H, D); no plan knows how many rows a packing has."""
-    if not mask.packed:
-        sizes: Any = q.shape, k.shape, v.shape
-    else:
-        sizes = tuple((x.shape[-3 if x.dim() == 4 else -2], x.shape[-1], x.dim()) for x in (q, k, v))
-    dtype = q.dtype
-    return (
-        sizes, q.stride(), k.stride(), v.stride(), dtype, k.dtype, v.dtype, q.device, k.get_device(), v.get_device(), mask.key,
-        scale, backend, lse, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15 and unaligned(q, k, v), fp32_precision(dtype),
-    )  # fmt: skip
-
-
-def _forward_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int):
-    if not all(x.stride(-1) == 1 for x in (q, k, v)):
-        plan = _unit_forward_plan(_unit_stride(q), _unit_stride(k), _unit_stride(v), mask, scale, backend, lse)
-        return lambda q, k, v, mask: plan(*map(_unit_stride, (q, k, v)), mask)
-    return _unit_forward_plan(q, k, v, mask, scale, backend, lse)
-
-
-def _unit_forward_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int):
-    module = dispatch.choose("attention", BACKENDS, backend, problem_of(batched(q), batched(k), batched(v), mask.fields))
-    if hasattr(module, "forward_plan"):
-        return module.forward_plan(q, k, v, mask, scale, lse == EXACT, lse != UNWANTED)
-    if q.dim() == 4:
-        return lambda q, k, v, mask: module.forward(q, k, v, mask.fields, scale, lse == EXACT)
-
-    def packed(q, k, v, mask):
-        out, statistics = module.forward(batched(q), batched(k), batched(v), mask.fields, scale, lse == EXACT)
-        return out[0].transpose(0, 1), statistics[0]
-
-    return packed
 
 
 def gradients(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str, joined: bool = False) -> Any:
     """dq, dk and dv by a plan, or, where something watches, by the op. joined: side by side, as one matrix (tokens, 3 H D)."""
     given = dout, dlse, q, k, v, out, lse
-    if not torch.is_grad_enabled() and not watched() and plain_types(*given):
-        return backward_by_plan(*given, mask, scale, backend, joined)
-    grads = dispatch.call_backward(_BACKWARD, *_batched(*given), *mask.fields, scale, backend)
+    if not torch.is_grad_enabled() and not observed():
+        name = "attention backward", mask.key, scale, backend, joined, dlse is None
+        tensors = (dout, q, k, v, out, lse) if dlse is None else given
+        found = recall(name, (), tensors)
+        if found is None and not watched() and plain_types(*given):
+            found = backward_plan_of(*given, mask, scale, backend, joined), False
+            if not mask.packed:
+                remember((name, (), tensors), found, fp32_precision(q.dtype))
+        if found is not None:
+            return found[0](*given, mask)
+    grads = dispatch.call_backward(_BACKWARD, *as_one_sequence(*given), *mask.fields, scale, backend)
     if joined:
         return side_by_side(*grads)
     return grads if q.dim() == 4 else tuple(grad[0].transpose(0, 1) for grad in grads)
 
 
-def backward_by_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str, joined: bool = False):
-    given = dout, dlse, q, k, v, out, lse
-    address = dout.data_ptr() | out.data_ptr() | lse.data_ptr() | (0 if dlse is None else dlse.data_ptr())
-    key = (
-        forward_key(q, k, v, mask, scale, backend, dout.stride()), dout.dtype, out.stride(), lse.is_contiguous(),
-        None if dlse is None else dlse.is_contiguous(), joined, address & 15 and unaligned(dout, out, lse, dlse),
-    )  # fmt: skip
-    plan = PLANS.get(key) or keep(key, _backward_plan(*given, mask, scale, backend, joined))
-    return plan(*given, mask)
-
-
-def _backward_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str, joined: bool):
-    given = dout, dlse, q, k, v, out, lse
-    if lse.is_contiguous() and (dlse is None or dlse.is_contiguous()) and all(x.stride(-1) == 1 for x in (dout, q, k, v, out)):
-        return _unit_backward_plan(given, mask, scale, backend, joined)
-    plan = _unit_backward_plan(_laid_out(*given), mask, scale, backend, joined)
-    return lambda *given: plan(*_laid_out(*given[:-1]), given[-1])
-
-
-def _laid_out(dout, dlse, q, k, v, out, lse) -> tuple:
-    dout, q, k, v, out = map(_unit_stride, (dout, q, k, v, out))
-    return dout, None if dlse is None else dlse.contiguous(), q, k, v, out, lse.contiguous()
-
-
-def _unit_backward_plan(given: tuple, mask: Prepared, scale: float, backend: str, joined: bool):
-    _, _, q, k, v, _, _ = given
-    module = dispatch.choose("attention", BACKENDS, backend, problem_of(batched(q), batched(k), batched(v), mask.fields))
-    if hasattr(module, "joined_results") and joined:
-        return module.backward_plan(*given, mask, scale, joined)
-    if joined:
-        plan = _unit_backward_plan(given, mask, scale, backend, False)
-        return lambda *given: side_by_side(*plan(*given))
-    if hasattr(module, "backward_plan"):
-        return module.backward_plan(*given, mask, scale)
-    if q.dim() == 4:
-        return lambda *given: module.backward(*given[:-1], given[-1].fields, scale)
-
-    def packed(*given):
-        grads = module.backward(*_batched(*given[:-1]), given[-1].fields, scale)
-        return tuple(grad[0].transpose(0, 1) for grad in grads)
-
-    return packed
-
-
-def _batched(dout, dlse, q, k, v, out, lse) -> tuple:
-    """Packed tensors, (T, H, D) and (H, T), as those of one sequence, (1, H, T, D) and (1, H, T)."""
-    if q.dim() == 4:
-        return dout, dlse, q, k, v, out, lse
-    dout, q, k, v, out = map(batched, (dout, q, k, v, out))
-    return dout, None if dlse is None else dlse[None], q, k, v, out, lse[None]
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """Kernels take any strides but read the last dimension as adjacent elements. (Of one element any stride is right, but
-    PyTorch's CPU kernel lays its output out by it.)"""
-    if x.stride(-1) == 1:
-        return x
-    return x.resolve_neg().as_strided(x.shape, (*x.stride()[:-1], 1)) if x.shape[-1] == 1 else x.contiguous()
-
-
 def direct(q, k, v, mask: Any, scale: float | None, backend: str, return_lse: bool, checked_scale: float | None = None) -> Any:
-    """out, or (out, lse), without the dispatcher; nothing watches. None where no such call was checked before and this one was
-    not either (`checked_scale` is None), and where a tensor is not plain."""
-    if type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN:
-        return None
+    """out, or (out, lse), without the dispatcher; nothing is `observed`. None where no such call was checked before and this one
+    was not either (`checked_scale` is None), where a tensor is not plain, and where something watches."""
     if mask is None:
         mask = NO_MASK
     elif type(mask) is not Prepared:
-        mask = mask.prepared.get((q.shape, k.shape, q.device)) if type(mask) is Mask else None
+        if type(mask) is not Mask or type(q) not in PLAIN or type(k) not in PLAIN:
+            return None
+        mask = mask.prepared.get((q.shape, k.shape, q.device))
         if mask is None:
             return None
+    name = "attention", mask.key, scale, backend, return_lse, torch.is_grad_enabled()
+    given = q, k, v
+    try:
+        found = recall(name, (), given) or _looked_up(given, mask, name, checked_scale)
+    except (RuntimeError, TypeError):  # what has no memory or no strides, what no key can hold: the checks name it
+        if checked_scale is not None:
+            raise
+        return None
+    if found is None:
+        return None
+    plan, recorded = found
+    if recorded:
+        return _record(q, k, v, mask, float(_scale(q, scale)), backend, return_lse, plan)
+    result = plan(q, k, v, mask)
+    return result if return_lse else result[0]
+
+
+def _looked_up(given: tuple, mask: Prepared, name: tuple, checked_scale: float | None) -> Known | None:
+    """The plan by the key of the call, and whether a gradient is wanted."""
+    if watched() or any(x is None for x in given) or not plain(*given):
+        return None
+    (q, k, v), (_, _, scale, backend, return_lse, _) = given, name
     recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     lse = EXACT if return_lse else SAVED if recorded else UNWANTED
     key = forward_key(q, k, v, mask, scale, backend, lse)
@@ -297,11 +196,9 @@ def direct(q, k, v, mask: Any, scale: float | None, backend: str, return_lse: bo
     if plan is None:
         if checked_scale is None:
             return None
-        plan = keep(key, _forward_plan(q, k, v, mask, checked_scale, backend, lse))
-    if recorded:
-        return _record(q, k, v, mask, _scale(q, scale), backend, return_lse, plan)
-    found = plan(q, k, v, mask)
-    return found if return_lse else found[0]
+        plan = keep(key, forward_plan(q, k, v, mask, float(checked_scale), backend, lse))
+    remember((name, (), given), (plan, recorded), fp32_precision(given[0].dtype), tokens=mask.packed)
+    return plan, recorded
 
 
 # Public functions
@@ -358,11 +255,11 @@ def attention(
 
     The algorithm is the online softmax of FlashAttention (Dao et al., 2022, arXiv:2205.14135).
     """
-    quiet = bias is None and dropout == 0.0 and seed is None and not watched()
+    quiet = bias is None and dropout == 0.0 and seed is None and not observed()
     if quiet and (found := direct(q, k, v, mask, scale, backend, return_lse)) is not None:
         return found
     q, k, v, lowered, checked_scale = checked(q, k, v, mask, bias, scale, dropout, seed, backend)
-    if quiet and plain(q, k, v) and type(scale) in SCALES:
+    if quiet and not watched() and plain(q, k, v, *lowered.tensors) and isinstance(scale, SCALES):
         prepared = Prepared(lowered)
         if type(mask) is Mask:
             mask.keep_prepared((q.shape, k.shape, q.device), prepared)

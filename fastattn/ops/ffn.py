@@ -24,7 +24,6 @@ from fastattn.ops.linear import (
     problem_of,
 )
 from fastattn.planned import (
-    PLAIN,
     PLANS,
     Known,
     Request,
@@ -36,6 +35,7 @@ from fastattn.planned import (
     remember,
     unaligned,
     watched,
+    without_memory,
 )
 
 # ffn: y = h W2^T + b2 with h = act(z), z = x W1^T + b1; h and z are returned, else empty, where `train` says so.
@@ -135,7 +135,7 @@ def forward_by_plan(x, w1, b1, w2, b2, activation, train, backend):
 
 def plan_of(x, w1, b1, w2, b2, activation, train, backend):
     """(x, w1, b1, w2, b2) -> y, hidden, z."""
-    key = _forward_key(x, w1, b1, w2, b2, activation, train, backend)
+    key = "op", _forward_key(x, w1, b1, w2, b2, activation, train, backend)  # whose tensors nobody checked
     return PLANS.get(key) or planned.keep(key, _forward_plan(x, w1, b1, w2, b2, activation, train, backend))
 
 
@@ -143,7 +143,7 @@ def _forward_key(x, w1, b1, w2, b2, activation, train, backend) -> tuple:
     given = x, w1, b1, w2, b2
     return (
         "ffn", *map(layout, given), w1.shape, w2.shape, activation, train, backend, x.device, unaligned(*given),
-        fp32_precision(x.dtype),
+        without_memory(*given), fp32_precision(x.dtype),
     )  # fmt: skip
 
 
@@ -221,7 +221,7 @@ def _look_up(x, w1, b1, w2, b2, activation, backend, checked: bool) -> Known | N
     """The plan by the key of the call, for any layout; nothing watches. None where no such call was checked before and this one
     was not either, and where a tensor is not plain."""
     given = x, w1, b1, w2, b2
-    if not (all(type(t) in PLAIN for t in (x, w1, w2)) and all(t is None or type(t) in PLAIN for t in (b1, b2))):
+    if x is None or w1 is None or w2 is None or not plain(*given):
         return None
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     key = _forward_key(*given, activation, recorded, backend)

@@ -13,7 +13,6 @@ from fastattn.activations import check_activation
 from fastattn.ops import dispatch
 from fastattn.ops.dispatch import in_dtype
 from fastattn.planned import (
-    PLAIN,
     PLANS,
     Known,
     Request,
@@ -25,6 +24,7 @@ from fastattn.planned import (
     remember,
     unaligned,
     watched,
+    without_memory,
 )
 
 BACKENDS = ("triton", "cuda", "cpu", "eager")  # in order of preference
@@ -165,7 +165,7 @@ _record = super(torch.autograd.Function, _Linear).apply  # less what transforms 
 
 
 def _forward_by_plan(x, weight, bias, residual, activation, train, backend):
-    key = _forward_key(x, weight, bias, residual, activation, train, backend)
+    key = "op", _forward_key(x, weight, bias, residual, activation, train, backend)  # whose tensors nobody checked
     plan = PLANS.get(key) or planned.keep(key, _forward_plan(x, weight, bias, residual, activation, train, backend))
     return plan(x, weight, bias, residual)
 
@@ -174,7 +174,7 @@ def _forward_key(x, weight, bias, residual, activation, train, backend) -> tuple
     given = x, weight, bias, residual
     return (
         "linear", *map(layout, given), weight.shape, residual is not None and residual.shape[:-1] == x.shape[:-1],
-        activation, train, backend, x.device, unaligned(*given), fp32_precision(x.dtype),
+        activation, train, backend, x.device, unaligned(*given), without_memory(*given), fp32_precision(x.dtype),
     )  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def _look_up(x, weight, bias, residual, activation, backend, checked: bool) -> K
     """The plan by the key of the call, for any layout; nothing watches. None where no such call was checked before and this one
     was not either, and where a tensor is not plain."""
     given = x, weight, bias, residual
-    if not (all(type(t) in PLAIN for t in (x, weight)) and all(t is None or type(t) in PLAIN for t in (bias, residual))):
+    if x is None or weight is None or not plain(*given):
         return None
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     key = _forward_key(*given, activation, recorded, backend)

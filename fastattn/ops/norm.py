@@ -14,7 +14,7 @@ from torch import Tensor
 from fastattn import planned
 from fastattn.ops import dispatch
 from fastattn.ops.dispatch import in_dtype
-from fastattn.planned import PLAIN, PLANS, Known, Request, layout, observed, plain, recall, remember, unaligned, watched
+from fastattn.planned import PLANS, Known, Request, layout, observed, plain, recall, remember, unaligned, watched, without_memory
 
 BACKENDS = ("triton", "cpu", "eager")  # in order of preference
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -152,7 +152,7 @@ def forward_by_plan(x, residual, weight, bias, eps, rms, keep, backend):
 
 def plan_of(x, residual, weight, bias, eps, rms, keep, backend):
     """(x, residual, weight, bias) -> y, the sum or None, mean or None, rstd."""
-    key = _forward_key(x, residual, weight, bias, eps, rms, keep, backend, True)
+    key = "op", _forward_key(x, residual, weight, bias, eps, rms, keep, backend, True)  # whose tensors nobody checked
     return PLANS.get(key) or planned.keep(key, _forward_plan(x, residual, weight, bias, eps, rms, keep, backend, True))
 
 
@@ -160,7 +160,7 @@ def _forward_key(x, residual, weight, bias, eps, rms, keep, backend, statistics)
     given = x, residual, weight, bias
     return (
         "norm", *map(layout, given), residual is not None and residual.shape == x.shape, eps, rms, keep, backend, statistics,
-        x.device, unaligned(*given),
+        x.device, unaligned(*given), without_memory(*given),
     )  # fmt: skip
 
 
@@ -217,7 +217,7 @@ def _look_up(x, residual, weight, bias, eps, rms, return_sum, backend, checked: 
     """The plan by the key of the call, for any layout; nothing watches. None where no such call was checked before and this one
     was not either, and where a tensor is not plain."""
     given = x, residual, weight, bias
-    if not (type(x) in PLAIN and all(t is None or type(t) in PLAIN for t in (residual, weight, bias))):
+    if x is None or not plain(*given):
         return None
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     options = eps, rms, return_sum or recorded, backend, recorded

@@ -10,7 +10,7 @@ from fastattn.lowering import LoweredMask, Prepared, batched
 from fastattn.masks import Mask, packed_fields
 from fastattn.ops.attention import SCALES, as_mask, checked, direct, forward_autograd
 from fastattn.packing import Packing
-from fastattn.planned import PLAIN, plain, watched
+from fastattn.planned import PLAIN, observed, plain, watched
 
 
 @overload
@@ -61,7 +61,7 @@ def varlen_attention(
     Raises:
         As `attention` does.
     """
-    quiet = bias is None and dropout == 0.0 and seed is None and not watched()
+    quiet = bias is None and dropout == 0.0 and seed is None and not observed()
     if quiet and (found := _direct(q, k, v, packing, mask, key_packing, scale, backend, return_lse)) is not None:
         return found
     if key_packing is None:
@@ -76,7 +76,7 @@ def varlen_attention(
         raise ValueError(f"key_packing has {counts}")
     lowered = _lowered(packing, key_packing, mask, q.shape[1])
     *four, lowered, checked_scale = checked(batched(q), batched(k), batched(v), lowered, bias, scale, dropout, seed, backend)
-    if quiet and plain(q, k, v) and type(scale) in SCALES:
+    if quiet and not watched() and plain(q, k, v, *lowered.tensors) and isinstance(scale, SCALES):
         prepared = Prepared(lowered)
         if mask is None:
             packing.keep_prepared(key_packing, prepared)
@@ -103,7 +103,9 @@ def _direct(q, k, v, packing, mask, key_packing, scale, backend, return_lse) -> 
     """As `direct`, once the rows are as many as the packings say, which no plan knows."""
     if key_packing is None:
         key_packing = packing
-    if type(q) not in PLAIN or type(packing) is not Packing or type(key_packing) is not Packing:
+    if type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN or not q.dim() == k.dim() == v.dim() == 3:
+        return None
+    if type(packing) is not Packing or type(key_packing) is not Packing or k.shape[0] != v.shape[0]:
         return None
     if mask is None:
         prepared = packing.prepared(key_packing)
@@ -111,7 +113,7 @@ def _direct(q, k, v, packing, mask, key_packing, scale, backend, return_lse) -> 
         prepared = mask.prepared.get((packing, key_packing, q.shape[1])) if type(mask) is Mask else None
     if prepared is None or (packing.trusted and q.shape[0] != packing.capacity):
         return None
-    if key_packing.trusted and not k.shape[0] == v.shape[0] == key_packing.capacity:
+    if key_packing.trusted and k.shape[0] != key_packing.capacity:
         return None
     return direct(q, k, v, prepared, scale, backend, return_lse)
 

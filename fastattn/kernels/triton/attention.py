@@ -23,7 +23,7 @@ from fastattn.kernels.triton.attention_backward import _attention_backward_kerne
 from fastattn.kernels.triton.attention_forward import _attention_forward_kernel
 from fastattn.kernels.triton.launch import GPU, Launch, gpu_here, gpu_of, precision, ready, refusals, settle_keys, vector
 from fastattn.kernels.triton.tuned import ONE_KERNEL, Config, Row, dtype_class, sources, tiles_of
-from fastattn.lowering import LoweredMask, Prepared, batched, three
+from fastattn.lowering import LoweredMask, Prepared, batched, classed, three
 from fastattn.plans import KernelPlan, tensor_bytes
 
 settle_keys(primitives, tiles, attention_forward, attention_backward)
@@ -103,6 +103,8 @@ def backward_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, j
     _, *grads = make(q.to("meta"), k.to("meta"), v.to("meta"))
     given = (*(batched(x) for x in (q, k, v, out)), lse, *(batched(x) for x in grads))
     launches = backward_launches(batched(dout), dlse, *given, mask.fields, scale, gpu_of(q.device))
+    if launches[-1].arguments["H"] == 0:  # no query, and no group of heads by which the kernels could divide
+        return lambda dout, dlse, q, k, v, out, lse, mask: _nothing_seen(*make(q, k, v))
     packed, rows = mask.packed, -2 if q.dim() == 4 else 0
     first, handle = launcher(launches[0], "q" if len(launches) > 1 else "k", KEY_TILES)
     second, _ = launcher(launches[1], "k", QUERY_TILES) if len(launches) > 1 else (None, handle)
@@ -122,6 +124,12 @@ def backward_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, j
         return returned
 
     return call
+
+
+def _nothing_seen(returned: Any, *grads: Tensor) -> Any:
+    for grad in grads:
+        grad.zero_()
+    return returned
 
 
 def launcher(launch: Launch, blocked: str, tiles: int) -> tuple[Callable[..., None], Callable[[Tensor], Any]]:
@@ -168,14 +176,14 @@ def _handles(mask: Prepared, handle: Callable[[Tensor], Any]) -> tuple[tuple, tu
 
 
 def forward_launch(q, k, v, out, lse, mask: LoweredMask, scale: float, gpu: GPU) -> Launch:
-    N, block_d = _sizes(q, k, mask)[2], _block(max(q.shape[3], v.shape[3]))
+    (_, N), block_d = _classed_sizes(q, k, mask), _block(max(q.shape[3], v.shape[3]))
     config = _row("attention_forward", gpu, q.dtype, block_d, N, mask.key_tiles is not None).config
     return forward_with(config, q, k, v, out, lse, mask, scale)
 
 
 def backward_launches(dout, dlse, q, k, v, out, lse, dq, dk, dv, mask: LoweredMask, scale: float, gpu: GPU) -> list[Launch]:
     """One kernel for short sequences; else dq first: it also makes delta = rowsum(dO * O) - dlse, which dkdv reads."""
-    (_, M, N), group = _sizes(q, k, mask), q.shape[1] // max(k.shape[1], 1)
+    (M, N), group = _classed_sizes(q, k, mask), q.shape[1] // max(k.shape[1], 1)
     block_d, listed = _block(max(q.shape[3], v.shape[3])), mask.key_tiles is not None
     single = single_config(gpu, q.dtype, block_d, group * M, N, listed)
     if single is not None:
@@ -365,6 +373,12 @@ def statistics(x: Tensor, mask: Prepared, dead: float) -> Callable[[Tensor], Ten
         return x.new_empty(size, dtype=torch.float32) if whole else x.new_full(size, dead, dtype=torch.float32)
 
     return rows
+
+
+def _classed_sizes(q: Tensor, k: Tensor, mask: LoweredMask) -> tuple[int, int]:
+    """Queries and keys by which tiles are chosen: of packed sequences as many as any has that a plan serves."""
+    _, M, N = _sizes(q, k, mask)
+    return (M, N) if mask.query_starts is None else (classed(M), classed(N))
 
 
 def _programs(heads: int, length: int, block: int) -> int:

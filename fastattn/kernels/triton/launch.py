@@ -192,10 +192,10 @@ def compiled_start(kernel: Any, device: int) -> Callable[[int, tuple], None] | N
         if current() != device:
             with torch.cuda.device(device):
                 return start(programs, values)
-        stream = stream_of(device)
-        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a profiler wants to know
+        stream, enter, leave = stream_of(device), hooks.launch_enter_hook, hooks.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler wants to know; a chain may be replaced
             told = kernel.launch_metadata((programs, 1, 1), stream, *values)
-            launcher(programs, 1, 1, stream, function, metadata, told, hooks.launch_enter_hook, hooks.launch_exit_hook, *values)
+            launcher(programs, 1, 1, stream, function, metadata, told, enter, leave, *values)
         elif after is None:
             run(programs, 1, 1, stream, function, *before, *values)
         else:
