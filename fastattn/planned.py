@@ -52,6 +52,14 @@ def keep(key: tuple, plan: Callable[..., Any]) -> Callable[..., Any]:
     return plan
 
 
+def known(key: tuple) -> Any:
+    """What is kept under a key; None too for what no key can hold, which the checks name."""
+    try:
+        return PLANS.get(key)
+    except TypeError:
+        return None
+
+
 def remember(request: Request, found: Known, precision: str | None = None, tokens: bool = False) -> None:
     """Let `recall` find this for calls like the one that it is for, if all tensors start at multiples of 16 bytes.
 
@@ -62,9 +70,9 @@ def remember(request: Request, found: Known, precision: str | None = None, token
     dispatcher's keys of all tensors at once, in a fraction of the time that a key takes.
     """
     name, rows, tensors = request
-    known = PLANS.setdefault(name, [])
+    kinds = PLANS.setdefault(name, [])
     dense = all(x.is_contiguous() and x.stride()[-2:-1] in ((), (x.shape[-1],)) for x in rows)
-    if len(known) == REMEMBERED or not dense or any(x.data_ptr() % 16 for x in tensors):
+    if len(kinds) == REMEMBERED or not dense or any(x.data_ptr() % 16 for x in tensors):
         return
     sizes: list[Any] = [list(x.shape) for x in tensors]
     strides: list[Any] = [list(x.stride()) for x in tensors]
@@ -74,12 +82,12 @@ def remember(request: Request, found: Known, precision: str | None = None, token
         size[0] = None
     fits = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     if fits(*tensors):  # a tensor that is there twice never does
-        known.append((fits, precision, found))
+        kinds.append((fits, precision, found))
 
 
 def recall(name: tuple, rows: tuple, tensors: tuple) -> Known | None:
     """What is remembered of calls like this one; nothing is `observed`. Whether rows are equally many, the caller has to see."""
-    for fits, precision, found in PLANS.get(name, ()):
+    for fits, precision, found in known(name) or ():
         if fits(*tensors) and (precision is None or precision == _switch("cuda", "matmul")):
             for x in rows:
                 if not x.is_contiguous():

@@ -225,7 +225,7 @@ def _look_up(x, w1, b1, w2, b2, activation, backend, checked: bool) -> Known | N
         return None
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     key = _forward_key(*given, activation, recorded, backend)
-    plan = PLANS.get(key)
+    plan = planned.known(key)
     if plan is None:
         if not checked:
             return None

@@ -246,7 +246,7 @@ def _look_up(x, weight, bias, residual, activation, backend, checked: bool) -> K
         return None
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     key = _forward_key(*given, activation, recorded, backend)
-    plan = PLANS.get(key)
+    plan = planned.known(key)
     if plan is None:
         if not checked:
             return None

@@ -222,7 +222,7 @@ def _look_up(x, residual, weight, bias, eps, rms, return_sum, backend, checked: 
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     options = eps, rms, return_sum or recorded, backend, recorded
     key = _forward_key(*given, *options)
-    plan = PLANS.get(key)
+    plan = planned.known(key)
     if plan is None:
         if not checked:
             return None
