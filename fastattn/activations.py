@@ -45,5 +45,5 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 
 
 def check_activation(name: str | None) -> None:
-    if name is not None and name not in ACTIVATIONS:
+    if name is not None and not (isinstance(name, str) and name in ACTIVATIONS):
         raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {name!r}")

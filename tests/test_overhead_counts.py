@@ -31,18 +31,18 @@ class Counts(NamedTuple):
 
 # The most that each may take from its second call on. Python 3.11, torch 2.13, Triton 3.7.
 LIMITS = {
-    "attention": Counts(python=10, c=24, allocations=1, crossings=0),
-    "attention forward + backward": Counts(python=67, c=113, allocations=6, crossings=0),
-    "attention with padding": Counts(python=10, c=25, allocations=1, crossings=0),
-    "attention with padding forward + backward": Counts(python=67, c=114, allocations=6, crossings=0),
-    "varlen_attention": Counts(python=16, c=31, allocations=1, crossings=0),
-    "varlen_attention forward + backward": Counts(python=76, c=124, allocations=6, crossings=0),
-    "linear gelu": Counts(python=9, c=19, allocations=1, crossings=0),
-    "linear gelu forward + backward": Counts(python=59, c=86, allocations=4, crossings=0),
-    "add_layer_norm": Counts(python=9, c=20, allocations=1, crossings=0),
-    "add_layer_norm forward + backward": Counts(python=57, c=91, allocations=6, crossings=0),
-    "ffn": Counts(python=11, c=22, allocations=1, crossings=0),
-    "ffn forward + backward": Counts(python=77, c=105, allocations=4, crossings=0),
+    "attention": Counts(python=10, c=16, allocations=1, crossings=0),
+    "attention forward + backward": Counts(python=59, c=87, allocations=6, crossings=0),
+    "attention with padding": Counts(python=10, c=17, allocations=1, crossings=0),
+    "attention with padding forward + backward": Counts(python=59, c=88, allocations=6, crossings=0),
+    "varlen_attention": Counts(python=12, c=20, allocations=1, crossings=0),
+    "varlen_attention forward + backward": Counts(python=70, c=112, allocations=6, crossings=0),
+    "linear gelu": Counts(python=10, c=19, allocations=1, crossings=0),
+    "linear gelu forward + backward": Counts(python=61, c=86, allocations=4, crossings=0),
+    "add_layer_norm": Counts(python=10, c=20, allocations=1, crossings=0),
+    "add_layer_norm forward + backward": Counts(python=60, c=91, allocations=6, crossings=0),
+    "ffn": Counts(python=12, c=22, allocations=1, crossings=0),
+    "ffn forward + backward": Counts(python=80, c=105, allocations=4, crossings=0),
 }
 ALLOCATORS = {f"{new}{kind}" for new in ("", "new_") for kind in ("empty", "zeros", "ones", "full", "empty_strided")}
 ALLOCATORS |= {f"{kind}_like" for kind in ("empty", "zeros", "ones", "full")} | {"clone"}
