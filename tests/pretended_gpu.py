@@ -24,7 +24,19 @@ NEEDS_A_GPU = ("Torch not compiled with CUDA enabled", "requires CUDA support")
 # same dtype, and 250 runs that would each be slow here.
 NOT_REHEARSED = ("graph", "capture", "compile", "export", "opcheck", "checkpoint", "vmap", "half_precision_is", "250_runs")
 # What launches kernels or Triton's host code by itself, in whose place the specification answers, or a process that sees no GPU
-OWN_CODE = ("test_ahead.py", "test_tune.py", "test_tuned.py", "test_cuda_plans.py", "test_benchmarks_overhead.py")
+OWN_CODE = (
+    "test_ahead.py",
+    "test_tune.py",
+    "test_tuned.py",
+    "test_cuda_plans.py",
+    "test_benchmarks_overhead.py",
+    "test_launch.py",
+)
+OWN_CODE += (
+    "test_planned.py",
+    "test_planned_keys.py",
+    "test_recall.py",
+)  # and what this mode, which watches, keeps from happening
 MANY, FEWER = 8, 6  # of a test with more variants than these one in so many
 
 
