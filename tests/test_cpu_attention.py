@@ -1,6 +1,8 @@
 """The cpu backend's calls: what they may allocate, which pairs they compute, and that a mask's parts are kept with it."""
 
 import gc
+import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -10,11 +12,27 @@ from torch.utils._pytree import tree_leaves
 
 import fastattn
 from fastattn import masks
-from fastattn.kernels.cpu import attention_atoms, attention_parts
+from fastattn.kernels.cpu import attention_atoms, attention_padded, attention_parts
 from fastattn.ops.attention import AttentionProblem
 from fastattn.testing import MASKS, assert_accurate, attention_inputs, attention_yardstick, run_attention
 
 BOUNDS = ["causal", "padding", "padding_queries", "holes", "causal_left", "window", "prefix_lm", "window_prefix"]
+
+
+@contextmanager
+def number_of_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads():
+    with number_of_threads(2):
+        yield
 
 
 class Largest(TorchDispatchMode):
@@ -38,7 +56,7 @@ def largest(mask, M, N, Hkv=4, dlse=True):
 
     x = attention_inputs(2, 4, M, N, 8, torch.float32, mask=mask, Hkv=Hkv, dlse=dlse)
     lowered = x.lowered()
-    with Largest() as seen:
+    with Largest() as seen, number_of_threads(1):  # it sees this thread alone
         out, lse = cpu.forward(x.q, x.k, x.v, lowered, x.scale, True)
         cpu.backward(x.dout, x.dlse, x.q, x.k, x.v, out, lse, lowered, x.scale)
     return seen.elements
@@ -226,3 +244,137 @@ def test_a_row_that_sees_only_keys_beyond_the_length_is_dead():
     served, expected = (fastattn.attention(q, k, v, mask, return_lse=True, backend=name) for name in ("cpu", "eager"))
     for a, b in zip(served, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+LENGTHS = [70, 0, 33, 64, 64, 7, 0, 70, 1, 0]  # of ten sequences of 70
+HOLES = torch.rand(10, 70, generator=torch.Generator().manual_seed(0)) > 0.3
+RIGHT = torch.arange(70) < torch.tensor(LENGTHS)[:, None]
+PADDINGS = {
+    "keys": masks.padding(LENGTHS), "queries": masks.padding(LENGTHS, LENGTHS[::-1]), "left": masks.key_padding(RIGHT.flip(1)),
+    "holes": masks.key_padding(RIGHT & HOLES), "queries alone": masks.Mask(query_end=torch.tensor(LENGTHS, dtype=torch.int32)),
+    "holes, fewer": masks.key_padding(HOLES) & masks.padding(LENGTHS[::-1], LENGTHS),
+}  # fmt: skip
+
+
+@pytest.fixture
+def priced(monkeypatch):
+    """Sets what a call more must save, in pairs: 0 is a call for each sequence, 10**9 one for all."""
+
+    def prices(pairs, H, D):
+        monkeypatch.setattr(attention_padded, "_price", lambda: pairs * H * D)
+        for name in ("SHARE", "CUT", "COPIED", "MASK"):
+            monkeypatch.setattr(attention_padded, name, 0)
+        attention_padded._plan.cache_clear()
+
+    yield prices
+    attention_padded._plan.cache_clear()
+
+
+@pytest.mark.parametrize("price", [0, 1500, 10**9])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", PADDINGS)
+def test_sequences_may_share_calls_in_any_way(monkeypatch, priced, name, threads, price):
+    H, D = 2, 8
+    priced(price, H, D)
+    monkeypatch.setattr(attention_padded, "CALL", 100)  # so that heads are shared out too
+    monkeypatch.setattr(attention_padded, "SERIAL", 400)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = replace(attention_inputs(10, H, 70, 70, D, dtype, dlse=dtype == torch.float32), mask=PADDINGS[name])
+        with number_of_threads(threads):
+            found = run_attention(x, "cpu")
+        assert_accurate(found, attention_yardstick(x), cpu_half_gradients=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("price", [0, 1500, 10**9])
+@pytest.mark.parametrize("name", PADDINGS)
+def test_what_padding_holds_changes_no_bit(priced, name, price, bad):
+    """One element of one token is enough to be seen; in queries that see nothing, and in their gradients, too."""
+    H, D = 2, 8
+    priced(price, H, D)
+    x = replace(attention_inputs(10, H, 70, 70, D, torch.float32), mask=PADDINGS[name])
+    visible = PADDINGS[name].dense(10, 1, 70, 70)
+    hidden_keys, dead = ~visible.any(2)[:, 0], ~visible.any(3)[:, 0]
+    clean = run_attention(x, "cpu")
+    for field, hidden in (("k", hidden_keys), ("v", hidden_keys), ("q", dead), ("dout", dead)):
+        for b, token in hidden.nonzero()[::7].tolist():
+            changed = getattr(x, field).clone()
+            changed[b, 1, token, 5] = bad
+            dirty = run_attention(replace(x, **{field: changed}), "cpu")
+            for part, tensor in clean.items():
+                assert torch.equal(tensor, dirty[part]), (field, b, token, part)
+
+
+class Counted:
+    """A kernel and how often it was called."""
+
+    def __init__(self, kernel):
+        self.kernel, self.times = kernel, 0
+
+    def __call__(self, *args, **kwargs):
+        self.times += 1
+        return self.kernel(*args, **kwargs)
+
+
+@pytest.fixture
+def kernels(monkeypatch, two_threads):
+    """Forward and backward."""
+    found = Counted(attention_padded._flash), Counted(attention_padded._flash_backward)
+    for name, counted in zip(("_flash", "_flash_backward"), found, strict=True):
+        monkeypatch.setattr(attention_padded, name, counted)
+    return found
+
+
+@pytest.mark.parametrize("name", PADDINGS)
+def test_padding_of_short_sequences_is_one_call(kernels, name):
+    x = replace(attention_inputs(10, 2, 70, 70, 8, torch.float32, dlse=True), mask=PADDINGS[name])  # with dlse it runs once
+    run_attention(x, "cpu")
+    assert [kernel.times for kernel in kernels] == [1, 1]
+    hidden = ~PADDINGS[name].dense(10, 1, 70, 70).any(2)
+    if hidden.any():
+        run_attention(replace(x, k=x.k.masked_fill(hidden[..., None], float("nan"))), "cpu")
+        assert [kernel.times for kernel in kernels] == [3, 3]  # once more where NaN is seen
+
+
+def calls_of(mask, B, L, backward=False):
+    """(sequences, queries, keys, whether a mask is made) of each call that computes something."""
+    found = attention_padded.calls(mask.lower(L, L), torch.empty(B, 12, L, 64), L, backward)
+    return [
+        (call.batch.stop - call.batch.start, call.rows.stop, call.keys.stop - call.keys.start, call.hidden is not None)
+        for call in found
+        if call.rows.stop
+    ]
+
+
+SOME = [128, 3, 77, 50, 9, 120, 64, 31]
+
+
+def test_calls_of_padding(two_threads):
+    """Several calls where they save many pairs; one region of all threads, for all sequences, where they do not."""
+    keys = [(128, False), (3, False), (80, True), (50, False), (16, True), (120, False), (64, False), (32, True)]
+    assert [(keys, hides) for _, _, keys, hides in calls_of(masks.padding(SOME), 8, 128)] == keys
+    assert [rows for _, rows, _, _ in calls_of(masks.padding(SOME, SOME), 8, 128)] == SOME
+    assert calls_of(masks.padding([64] * 8), 8, 128) == [(8, 128, 64, False)]
+    assert calls_of(masks.padding([128] * 7 + [100]), 8, 128) == [(8, 128, 128, True)]
+    assert calls_of(masks.padding([61] * 8), 8, 128) == [(8, 128, 64, True)]  # whole vectors, the last keys hidden
+    assert calls_of(masks.padding([40, 3, 60, 20]), 4, 64) == [(4, 64, 64, True)]  # too little to share
+
+
+def test_several_calls_are_shared_out(monkeypatch):
+    """Each in a thread of its own number of threads, 1: no call has a parallel region; results are the same bits."""
+    seen, flash = [], attention_padded._flash
+
+    def watched(*args, **kwargs):
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        return flash(*args, **kwargs)
+
+    x = replace(attention_inputs(8, 4, 128, 128, 64, torch.float32), mask=masks.padding(SOME, SOME))
+    with number_of_threads(1):
+        alone = run_attention(x, "cpu")
+    monkeypatch.setattr(attention_padded, "_flash", watched)
+    with number_of_threads(2):
+        shared = run_attention(x, "cpu")
+    assert len(seen) > 4 and threading.get_ident() not in {thread for thread, _ in seen}
+    assert {number for _, number in seen} == {1}
+    for part, tensor in alone.items():
+        assert torch.equal(tensor, shared[part]), part

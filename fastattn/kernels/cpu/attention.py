@@ -3,8 +3,8 @@
 What that kernel gets wrong or refuses is handled here: an empty M or N kills the process, a row with no visible key has
 lse 0.0, bool masks are refused, NaN in a padded key leaks, lse is inexact in half precision, a causal mask with scale <= 0
 gives NaN or Inf, q, k and v must have one width and one number of heads, and no gradient of the log-sum-exp is taken.
-Padding is not computed where that pays, and a mask is served by a call for each block of queries, on the keys that it sees:
-`attention_parts` says which. No tensor has an element for each query and key.
+Padding alone is served by few calls, see `attention_padded`; any other mask by a call for each block of queries, on the keys that
+it sees: `attention_parts` says which. No tensor has an element for each query and key.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.kernels.cpu import attention_packed
+from fastattn.kernels.cpu import attention_packed, attention_padded
 from fastattn.kernels.cpu.attention_parts import HIDDEN_WORK, Block, Part, dead_rows, parts, unpacked
 from fastattn.lowering import LoweredMask
 
@@ -119,6 +119,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float) -
     if _unmasked(mask) and q.numel() and k.numel():  # the shortest way for the least request
         out, lse = _flash(q, k, v, 0.0, False, scale=scale)
         return _heads_inside(out), lse.contiguous()
+    if attention_padded.serves(mask) and q.numel() and k.numel():
+        out, lse = attention_padded.forward(q, k, v, mask, scale)
+        return _heads_inside(out), lse
     B, H, M, D = q.shape
     N = k.shape[2]
     k, v, calls = _calls(q, k, v, mask)
@@ -145,6 +148,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float) -
 
 
 def _backward(dout, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    if attention_padded.serves(mask) and q.numel() and k.numel():
+        return attention_padded.backward(dout, q, k, v, out, lse, mask, scale)
     B, H, M, D = q.shape
     N = k.shape[2]
     k, v, calls = _calls(q, k, v, mask)

@@ -125,7 +125,7 @@ def layers(mask: LoweredMask, queries: int, keys: slice | Tensor, N: int, price:
     if common is None:
         return [atoms], cost
     others = [atom for atom in natural if not atom.rows & common.rows]
-    first = _joined(mask, _sorted([*others, common]), price)
+    first = _joined(_sorted([*others, common]), price)
     rows = range(_lowest(common.rows), common.rows.bit_length())
     taken = next(atom.some for atom in first if atom.rows & common.rows)  # more than the common keys where others were joined
     second, more = _cheapest(mask, limits, rows, alive & ~taken, N, price)
@@ -148,7 +148,7 @@ def _cheapest(mask: LoweredMask, limits: Limits, queries: range, alive: int, N: 
     least = float("inf")
     for order in orders:
         atoms = _atoms(mask, limits, order, alive, N)
-        for found in (_joined(mask, atoms, price), atoms):
+        for found in (_joined(atoms, price), atoms):
             found = _sorted(found)
             cost = price(found)
             if cost < least:
@@ -158,10 +158,6 @@ def _cheapest(mask: LoweredMask, limits: Limits, queries: range, alive: int, N: 
 
 def _sorted(atoms: list[Atom]) -> list[Atom]:
     return sorted(atoms, key=lambda atom: _lowest(atom.rows))
-
-
-def keys_alone(mask: LoweredMask) -> bool:
-    return mask.keys is not None and mask.low is mask.high is mask.prefix is mask.ids is mask.bits is None
 
 
 def _atoms(mask: LoweredMask, limits: Limits, order: range | np.ndarray, alive: int, N: int) -> list[Atom]:
@@ -187,7 +183,7 @@ def _atoms(mask: LoweredMask, limits: Limits, order: range | np.ndarray, alive: 
         if mask.bits is not None:
             some &= _set_of_words(np.bitwise_or.reduce(some_bits[start:stop]))
             every &= _set_of_words(np.bitwise_and.reduce(every_bits[start:stop]))
-        if mask.keys is not None and not keys_alone(mask):
+        if mask.keys is not None:
             every = 0  # a tensor for the dead keys of each sequence is needed everywhere
         if some:
             found.append(Atom(run(first, last + 1) if isinstance(rows, range) else set_of(rows), some, every))
@@ -200,13 +196,13 @@ def _pieces(cuts: list[int]) -> Iterator[tuple[int, int]]:
         yield from itertools.pairwise([begin, *inside, end])
 
 
-def _joined(mask: LoweredMask, atoms: list[Atom], price: Price) -> list[Atom]:
+def _joined(atoms: list[Atom], price: Price) -> list[Atom]:
     """Neighbours in one, where the pairs that this adds cost less than a call; a gap stays between queries that have one."""
     found: list[Atom] = []
     for atom in atoms:
         if found and (_is_run(found[-1].rows | atom.rows) or not _is_run(found[-1].rows)):
             both = found[-1].joined(atom)
-            small = both.some == both.every or keys_alone(mask) or both.pairs <= MOST_PAIRS
+            small = both.some == both.every or both.pairs <= MOST_PAIRS
             if small and (both.pairs - found[-1].pairs - atom.pairs) * price.pair < price.call:
                 found[-1] = both
                 continue

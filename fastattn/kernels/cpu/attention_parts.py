@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastattn.kernels.cpu.attention_atoms import MOST_KEYS, Atom, Price, flags, keys_alone, layers, members, progression, set_from
+from fastattn.kernels.cpu.attention_atoms import MOST_KEYS, Atom, Price, flags, layers, members, progression, set_from
 from fastattn.lowering import LoweredMask, pack_bits
 
 # Hidden multiply-adds of q k^T from which a call of its own for a sequence, about 0.1 ms with its copies, is the cheaper way;
@@ -87,9 +87,8 @@ class Part(NamedTuple):
         return block.runs[0].start - block.rows.start, len(block.rows), len(block.runs[0])
 
     def visible(self, block: Block) -> Tensor:
-        """bool (sequences or 1, heads or 1, rows, keys); one row where dead keys alone are hidden, in every row alike."""
+        """bool (sequences or 1, heads or 1, rows, keys)."""
         i = _positions(self.queries, block.rows)
-        i = i[:1] if keys_alone(self.mask) else i
         j = torch.cat([_positions(self.keys, run) for run in block.runs])
         return self.mask.pairs(i, j)
 
@@ -173,9 +172,6 @@ def _parts(mask: LoweredMask, shape: torch.Size, dtype: torch.dtype, N: int, liv
     together = [(slice(0, B), M, slice(0, N))]
     if live is not None:
         mask = mask._replace(key_begin=None, key_end=None, keys=live[:, 0, 0])
-        if keys_alone(mask):
-            block = Block(range(M), (range(N),), False)
-            return [Part(slice(0, B), slice(0, M), slice(0, N), [block], mask)]
         return _cheapest([together], mask, H * D, dtype, N)
     groupings = [_each_sequence(mask, B, M, N)]
     whole = mask.keys is mask.ids is mask.key_begin is mask.key_end is mask.query_end is None
