@@ -14,9 +14,10 @@ import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("transformers")
-from benchmarks import overhead
+from benchmarks import overhead, overhead_calls
 from benchmarks.overhead_calls import DRY, Case, cases, figures_of_layers, layered, ops
 from fastattn.kernels.triton import ahead
+from fastattn.kernels.triton.launch import GPU, dry, recorded
 
 ROOT = Path(__file__).parent.parent
 PROMISED = {
@@ -129,3 +130,12 @@ def test_all_that_is_launched_is_compiled(monkeypatch):
     with pytest.raises(SystemExit, match="1 kernels do not compile for sm_90"):
         overhead.compile_all(DRY)
     assert given == [len(jobs), 90]
+
+
+def test_a_part_that_was_recorded_for_compiling_is_launched_after_that():
+    with dry(GPU(90)) as made:
+        launch = overhead_calls.parts(DRY)["part: launch"]
+        with recorded(GPU(90)) as launches:
+            launch.call()
+        launch.call()
+    assert len(launches) == 1 and made.launches == 1
