@@ -142,6 +142,24 @@ def test_hidden_states_are_not_overwritten():
         assert torch.equal(first, before)
 
 
+def test_rows_of_no_sequence_hold_nothing():
+    """What attention does not write is 0, as where it makes its memory itself."""
+    _, ours = both(capacity=64)
+    encoder = ours.forward.settings
+    x = torch.randn(64, 32)
+    weights = accelerate_plans.Weights(encoder.layers[0].parts)
+    assert weights.key() is not None
+    numbers = accelerate_plans.numbers_of(encoder.family, encoder.layers[0].parts)
+    packing = fastattn.Packing.from_lengths([24, 7], L, 64)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        scratch = accelerate_plans.Scratch(x, numbers, weights, packing, None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert scratch.qkv.isnan().all() and not scratch.attended.any()
+
+
 def test_threads_do_not_meet(monkeypatch):
     """Memory belongs to a call. (The interpreter serves one thread at a time.)"""
     interpreter = pytest.importorskip("triton.runtime.interpreter").GridExecutor

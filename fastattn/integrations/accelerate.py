@@ -161,15 +161,21 @@ def accelerate(
             encoder = _accelerate_encoder(handle, model, name, module, strict=strict, capacity=capacity, prove=prove, unpad=unpad)
             if encoder is not None and graphs is not None:
                 encoder.graphs = EncoderGraphs(module, graphs)
+    _conclude(handle, strict)
+    return handle
+
+
+def _conclude(handle: Handle, strict: bool) -> None:
+    """Raise where `strict` and something is left, and say so where there was nothing to serve."""
+    report, none = handle.report, f"no encoder that is served: one of {', '.join(FAMILIES)}"
     if strict and (report.left or not report.accelerated):
         handle.restore()
         why = "; ".join(f"{name or 'model'}: {reason}" for name, reason in report.left.items())
         if not why:
-            raise ValueError(f"model has no encoder that is served: one of {', '.join(FAMILIES)}")
+            raise ValueError(f"model has {none}")
         raise NotImplementedError(f"strict=True, but not all of the model is served: {why}")
     if not report.accelerated and not report.left:
-        report.left[""] = f"no encoder that is served: one of {', '.join(FAMILIES)}"
-    return handle
+        report.left[""] = none
 
 
 def _check(model: Any, capacity: Any, unpad: Any) -> None:

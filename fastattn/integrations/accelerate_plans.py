@@ -113,7 +113,9 @@ class Scratch:
         self.mask = prepared_mask(x, heads, packing, mask)
         self.qkv, self.weight = x.new_empty((rows, 3 * W)), x.new_empty((3 * W, C))
         self.bias = None if bias is None else x.new_empty(3 * W)
-        self.projected, self.normal, self.attended = x.new_empty((rows, C)), x.new_empty((rows, C)), x.new_empty((rows, W))
+        self.projected, self.normal = x.new_empty((rows, C)), x.new_empty((rows, C))
+        whole = packing is None or packing.full
+        self.attended = x.new_empty((rows, W)) if whole else x.new_zeros((rows, W))  # no kernel writes rows of no sequence
         if packing is None:
             (B, L, _), D = x.shape, numbers.head_size
             self.q, self.k, self.v = three(self.qkv, (B, heads, L, D))
