@@ -85,6 +85,12 @@ def remember(request: Request, found: Known, precision: str | None = None, token
         kinds.append((fits, precision, found))
 
 
+def look_up(key: tuple, make: Callable[[], Callable[..., Any]], checked: bool) -> Any:
+    """The plan under a key. Where there is none, it is made if the call was checked, else None."""
+    plan = known(key)
+    return keep(key, make()) if plan is None and checked else plan
+
+
 def recall(name: tuple, rows: tuple, tensors: tuple) -> Known | None:
     """What is remembered of calls like this one; nothing is `observed`. Whether rows are equally many, the caller has to see."""
     for fits, precision, found in known(name) or ():

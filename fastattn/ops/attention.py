@@ -35,17 +35,16 @@ from fastattn.ops.attention_plans import (
 )  # fmt: skip
 from fastattn.planned import (
     PLAIN,
-    PLANS,
     Known,
     fp32_precision,
-    keep,
+    look_up,
     observed,
     plain,
     plain_types,
     recall,
     remember,
     watched,
-)
+)  # fmt: skip
 
 # The op. `exact_lse` says that the caller wants lse itself; without it only the backward reads it, and a backend may save work.
 
@@ -156,9 +155,9 @@ def gradients(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backe
     return grads if q.dim() == 4 else tuple(grad[0].transpose(0, 1) for grad in grads)
 
 
-def direct(q, k, v, mask: Any, scale: float | None, backend: str, return_lse: bool, checked_scale: float | None = None) -> Any:
+def direct(q, k, v, mask: Any, scale: float | None, backend: str, return_lse: bool, checked: bool = False) -> Any:
     """out, or (out, lse), without the dispatcher; nothing is `observed`. None where no such call was checked before and this one
-    was not either (`checked_scale` is None), where a tensor is not plain, and where something watches."""
+    was not `checked` either, where a tensor is not plain, and where something watches."""
     if mask is None:
         mask = NO_MASK
     elif type(mask) is not Prepared:
@@ -170,9 +169,9 @@ def direct(q, k, v, mask: Any, scale: float | None, backend: str, return_lse: bo
     name = "attention", mask.key, scale, backend, return_lse, torch.is_grad_enabled()
     given = q, k, v
     try:
-        found = recall(name, (), given) or _looked_up(given, mask, name, checked_scale)
+        found = recall(name, (), given) or _looked_up(given, mask, name, checked)
     except (RuntimeError, TypeError):  # what has no memory or no strides, what no key can hold: the checks name it
-        if checked_scale is not None:
+        if checked:
             raise
         return None
     if found is None:
@@ -184,7 +183,7 @@ def direct(q, k, v, mask: Any, scale: float | None, backend: str, return_lse: bo
     return result if return_lse else result[0]
 
 
-def _looked_up(given: tuple, mask: Prepared, name: tuple, checked_scale: float | None) -> Known | None:
+def _looked_up(given: tuple, mask: Prepared, name: tuple, checked: bool) -> Known | None:
     """The plan by the key of the call, and whether a gradient is wanted."""
     if watched() or any(x is None for x in given) or not plain(*given):
         return None
@@ -192,11 +191,9 @@ def _looked_up(given: tuple, mask: Prepared, name: tuple, checked_scale: float |
     recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     lse = EXACT if return_lse else SAVED if recorded else UNWANTED
     key = forward_key(q, k, v, mask, scale, backend, lse)
-    plan = PLANS.get(key)
+    plan = look_up(key, lambda: forward_plan(q, k, v, mask, float(_scale(q, scale)), backend, lse), checked)
     if plan is None:
-        if checked_scale is None:
-            return None
-        plan = keep(key, forward_plan(q, k, v, mask, float(checked_scale), backend, lse))
+        return None
     remember((name, (), given), (plan, recorded), fp32_precision(given[0].dtype), tokens=mask.packed)
     return plan, recorded
 
@@ -263,7 +260,7 @@ def attention(
         prepared = Prepared(lowered)
         if type(mask) is Mask:
             mask.keep_prepared((q.shape, k.shape, q.device), prepared)
-        return direct(q, k, v, prepared, scale, backend, return_lse, checked_scale)
+        return direct(q, k, v, prepared, scale, backend, return_lse, True)
     out, lse = forward_autograd(q, k, v, *lowered, checked_scale, backend, return_lse)
     return (out, lse) if return_lse else out
 

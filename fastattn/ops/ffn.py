@@ -225,11 +225,9 @@ def _look_up(x, w1, b1, w2, b2, activation, backend, checked: bool) -> Known | N
         return None
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     key = _forward_key(*given, activation, recorded, backend)
-    plan = planned.known(key)
+    plan = planned.look_up(key, lambda: _forward_plan(*given, activation, recorded, backend), checked)
     if plan is None:
-        if not checked:
-            return None
-        plan = planned.keep(key, _forward_plan(*given, activation, recorded, backend))
+        return None
     remember(_request(*given, activation, backend), (plan, recorded), fp32_precision(x.dtype))
     return plan, recorded
 

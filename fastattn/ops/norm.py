@@ -222,11 +222,9 @@ def _look_up(x, residual, weight, bias, eps, rms, return_sum, backend, checked: 
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     options = eps, rms, return_sum or recorded, backend, recorded
     key = _forward_key(*given, *options)
-    plan = planned.known(key)
+    plan = planned.look_up(key, lambda: _forward_plan(*given, *options), checked)
     if plan is None:
-        if not checked:
-            return None
-        plan = planned.keep(key, _forward_plan(*given, *options))
+        return None
     remember(_request(*given, eps, rms, return_sum, backend), (plan, recorded))
     return plan, recorded
 

@@ -82,7 +82,7 @@ def varlen_attention(
             packing.keep_prepared(key_packing, prepared)
         elif type(mask) is Mask:
             mask.keep_prepared((packing, key_packing, q.shape[1]), prepared)
-        return direct(q, k, v, prepared, scale, backend, return_lse, checked_scale)
+        return direct(q, k, v, prepared, scale, backend, return_lse, True)
     out, lse = forward_autograd(*four, *lowered, checked_scale, backend, return_lse)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
