@@ -19,7 +19,7 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 SHARED = 227 * 1024  # bytes of shared memory of a block, as on an H100
 KERNELS = (("triton", "attention"), ("triton", "ffn"), ("triton", "norm"), ("cuda", "attention"), ("cuda", "ffn"))
 COPIES = ("copy_", "__set__", "_has_compatible_shallow_copy_type")  # what may meet tensors of two devices
-NEEDS_A_GPU = ("Torch not compiled with CUDA enabled", "requires CUDA support")
+NEEDS_A_GPU = ("Torch not compiled with CUDA enabled", "requires CUDA support", "Found no NVIDIA driver")
 # What PyTorch's own code would do on a GPU (capture, compile, recompute), a kernel that is better than the specification in the
 # same dtype, and 250 runs that would each be slow here.
 NOT_REHEARSED = ("graph", "capture", "compile", "export", "opcheck", "checkpoint", "vmap", "half_precision_is", "250_runs")
