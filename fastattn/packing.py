@@ -116,7 +116,7 @@ class Packing:
         with lasting():
             overflowed, cu = cu[-1] > capacity, cu.clamp(max=capacity)
             row = torch.arange(capacity, device=cu.device)
-            sequence = torch.searchsorted(cu[1:], row, right=True)
+            sequence = torch.searchsorted(cu, row, right=True) - 1  # not in cu[1:]: inductor of torch 2.11 takes no view there
             column = row - cu[sequence]
             live = (column >= 0) & (column < max_length) & (row < cu[-1])
             if order is not None and order.numel():

@@ -16,6 +16,7 @@ COUNTED = {
     "hgmma": r"\bHGMMA\b",
     "tf32": r"TF32",
     "narrow": r"\bLDG\.E\.U16\b",  # loads of 2 bytes from global memory
+    "clamped": r"\bVIMNMX3\.RELU\b",  # max(x, y, z, 0)
     "ldgsts": r"\bLDGSTS\.E\.BYPASS\.128\b",  # asynchronous copies of 16 bytes
 }
 

@@ -303,7 +303,7 @@ def test_backward_twice_is_bit_equal(backend):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="races show on a GPU, in many runs of many blocks")
 @pytest.mark.parametrize("mask", ["none", "causal_padding", "documents"])
 @pytest.mark.parametrize("N", [197, 300])
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", [TRITON, CUDA])
 def test_250_runs_are_bit_equal(backend, N, mask):
     x = attention_inputs(60, 4, N, N, 64, torch.float16, "cuda", mask=mask)
     first = run_attention(x, backend)
@@ -370,7 +370,7 @@ def test_no_read_beyond_the_end(backend, op):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", [TRITON, CUDA])
 def test_cuda_graph_captures_forward_and_backward(backend):
     x = attention_inputs(2, 2, 70, 70, 64, torch.float16, "cuda", mask="causal_padding")
     q, k, v = (t.clone().requires_grad_() for t in (x.q, x.k, x.v))

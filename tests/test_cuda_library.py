@@ -177,6 +177,7 @@ def test_launch_goes_to_the_device_and_the_stream_of_its_tensors(monkeypatch, cu
     assert guards == entered and launches == [(out.data_ptr(), 3, 71)]
 
 
+@built
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="capture needs a GPU")
 def test_first_launch_inside_a_capture_raises():

@@ -67,10 +67,7 @@ def _visits_kernel(
 
 def visits(lowered, M, N, over_keys, block_m, block_n):
     tiles = lowered.key_tiles if over_keys else lowered.query_tiles
-    arguments = _mask_arguments(lowered, tiles)
-    for name in list(arguments):
-        if name.startswith(("keys_", "ids", "key_ids", "bits")):
-            del arguments[name]
+    arguments = {name: x for name, x in _mask_arguments(lowered, tiles).items() if name in _visits_kernel.arg_names}
     device = device_of("triton")
     counts = torch.zeros(B, H, -(-M // block_m), -(-N // block_n), dtype=torch.int32, device=device)
     programs = B * H * counts.shape[2 if over_keys else 3]

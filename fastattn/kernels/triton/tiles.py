@@ -85,10 +85,10 @@ def query_interval(j, bounds):
     """The queries [first, last) that see key j, a scalar or a block; first >= last if none."""
     low, high, prefix_high, prefix_end, _, _, first, last = bounds
     if low is not None:
+        if prefix_high is not None:  # the nearer bound first: in max(0, -high, x, y) ptxas 12.8 loses the sign
+            high = tl.where(j < prefix_end, high, tl.minimum(high, prefix_high))
         first = tl.maximum(first, j - high)
         last = tl.minimum(last, j - low + 1)
-        if prefix_high is not None:
-            first = tl.maximum(first, tl.where(j < prefix_end, 0, j - prefix_high))
     return first, last
 
 
