@@ -1,6 +1,7 @@
-"""Compile the CUDA C++ sources: by nvcc for GPUs, which `setup.py` does, or by g++ together with the emulator.
+"""Compile the C++ sources for CPUs, and the CUDA C++ sources: by nvcc for GPUs, or by g++ together with the emulator.
 
-Both are ninja builds of the same files. Only the standard library is used, and pybind11's and Python's headers: no torch.
+All are ninja builds, the latter two of the same files; `setup.py` makes what is installed. Only the standard library is used, and
+pybind11's and Python's headers: no torch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
 MODULE = (*sorted(CSRC.glob("*/*.cu")), CSRC / "bindings.cpp")  # the sources of the Python module `_cuda`
+CPU = tuple(sorted((CSRC / "cpu").glob("*.cpp")))  # and of `_cpu`
 EMULATOR = tuple(sorted((CSRC / "emulator").glob("*.cpp")))
 ARCHS = ("80", "90")  # sm_80's code also runs on 86 and 89; the PTX of the last one is for what comes after it
 CUDA_FLAGS = ("-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", "-Xcompiler", "-fPIC,-fvisibility=hidden")
@@ -55,6 +57,19 @@ def cuda(output: Path, folder: Path, archs: Sequence[str] = ARCHS, sources: Sequ
         ".cu": f"{nvcc()} {' '.join((*CUDA_FLAGS, *_codes(archs)))} -MD -MF $out.d -c $in -o $out",
         ".cpp": f"g++ -std=c++17 -O2 -fPIC -fvisibility=hidden {_includes()} -MD -MF $out.d -c $in -o $out",
         "link": f"{nvcc()} -shared -cudart static -Xcompiler -fPIC $in -o $out",
+    }
+    _ninja(output, sources, folder, rules)
+
+
+def cpu(output: Path, folder: Path, sources: Sequence[Path] = CPU) -> None:
+    """Build `output`, a shared library that any processor of this kind runs; in a process its threads are PyTorch's, by the one
+    OpenMP that is loaded."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise BuildError("no C++ compiler was found: set CXX or PATH")
+    rules = {
+        ".cpp": f"{compiler} -std=c++17 -O3 -fopenmp -fPIC -fvisibility=hidden {_includes()} -MD -MF $out.d -c $in -o $out",
+        "link": f"{compiler} -shared -fopenmp $in -o $out",
     }
     _ninja(output, sources, folder, rules)
 

@@ -161,6 +161,8 @@ def run_info(args: argparse.Namespace) -> int:
         print(f"{'cuda build':10} nvcc {cuda['nvcc']} for {archs}; needs a driver of CUDA {cuda['nvcc'].split('.')[0]} or later")
         for kernel in cuda["kernels"] if args.verbose else ():
             print(f"{'kernel':10} {kernel}")
+    cpu = found["cpu_build"]
+    print(f"{'cpu build':10} {'C++ draws dropout' if cpu['cpu'] else 'none: ' + cpu['reason'].splitlines()[0]}")
     for device, tables in found["tiles"].items():
         print(f"{'tiles':10} of {device}: {', then '.join(tables)}")
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import fastattn
+from fastattn.kernels.cpu import dropout
 from fastattn.kernels.cuda import library
 
 
@@ -23,6 +24,7 @@ def info() -> dict[str, Any]:
         "devices": _devices(),
         "backends": {name: {"available": reason is None, "reason": reason} for name, reason in _reasons().items()},
         "cuda_build": _cuda_build(),
+        "cpu_build": _cpu_build(),
         "tiles": _tiles(),
     }
 
@@ -74,9 +76,20 @@ def _cuda_reason() -> str | None:
 def _cuda_build() -> dict[str, Any] | None:
     """What the build decided, with the kernels in it where it made any; None where the package was never built."""
     record = library.build_record()
-    if record is None or not record["cuda"]:
+    if record is None or "cuda" not in record:
+        return None
+    record = {name: value for name, value in record.items() if not name.startswith("cpu")}
+    if not record["cuda"]:
         return record
     return {**record, "kernels": sorted(library.module().kernels)}
+
+
+def _cpu_build() -> dict[str, Any]:
+    """Whether the C++ for CPUs was built, and if not, why; PyTorch does then what it would do."""
+    record = library.build_record() or {}
+    built = dropout.compiled is not None
+    reason = record.get("cpu_reason") or "the package was not installed by pip, or its library does not load"
+    return {"cpu": built, "reason": None if built else reason}
 
 
 def _tiles() -> dict[str, list[str]]:

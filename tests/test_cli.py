@@ -18,7 +18,7 @@ from fastattn.models import digits
 def test_info_json_has_the_contract_s_keys(capsys):
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) - {"tiles"} == {"fastattn", "python", "torch", "triton", "devices", "backends", "cuda_build"}
+    assert set(found) - {"tiles", "cpu_build"} == {"fastattn", "python", "torch", "triton", "devices", "backends", "cuda_build"}
     assert found["backends"]["cpu"] == {"available": True, "reason": None}
     assert {"available", "reason"} == set(found["backends"]["triton"])
     assert found["cuda_build"] is None or {"cuda", "reason", "nvcc", "archs"} <= set(found["cuda_build"])
