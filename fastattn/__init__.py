@@ -2,7 +2,8 @@
 
 import torch
 
-from fastattn import batching, graphs, masks
+from fastattn import batching, biases, graphs, masks
+from fastattn.dropout import dropout_mask
 from fastattn.integrations.accelerate import accelerate, restore
 from fastattn.integrations.torch_sdpa import sdpa_override
 from fastattn.kept import clear_packed
@@ -25,7 +26,9 @@ __all__ = [
     "attention",
     "attention_weights",
     "batching",
+    "biases",
     "clear_packed",
+    "dropout_mask",
     "explain",
     "explain_linear",
     "ffn",

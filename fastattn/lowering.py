@@ -78,6 +78,51 @@ class LoweredMask(NamedTuple):
         return self.pairs(i, j).expand(B, H, M, N)
 
 
+class Extras(NamedTuple):
+    """What a call adds to a mask: at most one kind of bias on the scores, and dropout of the weights.
+
+    bias, or table with buckets, or slopes; a = N - M (of packed sequences each one's own) with bottom_right, else 0. A pair is
+    also hidden where its score with the bias is below LEAST_SCORE.
+    """
+
+    bias: Tensor | None = None  # (B or 1, H or 1, M or 1, N or 1), q's dtype or fp32; of packed sequences by rank
+    table: Tensor | None = None  # (num_buckets, H), q's dtype or fp32: bias[h, i, j] = table[bucket, h]
+    buckets: Tensor | None = None  # (2 reach + 1,) int32: bucket of the distance j - i - a, clamped to reach, at distance + reach
+    slopes: Tensor | None = None  # (B or 1, H) fp32: bias[b, h, i, j] = -slope |j - i - a|
+    bottom_right: bool = False
+    kept: Tensor | None = None  # int32 (B, H, M, ceil(N / 32)), or packed (H, T, ceil(max_keys / 32)): see fastattn/dropout.py
+    dropout: float = 0.0  # with `kept`: kept weights are multiplied by dropout.rescale of it
+
+    @property
+    def biased(self) -> bool:
+        return self.bias is not None or self.table is not None or self.slopes is not None
+
+    @property
+    def learned(self) -> Tensor | None:
+        """What may get a gradient."""
+        return self.table if self.bias is None else self.bias
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """None for those that are not there; of NO_EXTRAS no tensor at all."""
+        return () if self is NO_EXTRAS else (self.bias, self.table, self.buckets, self.slopes, self.kept)
+
+    @property
+    def bare(self) -> Extras:
+        """Without the tensors: what `filled` makes whole again."""
+        return self if self is NO_EXTRAS else Extras(bottom_right=self.bottom_right, dropout=self.dropout)
+
+    def filled(self, tensors: list) -> tuple[list, Extras]:
+        """With the first of these tensors in their places; and the rest of them."""
+        bias, table, buckets, slopes, kept, *rest = tensors
+        return rest, Extras(bias, table, buckets, slopes, self.bottom_right, kept, self.dropout)
+
+
+NO_EXTRAS = Extras()
+# Kernels count scores in units of log 2 and in fp32: what is -inf there is hidden.
+LEAST_SCORE = -torch.finfo(torch.float32).max * 0.6931471805599453
+
+
 MOST_KEYS = 4096
 _KEYS: dict[tuple, object] = {}
 

@@ -138,14 +138,14 @@ class Mask:
 
     def _keep(self, key: tuple, made: Any, tensors: Iterable[Tensor | None]) -> None:
         """Unless the tensors are those of a trace, or in the memory of a CUDA graph that is being captured."""
-        if torch.compiler.is_compiling() or not _may_keep(tensors):
+        if torch.compiler.is_compiling() or not may_keep(tensors):
             return
         if len(self._bits) >= CACHED_SHAPES:
             self._bits.clear()
         self._bits[key] = made
 
     def keep_prepared(self, key: tuple, prepared: Prepared) -> None:
-        if _may_keep(prepared.tensors):
+        if may_keep(prepared.tensors):
             if len(self.prepared) >= CACHED_SHAPES:
                 self.prepared.clear()
             self.prepared[key] = prepared
@@ -349,7 +349,7 @@ def _bits_and_tiles(bounds: LoweredMask, terms: tuple, M: int, N: int, device: t
     return {"bits": bits, "key_tiles": tile_lists(status), "query_tiles": tile_lists(status.mT)}
 
 
-def _may_keep(tensors) -> bool:
+def may_keep(tensors) -> bool:
     """Not those of a trace, nor those in the memory of a CUDA graph that is being captured."""
     present = [x for x in tensors if x is not None]
     if any(type(x) is not Tensor for x in present):

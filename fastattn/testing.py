@@ -15,17 +15,20 @@ PyTorch's kernel accumulates them in the dtype.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import masks, reference
-from fastattn.lowering import LoweredMask
+from fastattn import biases, masks, reference
+from fastattn.biases import Bias
+from fastattn.dropout import kept_bits, rescale
+from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask
 from fastattn.masks import Mask
 from fastattn.packing import Packing
+from fastattn.reference import Drop
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 HALF = (torch.float16, torch.bfloat16)
@@ -101,17 +104,47 @@ class AttentionInputs:
     dlse: Tensor | None
     mask: Mask | None
     scale: float
+    bias: Tensor | Bias | None = None
+    dropout: float = 0.0
+    seed: int = 0
 
     def lowered(self) -> LoweredMask:
         return LoweredMask() if self.mask is None else self.mask.lower(self.q.shape[2], self.k.shape[2], self.q.device)
+
+    @property
+    def learned(self) -> Tensor | None:
+        """What of the bias gets a gradient."""
+        return self.bias.table if isinstance(self.bias, Bias) else self.bias
+
+    def bias_of(self, learned: Tensor | None) -> Tensor | Bias | None:
+        """The bias with another tensor in that one's place."""
+        return replace(self.bias, table=learned) if isinstance(self.bias, Bias) else learned
+
+    def extras(self, double: bool = False) -> Extras:
+        """What kernels receive of padded sequences; a bias with four dimensions, in fp64 if asked for."""
+        extras = NO_EXTRAS
+        if isinstance(self.bias, Bias):
+            extras = self.bias.extras()
+        elif self.bias is not None:
+            extras = Extras(self.bias.reshape((1,) * (4 - self.bias.dim()) + tuple(self.bias.shape)))
+        if double:
+            wide = {name: x.double() for name in ("bias", "table", "slopes") if (x := getattr(extras, name)) is not None}
+            extras = extras._replace(**wide) if wide else extras
+        if self.dropout:
+            seed = torch.tensor([self.seed], device=self.q.device)
+            B, H, M, _ = self.q.shape
+            kept = kept_bits(seed, B, H, M, self.k.shape[2], self.dropout)
+            extras = extras._replace(kept=kept, dropout=self.dropout)
+        return extras
 
 
 def attention_inputs(
     B: int, H: int, M: int, N: int, D: int, dtype: torch.dtype, device: str = "cpu", *,
     Hkv: int | None = None, Dv: int | None = None,
-    mask: str = "none", seed: int = 0, amplitude: float = 1.0, dlse: bool = False,
+    mask: str = "none", bias: str = "none", dropout: float = 0.0, seed: int = 0, amplitude: float = 1.0, dlse: bool = False,
 ) -> AttentionInputs:  # fmt: skip
-    """Seeded normal inputs with a mask from MASKS or REQUESTS; amplitude multiplies q and k (4 gives hot scores)."""
+    """Seeded normal inputs with a mask from MASKS or REQUESTS and a bias from BIASES; amplitude multiplies q and k (4 gives hot
+    scores)."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(length: int, heads: int, width: int, factor: float = 1.0) -> Tensor:
@@ -122,18 +155,29 @@ def attention_inputs(
     v, dout = normal(N, Hkv, Dv), normal(M, H, Dv)
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     lse_grad = torch.randn(B, H, M, generator=g).to(device, lse_dtype) if dlse else None
-    return AttentionInputs(q, k, v, dout, lse_grad, (REQUESTS | MASKS)[mask](B, H, M, N, g, device), D**-0.5)
+    made = (REQUESTS | MASKS)[mask](B, H, M, N, g, device)
+    added = BIASES[bias](B, H, M, N, dtype, g, device)
+    return AttentionInputs(q, k, v, dout, lse_grad, made, D**-0.5, added, dropout, seed)
 
 
 def run_attention(x: AttentionInputs, backend: str) -> dict[str, Tensor]:
     """out, lse and every gradient of the public function."""
-    q, k, v = (t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x.q, x.k, x.v))
-    out, lse = fastattn.attention(q, k, v, x.mask, scale=x.scale, return_lse=True, backend=backend)
-    grads = torch.autograd.grad([out, lse], [q, k, v], [x.dout, torch.zeros_like(lse) if x.dlse is None else x.dlse])
+    leaves = _leaves({"dq": x.q, "dk": x.k, "dv": x.v, "dbias": x.learned})
+    q, k, v, options = leaves["dq"], leaves["dk"], leaves["dv"], _options(x, leaves, backend)
+    out, lse = fastattn.attention(q, k, v, x.mask, return_lse=True, **options)
     if x.dlse is None:  # the common call, which some backends serve by another path
-        out = fastattn.attention(q, k, v, x.mask, scale=x.scale, backend=backend)
-        grads = torch.autograd.grad(out, [q, k, v], x.dout)
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads), strict=True))
+        out = fastattn.attention(q, k, v, x.mask, **options)
+        grads = _gradients([out], [x.dout], leaves)
+    else:
+        grads = _gradients([out, lse], [x.dout, x.dlse], leaves)
+    return {"out": out.detach(), "lse": lse.detach(), **grads}
+
+
+def _options(x: AttentionInputs, leaves: dict[str, Tensor], backend: str) -> dict[str, Any]:
+    seed = x.seed if x.dropout else None
+    return {
+        "bias": x.bias_of(leaves.get("dbias")), "scale": x.scale, "dropout": x.dropout, "seed": seed, "backend": backend,
+    }  # fmt: skip
 
 
 def run_varlen_attention(x: AttentionInputs, lengths: Tensor, backend: str) -> dict[str, Tensor]:
@@ -142,57 +186,77 @@ def run_varlen_attention(x: AttentionInputs, lengths: Tensor, backend: str) -> d
     Their yardstick is that of the padded inputs under `padding(lengths, lengths)` and the same mask.
     """
     packing = Packing.from_lengths(lengths, x.q.shape[2])
-    q, k, v = (packing.pack(t.transpose(1, 2)).detach().requires_grad_() for t in (x.q, x.k, x.v))
-    out, lse = fastattn.varlen_attention(q, k, v, packing, x.mask, scale=x.scale, return_lse=True, backend=backend)
+    packed = {name: packing.pack(t.transpose(1, 2)) for name, t in (("dq", x.q), ("dk", x.k), ("dv", x.v))}
+    leaves = _leaves({**packed, "dbias": x.learned})
+    q, k, v, options = leaves["dq"], leaves["dk"], leaves["dv"], _options(x, leaves, backend)
+    out, lse = fastattn.varlen_attention(q, k, v, packing, x.mask, return_lse=True, **options)
     dlse = torch.zeros_like(lse) if x.dlse is None else packing.pack(x.dlse.mT).mT
-    grads = torch.autograd.grad([out, lse], [q, k, v], [packing.pack(x.dout.transpose(1, 2)), dlse])
-    found = dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
+    found = {"out": out.detach(), **_gradients([out, lse], [packing.pack(x.dout.transpose(1, 2)), dlse], leaves)}
+    rest = {"dbias": found.pop("dbias")} if "dbias" in found else {}
     dead = torch.arange(x.q.shape[2], device=lse.device) >= packing.lengths[:, None]
     padded = {name: packing.unpack(t).transpose(1, 2) for name, t in found.items()}
-    return {**padded, "lse": packing.unpack(lse.detach().mT).mT.masked_fill(dead[:, None], float("-inf"))}
+    return {**padded, "lse": packing.unpack(lse.detach().mT).mT.masked_fill(dead[:, None], float("-inf")), **rest}
 
 
 def attention_yardstick(x: AttentionInputs) -> Yardstick:
     mask = x.lowered()
     tensors = (x.dout, x.dlse, x.q, x.k, x.v)
-    exact = _attention(mask, x.scale, *(None if t is None else t.double() for t in tensors))
-    model = _attention(mask, x.scale, *tensors)
+    exact = _attention(mask, x.scale, x.extras(double=True), *(None if t is None else t.double() for t in tensors))
+    model = _attention(mask, x.scale, x.extras(), *tensors)
+    if x.learned is not None:
+        for found in (exact, model):
+            found["dbias"] = found["dbias"].reshape(x.learned.shape)
     eager = _eager_attention(x, mask) if x.q.dtype in HALF and x.q.numel() and x.k.numel() else {}
     return Yardstick(exact, model, _attention_magnitude(x, mask), eager)
 
 
-def _attention(mask: LoweredMask, scale: float, dout, dlse, q, k, v) -> dict[str, Tensor]:
-    out, lse = reference.attention(q, k, v, mask, scale)
-    dq, dk, dv = reference.attention_backward(dout, dlse, q, k, v, out, lse, mask, scale)
-    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+def _attention(mask: LoweredMask, scale: float, extras: Extras, dout, dlse, q, k, v) -> dict[str, Tensor]:
+    out, lse = reference.attention(q, k, v, mask, scale, extras)
+    dq, dk, dv, dbias = reference.attention_backward(dout, dlse, q, k, v, out, lse, mask, scale, extras)
+    found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    return found if dbias is None else {**found, "dbias": dbias}
 
 
 def _attention_magnitude(x: AttentionInputs, mask: LoweredMask) -> dict[str, Tensor]:
-    s, visible = reference.scores(x.q.double(), x.k.double(), mask, x.scale)
+    extras = x.extras(double=True)
+    s, visible = reference.scores(x.q.double(), x.k.double(), mask, x.scale, extras)
     p = torch.nan_to_num(torch.softmax(s, -1), 0.0)
+    keep = 1.0 if extras.kept is None else reference.kept_pairs(extras.kept, s.shape[-1]) * rescale(extras.dropout)
     rows, columns = visible.any(-1)[..., None], visible.any(-2)[..., None]
     q, do = (torch.where(rows, t, 0).double().abs() for t in (x.q, x.dout))
     k, v = (torch.where(columns, reference.query_heads(t, x.q), 0).double().abs() for t in (x.k, x.v))
-    out = p @ v
+    out = (p * keep) @ v
     delta = (do * out).sum(-1, keepdim=True)
     if x.dlse is not None:
         delta = delta + x.dlse.double().abs()[..., None]
-    ds = p * (do @ v.mT + delta) * abs(x.scale)
-    dk, dv = ((y.mT @ z).unflatten(1, (x.k.shape[1], -1)).sum(2) for y, z in ((ds, q), (p, do)))
-    return {"out": out, "dq": ds @ k, "dk": dk, "dv": dv}
+    ds = p * (keep * (do @ v.mT) + delta)
+    scaled = ds * abs(x.scale)
+    dk, dv = ((y.mT @ z).unflatten(1, (x.k.shape[1], -1)).sum(2) for y, z in ((scaled, q), (p * keep, do)))
+    found = {"out": out, "dq": scaled @ k, "dk": dk, "dv": dv}
+    dbias = reference.bias_gradient(ds, extras, None)
+    return found if dbias is None or x.learned is None else {**found, "dbias": dbias.reshape(x.learned.shape)}
 
 
 def _eager_attention(x: AttentionInputs, mask: LoweredMask) -> dict[str, Tensor]:
     """What a user gets from matmul, softmax and matmul in the dtype."""
-    q, k, v = (torch.nan_to_num(t.detach(), 0.0).requires_grad_() for t in (x.q, x.k, x.v))
-    visible = mask.visible(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
-    s = (q @ reference.query_heads(k, q).mT * x.scale).masked_fill(~visible, float("-inf"))
-    p = torch.softmax(s, -1).masked_fill(~visible.any(-1, keepdim=True), 0)
+    given = {name: torch.nan_to_num(t, 0.0) for name, t in (("dq", x.q), ("dk", x.k), ("dv", x.v))}
+    leaves = _leaves({**given, "dbias": x.learned})
+    q, k, v = leaves["dq"], leaves["dk"], leaves["dv"]
+    M, N, bias = q.shape[2], k.shape[2], x.bias_of(leaves.get("dbias"))
+    visible = mask.visible(q.shape[0], q.shape[1], M, N, q.device)
+    s = q @ reference.query_heads(k, q).mT * x.scale
+    if bias is not None:
+        s = s + (bias.dense(M, N) if isinstance(bias, Bias) else bias).to(s.dtype)
+        visible = visible & (s.detach() > float("-inf"))
+    p = torch.softmax(s.masked_fill(~visible, float("-inf")), -1).masked_fill(~visible.any(-1, keepdim=True), 0)
+    if x.dropout:
+        kept = x.extras().kept
+        assert kept is not None
+        p = p * reference.kept_pairs(kept, N) * rescale(x.dropout)
     out = p @ reference.query_heads(v, q)
     if x.dlse is not None or not bool(visible.any(-1).all()):
         return {"out": out.detach()}  # dead rows and the gradient of lse are not eager PyTorch's to answer
-    grads = torch.autograd.grad(out, [q, k, v], torch.nan_to_num(x.dout, 0.0))
-    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
+    return {"out": out.detach(), **_gradients([out], [torch.nan_to_num(x.dout, 0.0)], leaves)}
 
 
 def _lengths(B: int, N: int, g: torch.Generator, device: str) -> Tensor:
@@ -258,6 +322,30 @@ REQUESTS: dict[str, Callable[[int, int, int, int, torch.Generator, str], Mask | 
 }
 
 
+# name -> bias for (B, H, M, N, dtype, generator, device): what is broadcast, what depends on distance alone, what hides
+BIASES: dict[str, Callable[[int, int, int, int, torch.dtype, torch.Generator, str], Tensor | Bias | None]] = {
+    "none": lambda B, H, M, N, dtype, g, device: None,
+    "full": lambda B, H, M, N, dtype, g, device: torch.randn(B, H, M, N, generator=g).to(device, dtype),
+    "heads": lambda B, H, M, N, dtype, g, device: torch.randn(H, M, N, generator=g).to(device, dtype),
+    "batch": lambda B, H, M, N, dtype, g, device: torch.randn(B, 1, M, N, generator=g).to(device, dtype),
+    "pairs": lambda B, H, M, N, dtype, g, device: torch.randn(M, N, generator=g).to(device),  # fp32 beside any dtype
+    "keys": lambda B, H, M, N, dtype, g, device: torch.randn(B, 1, 1, N, generator=g).to(device, dtype),
+    "keys_heads": lambda B, H, M, N, dtype, g, device: torch.randn(H, 1, N, generator=g).to(device),
+    "queries": lambda B, H, M, N, dtype, g, device: torch.randn(B, H, M, 1, generator=g).to(device, dtype),
+    "hiding": lambda B, H, M, N, dtype, g, device: torch.where(
+        torch.rand(H, M, N, generator=g) < 0.3, float("-inf"), torch.randn(H, M, N, generator=g)
+    ).to(device, dtype),
+    "relative": lambda B, H, M, N, dtype, g, device: biases.relative(
+        torch.randn(32, H, generator=g).to(device, dtype), max_distance=48
+    ),
+    "relative_causal": lambda B, H, M, N, dtype, g, device: biases.relative(
+        torch.randn(10, H, generator=g).to(device), bidirectional=False, num_buckets=10, max_distance=30, align="bottom_right"
+    ),
+    "alibi": lambda B, H, M, N, dtype, g, device: biases.alibi(torch.rand(H, generator=g).to(device) / 8),
+    "alibi_batch": lambda B, H, M, N, dtype, g, device: biases.alibi(torch.rand(B, H, generator=g).to(device) / 8, "top_left"),
+}  # fmt: skip
+
+
 # Linear, FFN and norms
 
 
@@ -303,14 +391,14 @@ def run_linear(x, weight, bias, residual, dy, activation: str | None, backend: s
 
 
 def ffn_yardstick(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, dy: Tensor, activation: str
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, dy: Tensor, activation: str, drop: Drop | None = None
 ) -> Yardstick:
-    """For `ffn`: y, dx, dw1, db1, dw2, db2."""
+    """For `ffn`: y, dx, dw1, db1, dw2, db2; `drop` is of the hidden layer."""
 
     def run(x, w1, b1, w2, b2, dy):
-        hidden, z = reference.linear(x, w1, b1, activation, None)
+        hidden, z = reference.linear(x, w1, b1, activation, None, drop)
         y, _ = reference.linear(hidden, w2, b2, None, None)
-        dz, dw2, db2, db1 = reference.linear_backward(dy, hidden, w2, None, None, before=(z, activation))
+        dz, dw2, db2, db1 = reference.linear_backward(dy, hidden, w2, None, None, before=(z, activation), drop=drop)
         dx, dw1, _, _ = reference.linear_backward(dz, x, w1, None, None)
         return {"y": y, "dx": dx, "dw1": dw1, "db1": db1, "dw2": dw2, "db2": db2}
 
@@ -318,39 +406,42 @@ def ffn_yardstick(
     wide = _wide(tensors)
     x, w1, b1, w2, b2, dy = _sizes(wide)
     hidden = 1.2 * torch.nn.functional.linear(x, w1, b1)
-    second = linear_magnitude(hidden, w2, b2, None, dy, None)
-    first = linear_magnitude(x, w1, b1, None, second["dx"], activation)
+    second = linear_magnitude(hidden if drop is None else reference.dropped(hidden, drop), w2, b2, None, dy, None)
+    dhidden = second["dx"] if drop is None else reference.dropped(second["dx"], drop)
+    first = linear_magnitude(x, w1, b1, None, dhidden, activation)
     magnitude = {name: second[name] for name in ("y", "dw", "db")} | {"dx": first["dx"], "dw1": first["dw"], "db1": first["db"]}
     magnitude["dw2"], magnitude["db2"] = magnitude.pop("dw"), magnitude.pop("db")
     return Yardstick(run(*wide), run(*tensors), magnitude)
 
 
-def run_ffn(x, w1, b1, w2, b2, dy, activation: str, backend: str) -> dict[str, Tensor]:
-    """y and every gradient of the public function."""
+def run_ffn(x, w1, b1, w2, b2, dy, activation: str, backend: str, **options: Any) -> dict[str, Tensor]:
+    """y and every gradient of the public function; `options` are its dropout, seed and recompute."""
     leaves = _leaves({"dx": x, "dw1": w1, "db1": b1, "dw2": w2, "db2": b2})
     first, second = (leaves["dw1"], leaves.get("db1")), (leaves["dw2"], leaves.get("db2"))
-    y = fastattn.ffn(leaves["dx"], *first, *second, activation=activation, backend=backend)
+    y = fastattn.ffn(leaves["dx"], *first, *second, activation=activation, backend=backend, **options)
     return {"y": y.detach(), **_gradients([y], [dy], leaves)}
 
 
 def norm_yardstick(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, dy: Tensor, dsum: Tensor | None,
-    eps: float, *, rms: bool = False,
+    eps: float, *, rms: bool = False, drop: Drop | None = None,
 ) -> Yardstick:  # fmt: skip
-    """For `add_layer_norm` and `add_rms_norm`: y, sum, dx, dresidual, dweight, dbias; dsum is the gradient of the sum."""
+    """For `add_layer_norm` and `add_rms_norm`: y, sum, dx, dresidual, dweight, dbias; dsum is the gradient of the sum, `drop` is
+    x's."""
 
     def run(x, residual, weight, bias, dy, dsum):
-        y, total, mean, rstd = reference.norm(x, residual, weight, bias, eps, rms)
-        grad, dweight, dbias = reference.norm_backward(dy, dsum, total, mean, rstd, weight)
-        given = {"dx": (grad, x), "dresidual": (grad, residual), "dweight": (dweight, weight), "dbias": (dbias, bias)}
+        y, total, mean, rstd = reference.norm(x, residual, weight, bias, eps, rms, drop)
+        grad, dweight, dbias, *dx = reference.norm_backward(dy, dsum, total, mean, rstd, weight, drop=drop)
+        grad_of_x = dx[0] if dx else grad
+        given = {"dx": (grad_of_x, x), "dresidual": (grad, residual), "dweight": (dweight, weight), "dbias": (dbias, bias)}
         return {"y": y, "sum": total, **{name: g if t is None else g.to(t.dtype) for name, (g, t) in given.items()}}
 
     tensors = (x, residual, weight, bias, dy, dsum)
     wide = _wide(tensors)
     exact = run(*wide)
-    rstd = reference.norm(wide[0], wide[1], None, None, eps, rms)[3]
+    rstd = reference.norm(wide[0], wide[1], None, None, eps, rms, drop)[3]
     x, residual, weight, bias, dy, dsum = _sizes(wide)
-    total = x if residual is None else x + residual
+    total = reference.residual_sum(x, residual, drop)
     normal = rstd * (total if rms else total + total.mean(-1, keepdim=True))
     g = dy if weight is None else dy * weight
     grad = g + normal * (g * normal).mean(-1, keepdim=True)
@@ -358,17 +449,20 @@ def norm_yardstick(
     y = (normal if weight is None else normal * weight) + (0 if bias is None else bias)
     rows = tuple(range(dy.dim() - 1))
     sums = {"dweight": (dy * normal).sum(rows), "dbias": dy.sum(rows)}
-    return Yardstick(exact, run(*tensors), {"y": y, "sum": total, "dx": grad, "dresidual": grad, **sums})
+    dx = grad if drop is None else reference.dropped(grad, drop)
+    return Yardstick(exact, run(*tensors), {"y": y, "sum": total, "dx": dx, "dresidual": grad, **sums})
 
 
-def run_norm(x, residual, weight, bias, dy, dsum, eps: float, backend: str, *, rms: bool = False) -> dict[str, Tensor]:
-    """y, the sum and every gradient of the public function; an RMSNorm takes no bias."""
+def run_norm(
+    x, residual, weight, bias, dy, dsum, eps: float, backend: str, *, rms: bool = False, **options: Any
+) -> dict[str, Tensor]:
+    """y, the sum and every gradient of the public function; an RMSNorm takes no bias. `options` are its dropout and seed."""
     leaves = _leaves({"dx": x, "dresidual": residual, "dweight": weight, "dbias": bias})
     args = (leaves["dx"], leaves.get("dresidual"), leaves.get("dweight"))
     if rms:
-        y, total = fastattn.add_rms_norm(*args, eps=eps, return_sum=True, backend=backend)
+        y, total = fastattn.add_rms_norm(*args, eps=eps, return_sum=True, backend=backend, **options)
     else:
-        y, total = fastattn.add_layer_norm(*args, leaves.get("dbias"), eps=eps, return_sum=True, backend=backend)
+        y, total = fastattn.add_layer_norm(*args, leaves.get("dbias"), eps=eps, return_sum=True, backend=backend, **options)
     outputs = ([y], [dy]) if dsum is None else ([y, total], [dy, dsum])
     return {"y": y.detach(), "sum": total.detach(), **_gradients(*outputs, leaves)}
 

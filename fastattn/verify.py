@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Table(NamedTuple):
     shapes: Sequence[tuple[int, int, int, int, int]]  # (B, H, M, N, D) of attention
     masks: Sequence[str]
     packed_masks: Sequence[str]
+    extras: Sequence[tuple[str, float]]  # biases with rates of dropout, under padding
     activations: Sequence[str]
 
 
@@ -46,6 +47,7 @@ class Table(NamedTuple):
 QUICK = Table(
     ("fp16", "bf16"), [(2, 2, 77, 77, 64), (2, 2, 77, 300, 64)],
     ("none", "padding", "left", "holes", "causal", "causal_padding", "window"), ("none", "causal"),
+    (("none", 0.1), ("heads", 0.0), ("relative", 0.1)),
     ("gelu", "gelu_tanh", "quick_gelu"),
 )  # fmt: skip
 
@@ -58,7 +60,7 @@ class Row:
     op: str
     backend: str
     dtype: str
-    kind: str  # the mask, or the activation
+    kind: str  # the mask with what comes to it, or the activation
     errors: dict[str, float] = field(default_factory=dict)
     failure: str | None = None  # the rule that was broken
     refusal: str | None = None  # why the backend does not take this request
@@ -95,7 +97,8 @@ def main(as_json: bool, quick: bool = False) -> int:
 
 
 def whole() -> Table:
-    return Table(tuple(testing.DTYPES), ATTENTION_SHAPES, tuple(testing.MASKS), PACKED_MASKS, tuple(ACTIVATIONS))
+    extras = tuple(itertools.product(testing.BIASES, (0.0, 0.1)))[1:]
+    return Table(tuple(testing.DTYPES), ATTENTION_SHAPES, tuple(testing.MASKS), PACKED_MASKS, extras, tuple(ACTIVATIONS))
 
 
 Answer = tuple[dict[str, Tensor], Callable[[], testing.Yardstick]]  # results, and what they are held to
@@ -113,6 +116,11 @@ def requests(device: str, table: Table) -> Iterator[tuple[Row, list[Case]]]:
             yield Row(device, "attention", backend, dtype, mask), cases
         for mask in table.packed_masks:
             yield Row(device, "varlen_attention", backend, dtype, mask), [partial(_packed, *given, mask, device=device)]
+        for bias, dropout in table.extras:
+            kind = " ".join(("padding", *([bias] if bias != "none" else []), *([f"dropout {dropout}"] if dropout else [])))
+            options: Any = {"bias": bias, "dropout": dropout, "device": device}
+            cases = [partial(_attention, *given, "padding", shape, **options) for shape in shapes[:2]]
+            yield Row(device, "attention", backend, dtype, kind), [*cases, partial(_packed, *given, "none", **options)]
     for backend, dtype in itertools.product(_backends(ffn.BACKENDS, device), table.dtypes):
         for (op, answer), activation in itertools.product((("linear", _linear), ("ffn", _ffn)), table.activations):
             case = partial(answer, backend, testing.DTYPES[dtype], activation, device=device)
@@ -162,14 +170,18 @@ def _run(row: Row, cases: list[Case]) -> None:
         row.refusal = refusals[0]
 
 
-def _attention(backend: str, dtype: torch.dtype, mask: str, shape: tuple[int, int, int, int, int], *, device: str) -> Answer:
-    x = testing.attention_inputs(*shape, dtype, device, mask=mask)
+def _attention(
+    backend: str, dtype: torch.dtype, mask: str, shape: tuple[int, int, int, int, int], *,
+    bias: str = "none", dropout: float = 0.0, device: str,
+) -> Answer:  # fmt: skip
+    x = testing.attention_inputs(*shape, dtype, device, mask=mask, bias=bias, dropout=dropout)
     return testing.run_attention(x, backend), lambda: testing.attention_yardstick(x)
 
 
-def _packed(backend: str, dtype: torch.dtype, mask: str, *, device: str) -> Answer:
+def _packed(backend: str, dtype: torch.dtype, mask: str, *, bias: str = "none", dropout: float = 0.0, device: str) -> Answer:
     lengths, longest = torch.tensor(PACKED_LENGTHS, device=device), max(PACKED_LENGTHS)
-    x = testing.attention_inputs(len(lengths), 2, longest, longest, 64, dtype, device, mask=mask)
+    sizes = len(lengths), 2, longest, longest, 64
+    x = testing.attention_inputs(*sizes, dtype, device, mask=mask, bias=bias, dropout=dropout)
     padding = masks.padding(lengths, lengths)
     padded = replace(x, mask=padding if x.mask is None else padding & x.mask)
     return testing.run_varlen_attention(x, lengths, backend), lambda: testing.attention_yardstick(padded)

@@ -7,6 +7,7 @@ Function around it) -> the same plan.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor
 
 from fastattn import masks, plans
-from fastattn.lowering import LoweredMask, Prepared, side_by_side
+from fastattn.biases import Bias
+from fastattn.dropout import check_rate
+from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask, Prepared, side_by_side
 from fastattn.masks import Mask
 from fastattn.ops import dispatch
+from fastattn.ops.attention_extras import bias_extras, extras_of
 from fastattn.ops.attention_plans import (
     BACKENDS,
     DTYPES,
@@ -31,6 +35,7 @@ from fastattn.ops.attention_plans import (
     forward_by_plan,
     forward_key,
     forward_plan,
+    plan_of,
     problem_of,
 )  # fmt: skip
 from fastattn.planned import (
@@ -47,16 +52,25 @@ from fastattn.planned import (
 )  # fmt: skip
 
 # The op. `exact_lse` says that the caller wants lse itself; without it only the backward reads it, and a backend may save work.
+# `bias_grad` asks for the gradient of the bias or the table; without it that is empty.
 
 _TYPES = dict.fromkeys(("low", "high", "prefix_high", "max_queries", "max_keys"), "SymInt") | {"all_rows": "bool"}
 _MASK = ", ".join(f"{_TYPES.get(name, 'Tensor')}? {name}" for name in LoweredMask._fields)
 _TENSORS = tuple(name for name in LoweredMask._fields if name not in _TYPES)
-_REQUEST = f"{_MASK}, float scale, str backend"
+_EXTRAS = "Tensor? bias, Tensor? table, Tensor? buckets, Tensor? slopes, bool bottom_right, Tensor? kept, float dropout"
+_REQUEST = f"{_MASK}, {_EXTRAS}, float scale, str backend"
+_FIELDS = len(LoweredMask._fields)
+
+
+def _request(fields: Sequence) -> tuple[LoweredMask, Extras]:
+    extras = Extras(*fields[_FIELDS:])
+    return LoweredMask(*fields[:_FIELDS]), extras if extras.biased or extras.kept is not None else NO_EXTRAS
 
 
 def _forward(q, k, v, *rest):
     *fields, scale, backend, exact_lse = rest
-    return forward_by_plan(q, k, v, Prepared(LoweredMask(*fields)), scale, backend, EXACT if exact_lse else SAVED)
+    mask, extras = _request(fields)
+    return forward_by_plan(q, k, v, Prepared(mask), scale, backend, EXACT if exact_lse else SAVED, extras)
 
 
 def _forward_fake(q, k, v, *rest):
@@ -68,28 +82,39 @@ def _forward_fake(q, k, v, *rest):
 def forward_autograd(*args):
     if torch.compiler.is_dynamo_compiling():
         return _FORWARD(*args)  # stays one node of the graph; this function runs again beneath it
-    if dispatch.wants_autograd(*args[:3]):
+    if dispatch.wants_autograd(*args[:3], *args[3 + _FIELDS : 5 + _FIELDS]):
         q, k, v, *fields, scale, backend, exact_lse = args
-        return _Attention.apply(q, k, v, LoweredMask(*fields), scale, backend, exact_lse, None)
+        mask, extras = _request(fields)
+        return _Attention.apply(q, k, v, mask, scale, backend, exact_lse, None, extras, extras.learned)
     with dispatch.below_autograd():
         return _FORWARD(*args)
 
 
 class _Attention(torch.autograd.Function):
-    """q, k, v -> out, lse: by a plan, with a mask prepared for it, lse only where it is wanted; or by the ops."""
+    """q, k, v -> out, lse: by a plan, with a mask prepared for it, lse only where it is wanted; or by the ops.
+
+    `learned` is the tensor of the extras that may get a gradient, which has to be an argument of its own.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, mask: Prepared | LoweredMask, scale: float, backend: str, exact_lse: bool, plan):
+    def forward(
+        ctx, q, k, v, mask: Prepared | LoweredMask, scale: float, backend: str, exact_lse: bool, plan, extras: Extras, learned
+    ):
         ctx.set_materialize_grads(False)
         if isinstance(mask, Prepared):
-            out, lse = plan(q, k, v, mask)
-            ctx.save_for_backward(q, k, v, out, lse, *mask.tensors)
-            ctx.request = mask, scale, backend
+            if extras is NO_EXTRAS:  # without a look at its properties
+                out, lse = plan(q, k, v, mask)
+                ctx.save_for_backward(q, k, v, out, lse, *mask.tensors)
+                ctx.request = mask, scale, backend, extras
+            else:
+                out, lse = plan(q, k, v, mask, extras=extras)
+                ctx.save_for_backward(q, k, v, out, lse, *extras.tensors, *mask.tensors)
+                ctx.request = mask, scale, backend, extras.bare
             return (out, lse) if exact_lse else out
         with dispatch.below_autograd():
-            out, lse = _FORWARD(q, k, v, *mask, scale, backend, exact_lse)
-        ctx.save_for_backward(q, k, v, out, lse, *(getattr(mask, name) for name in _TENSORS))
-        ctx.request = mask._replace(**dict.fromkeys(_TENSORS)), scale, backend
+            out, lse = _FORWARD(q, k, v, *mask, *extras, scale, backend, exact_lse)
+        ctx.save_for_backward(q, k, v, out, lse, *extras.tensors, *(getattr(mask, name) for name in _TENSORS))
+        ctx.request = mask._replace(**dict.fromkeys(_TENSORS)), scale, backend, extras.bare
         return out, lse
 
     @staticmethod
@@ -97,22 +122,31 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        given, (mask, scale, backend) = (dout, dlse, q, k, v, out, lse), ctx.request
+        given, (mask, scale, backend, extras) = (dout, dlse, q, k, v, out, lse), ctx.request
+        if extras is not NO_EXTRAS:
+            tensors, extras = extras.filled(tensors)
+        bias_grad = ctx.needs_input_grad[9]
         if not isinstance(mask, Prepared):
             fields = mask._replace(**dict(zip(_TENSORS, tensors, strict=True)))
-            grads = dispatch.call_backward(_BACKWARD, *given, *fields, scale, backend)
+            grads = dispatch.call_backward(_BACKWARD, *given, *fields, *extras, scale, backend, bias_grad)
         else:
-            grads = gradients(*given, mask, scale, backend)
-        return (*grads, None, None, None, None, None)
+            grads = gradients(*given, mask, scale, backend, extras=extras, bias_grad=bias_grad)
+        return (*grads[:3], None, None, None, None, None, None, grads[3] if bias_grad else None)
 
 
 def _backward(dout, dlse, q, k, v, out, lse, *rest):
-    *fields, scale, backend = rest
-    return backward_by_plan(dout, dlse, q, k, v, out, lse, Prepared(LoweredMask(*fields)), scale, backend)
+    *fields, scale, backend, bias_grad = rest
+    mask, extras = _request(fields)
+    given = dout, dlse, q, k, v, out, lse
+    grads = backward_by_plan(*given, Prepared(mask), scale, backend, extras, bias_grad)
+    return (*grads[:3], grads[3].contiguous() if bias_grad else q.new_empty(0))
 
 
-def _backward_fake(dout, dlse, q, k, v, *rest):
-    return tuple(x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
+def _backward_fake(dout, dlse, q, k, v, out, lse, *rest):
+    *fields, _, _, bias_grad = rest
+    learned = _request(fields)[1].learned if bias_grad else None
+    dbias = q.new_empty(0) if learned is None else learned.new_empty(learned.shape)
+    return (*(x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v)), dbias)
 
 
 def _backward_autograd(*args):
@@ -125,7 +159,7 @@ _FORWARD = dispatch.define(
 )  # fmt: skip
 _BACKWARD = dispatch.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_REQUEST}) -> (Tensor, Tensor, Tensor)",
+    f"{_REQUEST}, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward, _backward_fake, _backward_autograd,
 )  # fmt: skip
 
@@ -136,23 +170,32 @@ SCALES = (type(None), int, float)  # what a key may hold
 _record = super(torch.autograd.Function, _Attention).apply  # less what transforms need, for which nothing may be direct
 
 
-def gradients(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str, joined: bool = False) -> Any:
-    """dq, dk and dv by a plan, or, where something watches, by the op. joined: side by side, as one matrix (tokens, 3 H D)."""
+def gradients(
+    dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str, joined: bool = False,
+    extras: Extras = NO_EXTRAS, bias_grad: bool = False,
+) -> Any:  # fmt: skip
+    """dq, dk and dv by a plan, or, where something watches, by the op. joined: side by side, as one matrix (tokens, 3 H D).
+    With `bias_grad` that of the bias or the table comes last."""
     given = dout, dlse, q, k, v, out, lse
     if not torch.is_grad_enabled() and not observed():
-        name = "attention backward", mask.key, scale, backend, joined, dlse is None
-        tensors = (dout, q, k, v, out, lse) if dlse is None else given
-        found = recall(name, (), tensors)
-        if found is None and not watched() and plain_types(*given):
-            found = backward_plan_of(*given, mask, scale, backend, joined), False
-            if not mask.packed:
-                remember((name, (), tensors), found, fp32_precision(q.dtype))
-        if found is not None:
-            return found[0](*given, mask)
-    grads = dispatch.call_backward(_BACKWARD, *as_one_sequence(*given), *mask.fields, scale, backend)
+        if extras is not NO_EXTRAS:
+            if not watched() and plain_types(*given, *extras.tensors):
+                return backward_plan_of(*given, mask, scale, backend, joined, extras, bias_grad)(*given, mask, extras)
+        else:
+            name = "attention backward", mask.key, scale, backend, joined, dlse is None
+            tensors = (dout, q, k, v, out, lse) if dlse is None else given
+            found = recall(name, (), tensors)
+            if found is None and not watched() and plain_types(*given):
+                found = backward_plan_of(*given, mask, scale, backend, joined), False
+                if not mask.packed:
+                    remember((name, (), tensors), found, fp32_precision(q.dtype))
+            if found is not None:
+                return found[0](*given, mask)
+    *grads, dbias = dispatch.call_backward(_BACKWARD, *as_one_sequence(*given), *mask.fields, *extras, scale, backend, bias_grad)
+    last = (dbias,) if bias_grad else ()
     if joined:
-        return side_by_side(*grads)
-    return grads if q.dim() == 4 else tuple(grad[0].transpose(0, 1) for grad in grads)
+        return (side_by_side(*grads), *last) if last else side_by_side(*grads)
+    return (*(grads if q.dim() == 4 else (grad[0].transpose(0, 1) for grad in grads)), *last)
 
 
 def direct(q, k, v, mask: Any, scale: float | None, backend: str, return_lse: bool, checked: bool = False) -> Any:
@@ -178,7 +221,7 @@ def direct(q, k, v, mask: Any, scale: float | None, backend: str, return_lse: bo
         return None
     plan, recorded = found
     if recorded:
-        return _record(q, k, v, mask, float(_scale(q, scale)), backend, return_lse, plan)
+        return _record(q, k, v, mask, float(_scale(q, scale)), backend, return_lse, plan, NO_EXTRAS, None)
     result = plan(q, k, v, mask)
     return result if return_lse else result[0]
 
@@ -198,20 +241,34 @@ def _looked_up(given: tuple, mask: Prepared, name: tuple, checked: bool) -> Know
     return plan, recorded
 
 
+def direct_with(q, k, v, mask: Prepared, extras: Extras, scale: float, backend: str, return_lse: bool) -> Any:
+    """The same for a call with extras, all of which was checked and is plain, while nothing watches."""
+    given = q, k, v, extras.learned
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    lse = EXACT if return_lse else SAVED if recorded else UNWANTED
+    plan = plan_of(q, k, v, mask, scale, backend, lse, extras)
+    if recorded:
+        return _record(q, k, v, mask, scale, backend, return_lse, plan, extras, extras.learned)
+    result = plan(q, k, v, mask, extras=extras)
+    return result if return_lse else result[0]
+
+
 # Public functions
 
 
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, *, bias: Tensor | None = None, scale: float | None = None,
-    dropout: float = 0.0, seed: int | Tensor | None = None, return_lse: Literal[False] = False, backend: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, *, bias: Tensor | Bias | None = None,
+    scale: float | None = None, dropout: float = 0.0, seed: int | Tensor | None = None, return_lse: Literal[False] = False,
+    backend: str = "auto",
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, *, bias: Tensor | None = None, scale: float | None = None,
-    dropout: float = 0.0, seed: int | Tensor | None = None, return_lse: Literal[True], backend: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, *, bias: Tensor | Bias | None = None,
+    scale: float | None = None, dropout: float = 0.0, seed: int | Tensor | None = None, return_lse: Literal[True],
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -221,24 +278,28 @@ def attention(
     v: Tensor,
     mask: Mask | Tensor | None = None,
     *,
-    bias: Tensor | None = None,
+    bias: Tensor | Bias | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Fused multi-head attention, softmax(scale q k^T + mask) v, differentiable in q, k and v.
+    """Fused multi-head attention, dropout(softmax(scale q k^T + bias + mask)) v, differentiable in q, k, v and bias.
 
     Args:
         q: (B, H, M, D), any strides; fp16, bf16, fp32, or fp64 (backends `eager` and `cpu`).
         k: (B, Hkv, N, D), v: (B, Hkv, N, Dv), q's dtype and device. H is a multiple of Hkv; query head h reads head
             h // (H / Hkv): grouped-query attention, and multi-query attention where Hkv = 1.
         mask: a `masks.Mask`, a bool tensor broadcastable to (B, H, M, N) with True = may attend, or None.
-        bias, dropout, seed: not served yet; anything but the default raises NotImplementedError.
+        bias: added to the scores: a tensor broadcastable to (B, H, M, N), in q's dtype or fp32, differentiable, in which -inf
+            hides a pair; or `biases.relative` or `biases.alibi`. Of what is broadcast no copy is made, nor in the gradient.
         scale: any finite float; default D ** -0.5.
+        dropout: the probability, 0 to 1, with which a weight becomes 0; the others are divided by 1 - dropout.
+        seed: which weights those are (`fastattn.dropout_mask` says it): an int, or a one-element int64 tensor on q's device; None
+            draws one from the device's default generator. Without dropout nothing is drawn.
         return_lse: also return the natural log-sum-exp of the masked scores, (B, H, M) in fp32 (fp64 for fp64 inputs);
-            it is differentiable.
+            it is differentiable, and includes the bias and not dropout.
         backend: "auto", or one of "triton", "cuda", "cpu", "eager"; a named backend never falls back.
 
     Returns:
@@ -255,13 +316,16 @@ def attention(
     quiet = bias is None and dropout == 0.0 and seed is None and not observed()
     if quiet and (found := direct(q, k, v, mask, scale, backend, return_lse)) is not None:
         return found
-    q, k, v, lowered, checked_scale = checked(q, k, v, mask, bias, scale, dropout, seed, backend)
-    if quiet and not watched() and plain(q, k, v, *lowered.tensors) and isinstance(scale, SCALES):
+    q, k, v, lowered, checked_scale = checked(q, k, v, mask, scale, backend)
+    extras = extras_of(bias, dropout, seed, q, k, lowered, backend)
+    if not observed() and not watched() and plain(q, k, v, *lowered.tensors, *extras.tensors) and isinstance(scale, SCALES):
         prepared = Prepared(lowered)
         if type(mask) is Mask:
             mask.keep_prepared((q.shape, k.shape, q.device), prepared)
-        return direct(q, k, v, prepared, scale, backend, return_lse, True)
-    out, lse = forward_autograd(q, k, v, *lowered, checked_scale, backend, return_lse)
+        if extras is NO_EXTRAS:
+            return direct(q, k, v, prepared, scale, backend, return_lse, True)
+        return direct_with(q, k, v, prepared, extras, float(checked_scale), backend, return_lse)
+    out, lse = forward_autograd(q, k, v, *lowered, *extras, checked_scale, backend, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -271,7 +335,7 @@ def explain(
     v: Tensor,
     mask: Mask | Tensor | None = None,
     *,
-    bias: Tensor | None = None,
+    bias: Tensor | Bias | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
@@ -285,8 +349,10 @@ def explain(
     backends with kernels of their own, each kernel's config, the tiles that it visits under this mask, FLOPs and bytes beside the
     least possible, and the time that an H100 needs at least; for that it reads the mask's tensors.
     """
-    q, k, v, lowered, _ = checked(q, k, v, mask, bias, scale, dropout, seed, backend)
-    problem = problem_of(q, k, v, lowered)
+    q, k, v, lowered, _ = checked(q, k, v, mask, scale, backend)
+    extras = bias_extras(bias, (*q.shape[:3], k.shape[2]), q)
+    check_rate(dropout)
+    problem = problem_of(q, k, v, lowered, extras)._replace(dropout=dropout > 0)
     notes = [
         f"{name} has a last stride of {x.stride(-1)} and is copied"
         for name, x in (("q", q), ("k", k), ("v", v))
@@ -312,12 +378,9 @@ def _details(backend: str, problem: AttentionProblem, mask: LoweredMask) -> list
     return lines
 
 
-def checked(q, k, v, mask, bias, scale, dropout, seed, backend) -> tuple[Tensor, Tensor, Tensor, LoweredMask, float]:
+def checked(q, k, v, mask, scale, backend) -> tuple[Tensor, Tensor, Tensor, LoweredMask, float]:
     """q, k, v, mask and scale from the public arguments: checked, cast for autocast, with defaults, the mask lowered if it is
     not."""
-    if bias is not None or dropout != 0.0 or seed is not None:
-        name = "bias" if bias is not None else "seed" if seed is not None else "dropout"
-        raise NotImplementedError(f"{name} is not served yet: leave it at its default")
     for name, x in (("q", q), ("k", k), ("v", v)):
         dispatch.check_tensor(x, name)
     dtype = dispatch.autocast_dtype(q)

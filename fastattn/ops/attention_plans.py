@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.lowering import LoweredMask, Prepared, batched, side_by_side
+from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask, Prepared, batched, side_by_side
 from fastattn.ops import dispatch
-from fastattn.planned import PLANS, fp32_precision, keep, unaligned, without_memory
+from fastattn.planned import PLANS, fp32_precision, keep, layout, unaligned, without_memory
 
 # In order of preference. On an H100 `triton` is faster than `cuda` on every shape that was timed, from 50 keys to 1,024, forward
 # and backward (benchmarks/results/h100: a test holds the order to it), although `cuda` moves fewer bytes up to 288 keys. No other
@@ -40,16 +40,22 @@ class AttentionProblem(NamedTuple):
     documents: bool = False
     bits: bool = False
     packed: bool = False  # B sequences laid end to end, of at most M queries and N keys
+    bias: bool = False  # a tensor
+    relative: bool = False  # a table by distance
+    alibi: bool = False
+    dropout: bool = False
 
     def __str__(self) -> str:
         mask = [name for name in ("band", "prefix", "ranges", "keys", "documents", "bits") if getattr(self, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = f"B={self.B} H={self.H} M={self.M} N={self.N} D={self.D}"
         sizes += f" Hkv={self.Hkv}" * (self.Hkv != self.H) + f" Dv={self.Dv}" * (self.Dv != self.D)
-        return f"{'varlen_' * self.packed}attention({sizes}, {dtype}, {self.device}, mask: {' & '.join(mask) or 'none'})"
+        extras = "".join(f", {name}" for name in ("bias", "relative", "alibi", "dropout") if getattr(self, name))
+        name = f"{'varlen_' * self.packed}attention"
+        return f"{name}({sizes}, {dtype}, {self.device}, mask: {' & '.join(mask) or 'none'}{extras})"
 
 
-def problem_of(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> AttentionProblem:
+def problem_of(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, extras: Extras = NO_EXTRAS) -> AttentionProblem:
     B, H, M, D = q.shape
     N = k.shape[2]
     if mask.query_starts is not None:
@@ -64,6 +70,10 @@ def problem_of(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> AttentionP
         documents=mask.ids is not None,
         bits=mask.bits is not None,
         packed=mask.query_starts is not None,
+        bias=extras.bias is not None,
+        relative=extras.table is not None,
+        alibi=extras.slopes is not None,
+        dropout=extras.kept is not None,
     )  # fmt: skip
 
 
@@ -71,14 +81,28 @@ UNWANTED, SAVED, EXACT = range(3)  # the log-sum-exp: for nobody, for the backwa
 NO_MASK = Prepared(LoweredMask())
 
 
-def forward_by_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int):
-    return plan_of(q, k, v, mask, scale, backend, lse)(q, k, v, mask)
+def forward_by_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int, extras: Extras = NO_EXTRAS):
+    plan = plan_of(q, k, v, mask, scale, backend, lse, extras)
+    return plan(q, k, v, mask) if extras is NO_EXTRAS else plan(q, k, v, mask, extras=extras)
 
 
-def plan_of(q, k, v, mask: Prepared, scale: float, backend: str, lse: int):
-    """(q, k, v, mask) -> out, lse or None."""
-    key = "op", forward_key(q, k, v, mask, scale, backend, lse)  # whose tensors nobody checked
-    return PLANS.get(key) or keep(key, forward_plan(q, k, v, mask, scale, backend, lse))
+def plan_of(q, k, v, mask: Prepared, scale: float, backend: str, lse: int, extras: Extras = NO_EXTRAS):
+    """(q, k, v, mask), with extras also extras=, -> out, lse or None."""
+    key: tuple = "op", forward_key(q, k, v, mask, scale, backend, lse)  # whose tensors nobody checked
+    if extras is not NO_EXTRAS:
+        key = *key, extras_key(extras)
+    return PLANS.get(key) or keep(key, forward_plan(q, k, v, mask, scale, backend, lse, extras))
+
+
+def extras_key(extras: Extras) -> tuple:
+    """What plans depend on. Of packed sequences the kept bits have as many rows as q."""
+    bias, table, buckets, slopes, bottom_right, kept, dropout = extras
+    tensors = bias, table, buckets, slopes, kept
+    return (
+        None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device, bias.is_neg()),
+        layout(table), layout(buckets), layout(slopes), bottom_right, None if kept is None else (kept.dim(), kept.shape[-1]),
+        dropout, unaligned(*tensors),
+    )  # fmt: skip
 
 
 def forward_key(q, k, v, mask: Prepared, scale: float | None, backend: str, lse: Any) -> tuple:
@@ -94,49 +118,60 @@ def forward_key(q, k, v, mask: Prepared, scale: float | None, backend: str, lse:
     )  # fmt: skip
 
 
-def forward_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int):
+def forward_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int, extras: Extras = NO_EXTRAS):
     if not all(x.stride(-1) == 1 for x in (q, k, v)):
-        plan = _unit_forward_plan(_unit_stride(q), _unit_stride(k), _unit_stride(v), mask, scale, backend, lse)
-        return lambda q, k, v, mask: plan(*map(_unit_stride, (q, k, v)), mask)
-    return _unit_forward_plan(q, k, v, mask, scale, backend, lse)
+        plan = _unit_forward_plan(_unit_stride(q), _unit_stride(k), _unit_stride(v), mask, scale, backend, lse, extras)
+        return lambda q, k, v, mask, **extras: plan(*map(_unit_stride, (q, k, v)), mask, **extras)
+    return _unit_forward_plan(q, k, v, mask, scale, backend, lse, extras)
 
 
-def _unit_forward_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int):
-    module = dispatch.choose("attention", BACKENDS, backend, problem_of(batched(q), batched(k), batched(v), mask.fields))
+def _unit_forward_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int, extras: Extras):
+    problem = problem_of(batched(q), batched(k), batched(v), mask.fields, extras)
+    module = dispatch.choose("attention", BACKENDS, backend, problem)
+    added = () if extras is NO_EXTRAS else (extras,)
     if hasattr(module, "forward_plan"):
-        return module.forward_plan(q, k, v, mask, scale, lse == EXACT, lse != UNWANTED)
+        return module.forward_plan(q, k, v, mask, scale, lse == EXACT, lse != UNWANTED, *added)
     if q.dim() == 4:
-        return lambda q, k, v, mask: module.forward(q, k, v, mask.fields, scale, lse == EXACT)
+        return lambda q, k, v, mask, extras=NO_EXTRAS: module.forward(q, k, v, mask.fields, scale, lse == EXACT, extras)
 
-    def packed(q, k, v, mask):
-        out, statistics = module.forward(batched(q), batched(k), batched(v), mask.fields, scale, lse == EXACT)
+    def packed(q, k, v, mask, extras=NO_EXTRAS):
+        out, statistics = module.forward(batched(q), batched(k), batched(v), mask.fields, scale, lse == EXACT, extras)
         return out[0].transpose(0, 1), statistics[0]
 
     return packed
 
 
-def backward_by_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str):
+def backward_by_plan(
+    dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str, extras: Extras = NO_EXTRAS, bias_grad: bool = False
+):
     given = dout, dlse, q, k, v, out, lse
-    return backward_plan_of(*given, mask, scale, backend, False)(*given, mask)
+    plan = backward_plan_of(*given, mask, scale, backend, False, extras, bias_grad)
+    return plan(*given, mask) if extras is NO_EXTRAS else plan(*given, mask, extras)
 
 
-def backward_plan_of(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str, joined: bool):
-    """(dout, dlse, q, k, v, out, lse, mask) -> dq, dk, dv; or joined, as one matrix."""
+def backward_plan_of(
+    dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str, joined: bool,
+    extras: Extras = NO_EXTRAS, bias_grad: bool = False,
+):  # fmt: skip
+    """(dout, dlse, q, k, v, out, lse, mask), with extras also them, -> dq, dk, dv; joined: as one matrix. With `bias_grad` that
+    of the bias or the table is last."""
     given = dout, dlse, q, k, v, out, lse
     address = dout.data_ptr() | out.data_ptr() | lse.data_ptr() | (0 if dlse is None else dlse.data_ptr())
-    key = (
+    key: tuple = (
         forward_key(q, k, v, mask, scale, backend, dout.stride()), dout.dtype, out.stride(), lse.is_contiguous(),
         None if dlse is None else dlse.is_contiguous(), joined, address & 15 and unaligned(dout, out, lse, dlse),
     )  # fmt: skip
-    return PLANS.get(key) or keep(key, _backward_plan(*given, mask, scale, backend, joined))
+    if extras is not NO_EXTRAS:
+        key = *key, extras_key(extras), bias_grad
+    return PLANS.get(key) or keep(key, _backward_plan(*given, mask, scale, backend, joined, extras, bias_grad))
 
 
-def _backward_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, backend: str, joined: bool):
-    given = dout, dlse, q, k, v, out, lse
+def _backward_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale, backend, joined: bool, extras: Extras, bias_grad: bool):
+    given, rest = (dout, dlse, q, k, v, out, lse), (mask, scale, backend, joined, extras, bias_grad)
     if lse.is_contiguous() and (dlse is None or dlse.is_contiguous()) and all(x.stride(-1) == 1 for x in (dout, q, k, v, out)):
-        return _unit_backward_plan(given, mask, scale, backend, joined)
-    plan = _unit_backward_plan(_laid_out(*given), mask, scale, backend, joined)
-    return lambda *given: plan(*_laid_out(*given[:-1]), given[-1])
+        return _unit_backward_plan(given, *rest)
+    plan = _unit_backward_plan(_laid_out(*given), *rest)
+    return lambda *given: plan(*_laid_out(*given[:7]), *given[7:])
 
 
 def _laid_out(dout, dlse, q, k, v, out, lse) -> tuple:
@@ -144,24 +179,32 @@ def _laid_out(dout, dlse, q, k, v, out, lse) -> tuple:
     return dout, None if dlse is None else dlse.contiguous(), q, k, v, out, lse.contiguous()
 
 
-def _unit_backward_plan(given: tuple, mask: Prepared, scale: float, backend: str, joined: bool):
+def _unit_backward_plan(given: tuple, mask: Prepared, scale: float, backend: str, joined: bool, extras: Extras, bias_grad: bool):
     _, _, q, k, v, _, _ = given
-    module = dispatch.choose("attention", BACKENDS, backend, problem_of(batched(q), batched(k), batched(v), mask.fields))
+    problem = problem_of(batched(q), batched(k), batched(v), mask.fields, extras)
+    module = dispatch.choose("attention", BACKENDS, backend, problem)
+    added = () if extras is NO_EXTRAS else (extras, bias_grad)
     if hasattr(module, "joined_results") and joined:
-        return module.backward_plan(*given, mask, scale, joined)
+        return module.backward_plan(*given, mask, scale, joined, *added)
     if joined:
-        plan = _unit_backward_plan(given, mask, scale, backend, False)
-        return lambda *given: side_by_side(*plan(*given))
+        plan = _unit_backward_plan(given, mask, scale, backend, False, extras, bias_grad)
+        return lambda *given: _joined(plan(*given), bias_grad)
     if hasattr(module, "backward_plan"):
-        return module.backward_plan(*given, mask, scale)
-    if q.dim() == 4:
-        return lambda *given: module.backward(*given[:-1], given[-1].fields, scale)
+        return module.backward_plan(*given, mask, scale, *((False, *added) if added else ()))
+
+    def dense(*given):
+        return module.backward(*given[:7], given[7].fields, scale, *((given[8], bias_grad) if added else ()))
 
     def packed(*given):
-        grads = module.backward(*as_one_sequence(*given[:-1]), given[-1].fields, scale)
-        return tuple(grad[0].transpose(0, 1) for grad in grads)
+        grads = dense(*as_one_sequence(*given[:7]), *given[7:])
+        return (*(grad[0].transpose(0, 1) for grad in grads[:3]), *grads[3:])
 
-    return packed
+    return dense if q.dim() == 4 else packed
+
+
+def _joined(grads: tuple, bias_grad: bool) -> Any:
+    matrix = side_by_side(*grads[:3])
+    return (matrix, grads[3]) if bias_grad else matrix
 
 
 def as_one_sequence(dout, dlse, q, k, v, out, lse) -> tuple:

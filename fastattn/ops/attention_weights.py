@@ -7,19 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastattn.lowering import LoweredMask
+from fastattn.biases import Bias, bias_of
+from fastattn.lowering import LEAST_SCORE, LoweredMask
 from fastattn.masks import Mask
 from fastattn.ops.attention import lower_mask
+from fastattn.ops.attention_extras import bias_extras
 
 
 def attention_weights(
     q: Tensor, k: Tensor, lse: Tensor, mask: Mask | Tensor | None = None, *,
+    bias: Tensor | Bias | None = None,
     rows: Sequence[int] | Tensor | None = None, heads: Sequence[int] | Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """exp(scale q k^T - lse) at visible pairs and 0 at hidden ones: the weights that `attention` gave to the keys.
+    """exp(scale q k^T + bias - lse) at visible pairs and 0 at hidden ones: the weights that `attention` gave to the keys, before
+    dropout.
 
     Args:
-        q, k, mask, scale: as they were passed to `attention`.
+        q, k, mask, bias, scale: as they were passed to `attention`.
         lse: (B, H, M), its second result with return_lse=True.
         rows, heads: indices of the queries and of the query heads wanted, from 0; None = all of them.
 
@@ -47,7 +51,14 @@ def attention_weights(
     q = q[:, h][:, :, i].to(lse.dtype)
     k = k[:, h // (H // k.shape[1])].to(lse.dtype)
     k = torch.where(visible.any(-2)[..., None], k, 0)  # a hidden key may hold NaN
-    return torch.where(visible, torch.exp(q @ k.mT * scale - lse[:, h][:, :, i, None]), 0)
+    scores = q @ k.mT * scale
+    if bias is not None:
+        added = bias_of(bias_extras(bias, (B, H, M, N), q), M, N).to(scores.dtype)
+        added = added if added.dim() == 4 else added[None]
+        added = added[:, h] if added.shape[1] > 1 else added
+        scores = scores + (added[:, :, i] if added.shape[2] > 1 else added)
+        visible = visible & ~(scores < LEAST_SCORE)
+    return torch.where(visible, torch.exp(scores - lse[:, h][:, :, i, None]), 0)
 
 
 def _indices(chosen: Sequence[int] | Tensor | None, size: int, name: str, device: torch.device) -> Tensor:

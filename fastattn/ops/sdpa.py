@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fastattn import masks
 from fastattn.masks import Mask
-from fastattn.ops import dispatch
-from fastattn.ops.attention import DTYPES, attention
+from fastattn.ops.attention import attention
 from fastattn.packing import readable
 
 
@@ -28,53 +27,48 @@ def scaled_dot_product_attention(
 
     query (..., H, M, D), key and value (..., H, N, D) with equal leading dimensions; a bool attn_mask broadcastable to
     (..., M, N), True = may attend; is_causal is top-left and excludes attn_mask. enable_gqa=True lets key and value have fewer
-    heads, of which query's number is a multiple. A float attn_mask is a bias; one of 0 and -inf alone, which
-    nn.MultiheadAttention makes of a bool one, is served on CPUs, where its values can be read. Any other and dropout_p > 0 are
-    not served yet and raise NotImplementedError. The result has the strides that torch's function gives on a CPU: its
-    dimensions lie in memory in the query's order where torch's fused kernel would serve the call, else it is contiguous.
+    heads, of which query's number is a multiple. A float attn_mask, of query's dtype or fp32, is a bias, with a gradient; where
+    it is of 0 and -inf alone, which nn.MultiheadAttention makes of a bool one, and its values can be read, what it hides is
+    skipped. dropout_p drops weights, drawn from the device's default generator. The result has the strides that torch's function
+    gives on a CPU: its dimensions lie in memory in the query's order where torch's fused kernel would serve the call, else it is
+    contiguous.
     """
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask and is_causal exclude each other: set one of them")
-    keep = None if attn_mask is None else visible_pairs(attn_mask, query)
     if query.dim() < 2 or key.dim() != query.dim() or value.dim() != query.dim():
         dims = f"{query.dim()}, {key.dim()}, {value.dim()}"
         raise ValueError(f"query, key and value need the same number of dimensions, at least 2; got {dims}")
     if not enable_gqa and key.dim() > 2 and key.shape[-3] != query.shape[-3]:
         raise ValueError(f"key has {key.shape[-3]} heads and query {query.shape[-3]}; that needs enable_gqa=True")
     lead = query.shape[:-2]
+    keep, bias = (None, None) if attn_mask is None else mask_or_bias(attn_mask, query)
     mask: Mask | Tensor | None = masks.causal("top_left") if is_causal else None
-    if keep is not None:
-        mask = keep if query.dim() == 4 else _four_dimensions(keep.expand(*lead, *keep.shape[-2:]))
+    if query.dim() != 4:
+        keep, bias = (x if x is None else _four_dimensions(x.expand(*lead, *x.shape[-2:])) for x in (keep, bias))
     q, k, v = (_four_dimensions(x) for x in (query, key, value))
-    out = attention(q, k, v, mask, scale=scale, dropout=dropout_p)
+    out = attention(q, k, v, mask if keep is None else keep, bias=bias, scale=scale, dropout=dropout_p)
     if query.dim() != 4:
         out = out.reshape(*lead, *out.shape[-2:])
-    return _laid_out_as_by_torch(out, query, key, value, attn_mask)
+    unfused = dropout_p > 0 or (attn_mask is not None and attn_mask.requires_grad)
+    return out.contiguous() if unfused else _laid_out_as_by_torch(out, query, key, value, attn_mask)
 
 
-def visible_pairs(attn_mask: Tensor, query: Tensor) -> Tensor:
-    """attn_mask as a bool tensor, True = may attend. Raises NotImplementedError for floats other than 0 and -inf, and for floats
-    that the host cannot read at once: nothing is guessed, and no GPU is waited for."""
+def mask_or_bias(attn_mask: Tensor, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """attn_mask as a bool tensor, True = may attend, or as it is, a bias. Floats are looked at where the host can read them at
+    once: nothing is guessed, and no GPU is waited for."""
     if attn_mask.dtype == torch.bool:
-        return attn_mask
-    refusal = f"attn_mask of dtype {attn_mask.dtype} is a bias, which is not served yet; pass a bool mask"
-    cast = attn_mask.dtype in DTYPES[:3] and dispatch.autocast_dtype(query) is not None
-    alike = attn_mask.dtype == query.dtype or cast
-    if not attn_mask.is_floating_point() or attn_mask.requires_grad or not alike:
-        raise NotImplementedError(refusal)
-    if not _has_values(attn_mask):
-        raise NotImplementedError(
-            f"{refusal}. (Whether it is 0 and -inf alone, as nn.MultiheadAttention makes it of a bool mask, is looked at on CPUs "
-            "only, and not in a trace: call fastattn.attention on the layer's projections, with "
-            "masks.key_padding(~key_padding_mask))"
-        )
+        return attn_mask, None
+    if not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask must be bool or of floating point numbers, got {attn_mask.dtype}")
+    if attn_mask.requires_grad or not _has_values(attn_mask):
+        return None, attn_mask
     keep = attn_mask == 0
     if not bool((keep | (attn_mask == -math.inf)).all()):
-        raise NotImplementedError(refusal)
+        return None, attn_mask
     repeated = keep.dim() == query.dim() == 4 and keep.shape[1] == query.shape[1] and keep.shape[2] == 1
     if repeated and torch.equal(keep, keep[:, :1].expand_as(keep)):
-        return keep[:, :1]  # padding, which nn.MultiheadAttention repeats for each head
-    return keep
+        return keep[:, :1], None  # padding, which nn.MultiheadAttention repeats for each head
+    return keep, None
 
 
 def _has_values(x: Tensor) -> bool:

@@ -6,9 +6,11 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from fastattn.lowering import LoweredMask, Prepared, batched
+from fastattn.biases import Bias
+from fastattn.lowering import NO_EXTRAS, LoweredMask, Prepared, batched
 from fastattn.masks import Mask, packed_fields
-from fastattn.ops.attention import SCALES, as_mask, checked, direct, forward_autograd
+from fastattn.ops.attention import SCALES, as_mask, checked, direct, direct_with, forward_autograd
+from fastattn.ops.attention_extras import extras_of
 from fastattn.packing import Packing
 from fastattn.planned import PLAIN, observed, plain, watched
 
@@ -16,7 +18,7 @@ from fastattn.planned import PLAIN, observed, plain, watched
 @overload
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, mask: Mask | Tensor | None = None, *, key_packing: Packing | None = None,
-    bias: Tensor | None = None, scale: float | None = None, dropout: float = 0.0, seed: int | Tensor | None = None,
+    bias: Tensor | Bias | None = None, scale: float | None = None, dropout: float = 0.0, seed: int | Tensor | None = None,
     return_lse: Literal[False] = False, backend: str = "auto",
 ) -> Tensor: ...  # fmt: skip
 
@@ -24,7 +26,7 @@ def varlen_attention(
 @overload
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, mask: Mask | Tensor | None = None, *, key_packing: Packing | None = None,
-    bias: Tensor | None = None, scale: float | None = None, dropout: float = 0.0, seed: int | Tensor | None = None,
+    bias: Tensor | Bias | None = None, scale: float | None = None, dropout: float = 0.0, seed: int | Tensor | None = None,
     return_lse: Literal[True], backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -37,7 +39,7 @@ def varlen_attention(
     mask: Mask | Tensor | None = None,
     *,
     key_packing: Packing | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | Bias | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
@@ -52,7 +54,9 @@ def varlen_attention(
         key_packing: where those of k and v lie, as many as of q; None: as those of q, self-attention.
         mask: as for `attention`, for B sequences of max_length queries and of the key packing's max_length keys. Queries and keys
             count from 0 in each sequence, and N - M is the sequence's own. `documents` takes ids of tokens, (Tq,) and (Tk,).
-        bias, dropout, seed: not served yet; anything but the default raises NotImplementedError.
+        bias: as for `attention`, of shape (number of sequences, H, max_length, max_length), each or 1, by sequence and by the
+            query's and the key's place in it.
+        dropout, seed: as for `attention`; the same weights are kept as where the sequences are padded on the right.
         scale, return_lse, backend: as for `attention`; lse is (H, Tq).
 
     Returns:
@@ -75,15 +79,18 @@ def varlen_attention(
         counts = f"{key_packing.lengths.numel()} sequences, but packing has {packing.lengths.numel()}"
         raise ValueError(f"key_packing has {counts}")
     lowered = _lowered(packing, key_packing, mask, q.shape[1])
-    *four, lowered, checked_scale = checked(batched(q), batched(k), batched(v), lowered, bias, scale, dropout, seed, backend)
-    if quiet and not watched() and plain(q, k, v, *lowered.tensors) and isinstance(scale, SCALES):
+    *four, lowered, checked_scale = checked(batched(q), batched(k), batched(v), lowered, scale, backend)
+    extras = extras_of(bias, dropout, seed, four[0], four[1], lowered, backend)
+    if not observed() and not watched() and plain(q, k, v, *lowered.tensors, *extras.tensors) and isinstance(scale, SCALES):
         prepared = Prepared(lowered)
         if mask is None:
             packing.keep_prepared(key_packing, prepared)
         elif type(mask) is Mask:
             mask.keep_prepared((packing, key_packing, q.shape[1]), prepared)
-        return direct(q, k, v, prepared, scale, backend, return_lse, True)
-    out, lse = forward_autograd(*four, *lowered, checked_scale, backend, return_lse)
+        if extras is NO_EXTRAS:
+            return direct(q, k, v, prepared, scale, backend, return_lse, True)
+        return direct_with(q, k, v, prepared, extras, float(checked_scale), backend, return_lse)
+    out, lse = forward_autograd(*four, *lowered, *extras, checked_scale, backend, return_lse)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
 

@@ -42,6 +42,8 @@ def unsupported(problem) -> list[str]:
         reasons.append(f"head dimension {problem.D} is not 32, 64 or 128")
     if problem.Dv != problem.D:
         reasons.append(f"v has head dimension {problem.Dv} and q {problem.D}: the CUDA kernels take equal ones")
+    if problem.dropout or problem.bias or problem.relative or problem.alibi:
+        reasons.append("a bias or dropout is not served: the CUDA kernels take masks alone")
     if max(problem.B, problem.H, problem.M, problem.N) > INT32_MAX:
         reasons.append("a size is beyond 2^31 - 1")
     return reasons
