@@ -4,7 +4,8 @@ What that kernel gets wrong or refuses is handled here: an empty M or N kills th
 lse 0.0, bool masks are refused, NaN in a padded key leaks, lse is inexact in half precision, a causal mask with scale <= 0
 gives NaN or Inf, q, k and v must have one width and one number of heads, and no gradient of the log-sum-exp is taken.
 Padding alone is served by few calls, see `attention_padded`; any other mask by a call for each block of queries, on the keys that
-it sees: `attention_parts` says which. No tensor has an element for each query and key.
+it sees: `attention_parts` says which. Bias and dropout are not for that kernel: `attention_extras`. No tensor has an element for
+each query and key.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.kernels.cpu import attention_packed, attention_padded
+from fastattn.kernels.cpu import attention_extras, attention_packed, attention_padded
 from fastattn.kernels.cpu.attention_parts import HIDDEN_WORK, Block, Part, dead_rows, parts, unpacked
-from fastattn.lowering import LoweredMask
+from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask
 
 INF = float("inf")
 HALF = (torch.float16, torch.bfloat16)
@@ -29,6 +30,8 @@ def unsupported(problem) -> list[str]:
 
 
 def notes(problem) -> list[str]:
+    if problem.bias or problem.relative or problem.alibi or problem.dropout:
+        return ["computed by PyTorch's products and exp, block by block of scores, on real tokens alone"]
     tokens = "on real tokens alone where that pays" if not problem.packed else "in calls for one sequence or some of one length"
     found = [f"computed by PyTorch's flash-attention kernel for CPUs, {tokens}"]
     if problem.Dv != problem.D:
@@ -39,7 +42,11 @@ def notes(problem) -> list[str]:
     return found
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool, extras: Extras = NO_EXTRAS
+) -> tuple[Tensor, Tensor]:
+    if extras.biased or extras.kept is not None:
+        return attention_extras.forward(q, k, v, mask, scale, extras)
     if mask.query_starts is not None:
         return attention_packed.forward(forward, q, k, v, mask, scale, exact_lse)
     if _in_single(q, k) or (exact_lse and q.dtype in HALF):
@@ -61,7 +68,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, ex
     return _forward(q, k, v, mask, scale)
 
 
-def backward(dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float, extras: Extras = NO_EXTRAS, bias_grad: bool = False
+) -> tuple[Tensor, ...]:
+    if extras.biased or extras.kept is not None:
+        return attention_extras.backward(dout, dlse, q, k, v, lse, mask, scale, extras, bias_grad)
     if mask.query_starts is not None:
         return attention_packed.backward(backward, dout, dlse, q, k, v, out, lse, mask, scale)
     if _in_single(q, k):

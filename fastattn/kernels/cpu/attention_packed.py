@@ -17,6 +17,7 @@ _kept = WeakTensorKeyDictionary()  # a packed mask's lists of tiles, which its M
 class Run(NamedTuple):
     """`count` sequences of M queries and N keys, with these first rows."""
 
+    number: int  # of the first sequence
     count: int
     M: int
     N: int
@@ -37,7 +38,7 @@ def forward(run_dense: Callable, q, k, v, mask: LoweredMask, scale: float, exact
     _, H, T, _ = q.shape
     out = q.new_zeros(1, T, H, v.shape[3]).transpose(1, 2)
     lse = q.new_full((1, H, T, 1), float("-inf"), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    for run in _runs(mask, T, k.shape[2]):
+    for run in runs(mask, T, k.shape[2]):
         found, found_lse = run_dense(run.queries(q), run.keys(k), run.keys(v), run.mask, scale, exact_lse)
         run.queries(out).copy_(found)
         run.queries(lse).copy_(found_lse[..., None])
@@ -47,7 +48,7 @@ def forward(run_dense: Callable, q, k, v, mask: LoweredMask, scale: float, exact
 def backward(run_dense: Callable, dout, dlse, q, k, v, out, lse, mask: LoweredMask, scale: float):
     lse, dlse = lse[..., None], None if dlse is None else dlse[..., None]
     grads = [x.new_zeros(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v)]
-    for run in _runs(mask, q.shape[2], k.shape[2]):
+    for run in runs(mask, q.shape[2], k.shape[2]):
         lse_grad = None if dlse is None else run.queries(dlse)[..., 0]
         keys, values, result_lse = run.keys(k), run.keys(v), run.queries(lse)[..., 0].contiguous()
         given = run.queries(dout), lse_grad, run.queries(q), keys, values, run.queries(out), result_lse
@@ -58,24 +59,24 @@ def backward(run_dense: Callable, dout, dlse, q, k, v, out, lse, mask: LoweredMa
     return tuple(grads)
 
 
-def _runs(mask: LoweredMask, Tq: int, Tk: int) -> Iterator[Run]:
-    """What no query or no key is in has the result of no key: 0."""
+def runs(mask: LoweredMask, Tq: int, Tk: int, alone: bool = False) -> Iterator[Run]:
+    """What no query or no key is in has the result of no key: 0. alone: something else tells the sequences apart too."""
     queries, keys = _ends(mask.query_starts, Tq, mask.max_queries), _ends(mask.key_starts, Tk, mask.max_keys)
     bounds = LoweredMask(mask.low, mask.high, mask.prefix_high)
-    alone = mask.bits is not None or any(x is not None for x in mask[3:10])
+    alone = alone or mask.bits is not None or any(x is not None for x in mask[3:10])
     run = None
     for b, ((query, query_end), (key, key_end)) in enumerate(zip(queries, keys, strict=True)):
         M, N = query_end - query, key_end - key
         if M <= 0 or N <= 0:
             continue
         if alone:
-            yield Run(1, M, N, query, key, _of_sequence(mask, b, M, N))
-        elif run is not None and run[1:] == (M, N, query - run.count * M, key - run.count * N, bounds):
+            yield Run(b, 1, M, N, query, key, _of_sequence(mask, b, M, N))
+        elif run is not None and run[2:] == (M, N, query - run.count * M, key - run.count * N, bounds):
             run = run._replace(count=run.count + 1)
         else:
             if run is not None:
                 yield run
-            run = Run(1, M, N, query, key, bounds)
+            run = Run(b, 1, M, N, query, key, bounds)
     if run is not None:
         yield run
 

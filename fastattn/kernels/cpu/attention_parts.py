@@ -173,7 +173,7 @@ def _parts(mask: LoweredMask, shape: torch.Size, dtype: torch.dtype, N: int, liv
     if live is not None:
         mask = mask._replace(key_begin=None, key_end=None, keys=live[:, 0, 0])
         return _cheapest([together], mask, H * D, dtype, N)
-    groupings = [_each_sequence(mask, B, M, N)]
+    groupings = [each_sequence(mask, B, M, N)]
     whole = mask.keys is mask.ids is mask.key_begin is mask.key_end is mask.query_end is None
     if whole and mask.bits is not None and mask.bits.shape[0] > 1:
         groupings.append(together)
@@ -188,7 +188,7 @@ def _cheapest(groupings: list, mask: LoweredMask, width: int, dtype: torch.dtype
         found: list[Part] = []
         total = 0.0
         for batch, queries, keys in grouping:
-            some, cost = _some_parts(_of_batch(mask, batch), batch, queries, keys, width, dtype, N)
+            some, cost = _some_parts(of_batch(mask, batch), batch, queries, keys, width, dtype, N)
             found += some
             total += cost
         if total < least:
@@ -241,7 +241,7 @@ def _bits_alone(part: Part, block: Block, N: int) -> bool:
     return all_keys and block.rows == range(part.queries.stop) and mask.bits.shape[2:] == (len(block.rows), -(-N // 32))
 
 
-def _each_sequence(mask: LoweredMask, B: int, M: int, N: int) -> list[tuple[slice, int, slice | Tensor]]:
+def each_sequence(mask: LoweredMask, B: int, M: int, N: int) -> list[tuple[slice, int, slice | Tensor]]:
     """Sequences with their number of queries and their live keys. Those with no pair are left out, equal neighbours share."""
     none = [None] * B
     begins = [0] * B if mask.key_begin is None else mask.key_begin.tolist()
@@ -270,7 +270,7 @@ def _each_sequence(mask: LoweredMask, B: int, M: int, N: int) -> list[tuple[slic
     return found
 
 
-def _of_batch(mask: LoweredMask, batch: slice) -> LoweredMask:
+def of_batch(mask: LoweredMask, batch: slice) -> LoweredMask:
     return LoweredMask(*(x[batch] if isinstance(x, Tensor) and x.shape[0] > 1 else x for x in mask))
 
 
