@@ -18,15 +18,18 @@ import torch
 import triton
 from torch import Tensor
 
-from fastattn.kernels.triton import attention_backward, attention_forward, primitives, tiles
+from fastattn.kernels.triton import attention_backward, attention_bias, attention_forward, primitives, tiles
+from fastattn.kernels.triton import extras as added_to_tiles
 from fastattn.kernels.triton.attention_backward import _attention_backward_kernel, _attention_dkdv_kernel, _attention_dq_kernel
+from fastattn.kernels.triton.attention_bias import bias_launch, bias_launcher
 from fastattn.kernels.triton.attention_forward import _attention_forward_kernel
+from fastattn.kernels.triton.extras import NOTHING
 from fastattn.kernels.triton.launch import GPU, Launch, gpu_here, gpu_of, precision, ready, refusals, settle_keys, vector
 from fastattn.kernels.triton.tuned import ONE_KERNEL, Config, Row, dtype_class, sources, tiles_of
-from fastattn.lowering import LoweredMask, Prepared, batched, classed, three
+from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask, Prepared, batched, classed, packed_rows, three
 from fastattn.plans import KernelPlan, tensor_bytes
 
-settle_keys(primitives, tiles, attention_forward, attention_backward)
+settle_keys(primitives, tiles, added_to_tiles, attention_forward, attention_backward, attention_bias)
 
 # What a mask gives kernels, in the order of their parameters: these and one of its lists of tiles follow the call's own tensors
 MASK_TENSORS = ("prefix", "key_begin", "key_end", "query_end", "keys", "ids", "key_ids", "bits", "query_starts", "key_starts")
@@ -71,92 +74,120 @@ def unsupported(problem) -> list[str]:
     return reasons
 
 
-def forward_plan(q, k, v, mask: Prepared, scale: float, exact_lse: bool, want_lse: bool):
-    """For calls like this one: (q, k, v, mask) -> (out, lse or None). q, k and v are (B, H, L, D), or (T, H, D) of a packing. A
-    caller that has memory for out, as it is made here, gives it."""
+def forward_plan(q, k, v, mask: Prepared, scale: float, exact_lse: bool, want_lse: bool, extras: Extras = NO_EXTRAS):
+    """For calls like this one: (q, k, v, mask) -> (out, lse or None), with the call's own extras. q, k and v are (B, H, L, D), or
+    (T, H, D) of a packing. A caller that has memory for out, as it is made here, gives it."""
     make_out, make_lse = result(q, v.shape[-1], mask), statistics(q, mask, float("-inf"))
     out, lse = make_out(q.to("meta")), make_lse(q.to("meta")) if want_lse else None
     four = (batched(x) for x in (q, k, v, out))
-    go, handle = launcher(forward_launch(*four, lse, mask.fields, scale, gpu_of(q.device)), "q", KEY_TILES)
-    packed, rows = mask.packed, -2 if q.dim() == 4 else 0
+    go, handle = launcher(forward_launch(*four, lse, mask.fields, scale, gpu_of(q.device), extras), "q", KEY_TILES)
+    packed, rows, extended = mask.packed, -2 if q.dim() == 4 else 0, extras.biased or extras.kept is not None
 
-    def call(q: Tensor, k: Tensor, v: Tensor, mask: Prepared, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Prepared, out: Tensor | None = None, extras: Extras = NO_EXTRAS):
         if out is None:
             out = make_out(q)
         lse = make_lse(q) if want_lse else None
         tensors = handle(q), handle(k), handle(v), handle(out), None if lse is None else handle(lse)
+        added = added_to_tiles.handles(extras, handle) if extended else NOTHING
         if packed:
-            go(tensors, mask, q.shape[rows], k.shape[rows])
+            go(tensors, mask, added, q.shape[rows], k.shape[rows])
         else:
-            go(tensors, mask)
+            go(tensors, mask, added)
         return out, lse
 
     return call
 
 
-def backward_plan(dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, joined: bool = False):
+def backward_plan(
+    dout, dlse, q, k, v, out, lse, mask: Prepared, scale: float, joined: bool = False, extras: Extras = NO_EXTRAS,
+    bias_grad: bool = False,
+):  # fmt: skip
     """For calls like this one: (dout, dlse, q, k, v, out, lse, mask) -> (dq, dk, dv); lse and dlse are contiguous.
 
     joined: the gradients lie side by side for each token, and are given as the one matrix (tokens, 3 H D) that they are in.
+    bias_grad: behind them the gradient of extras' bias or table.
     """
     make = joined_results(q, mask) if joined else separate_results(q, k, v, mask)
     _, *grads = make(q.to("meta"), k.to("meta"), v.to("meta"))
     given = (*(batched(x) for x in (q, k, v, out)), lse, *(batched(x) for x in grads))
-    launches = backward_launches(batched(dout), dlse, *given, mask.fields, scale, gpu_of(q.device))
+    reduced = reduced_by(extras) if bias_grad else None
+    columns = make_columns(q.to("meta"), k, mask) if reduced == "queries" else None
+    gpu, pairs = gpu_of(q.device), bias_grad and reduced is None
+    launches = backward_launches(batched(dout), dlse, *given, mask.fields, scale, gpu, extras, columns, pairs)
     if launches[-1].arguments["H"] == 0:  # no query, and no group of heads by which the kernels could divide
-        return lambda dout, dlse, q, k, v, out, lse, mask: _nothing_seen(*make(q, k, v))
-    packed, rows = mask.packed, -2 if q.dim() == 4 else 0
+        return _nothing_seen(make, joined, bias_grad)
+    packed, rows, extended = mask.packed, -2 if q.dim() == 4 else 0, extras.biased or extras.kept is not None
     first, handle = launcher(launches[0], "q" if len(launches) > 1 else "k", KEY_TILES)
     second, _ = launcher(launches[1], "k", QUERY_TILES) if len(launches) > 1 else (None, handle)
+    third = bias_launcher(launches[2]) if pairs else None
 
-    def call(dout, dlse, q, k, v, out, lse, mask: Prepared) -> Any:
+    def call(dout, dlse, q, k, v, out, lse, mask: Prepared, extras: Extras = NO_EXTRAS) -> Any:
         returned, dq, dk, dv = make(q, k, v)
         totals = (q.shape[rows], k.shape[rows]) if packed else ()
         inputs, at_dout, at_lse = (handle(q), handle(k), handle(v)), handle(dout), handle(lse)
         at_dlse = None if dlse is None else handle(dlse)
+        added = added_to_tiles.handles(extras, handle) if extended else NOTHING
+        columns = make_columns(q, k, mask) if reduced == "queries" else None
+        at_columns = None if columns is None else handle(columns)
         if second is None:
             gradients = handle(dq), handle(dk), handle(dv)
-            first((*inputs, handle(out), at_dout, *gradients, at_lse, at_dlse), mask, *totals)
+            first((*inputs, handle(out), at_dout, *gradients, at_lse, at_dlse, at_columns), mask, added, *totals)
+        else:
+            delta = lse.new_empty(lse.shape)
+            first((*inputs, handle(out), at_dout, handle(dq), at_lse, at_dlse, handle(delta)), mask, added, *totals)
+            second((*inputs, at_dout, handle(dk), handle(dv), at_lse, handle(delta), at_columns), mask, added, *totals)
+        if not bias_grad:
             return returned
-        delta = lse.new_empty(lse.shape)
-        first((*inputs, handle(out), at_dout, handle(dq), at_lse, at_dlse, handle(delta)), mask, *totals)
-        second((*inputs, at_dout, handle(dk), handle(dv), at_lse, handle(delta)), mask, *totals)
-        return returned
+        if third is not None:
+            masked = (mask.handles.get(handle) or _handles(mask, handle))[KEY_TILES]
+            dbias = third((*inputs, at_dout, at_lse, handle(delta)), masked, added, mask.fields, extras, *totals)
+        else:
+            dbias = bias_sums(columns, dlse, lse, mask, extras.bias)
+        return (returned, dbias) if joined else (*returned, dbias)
 
     return call
 
 
-def _nothing_seen(returned: Any, *grads: Tensor) -> Any:
-    for grad in grads:
-        grad.zero_()
-    return returned
+def _nothing_seen(make: Callable[..., tuple], joined: bool, bias_grad: bool) -> Callable[..., Any]:
+    """A backward whose gradients are all 0."""
+
+    def call(dout, dlse, q, k, v, out, lse, mask: Prepared, extras: Extras = NO_EXTRAS) -> Any:
+        returned, *grads = make(q, k, v)
+        for grad in grads:
+            grad.zero_()
+        if not bias_grad:
+            return returned
+        dbias = torch.zeros_like(extras.table if extras.bias is None else extras.bias)
+        return (returned, dbias) if joined else (*returned, dbias)
+
+    return call
 
 
 def launcher(launch: Launch, blocked: str, tiles: int) -> tuple[Callable[..., None], Callable[[Tensor], Any]]:
-    """`go(tensors, mask)`, of packed sequences with `total_queries, total_keys` behind, which launches a kernel on its first
-    parameters; and what handles are.
+    """`go(tensors, mask, added)`, of packed sequences with `total_queries, total_keys` behind, which launches a kernel on its
+    first parameters, a mask and the handles of extras; and what handles are.
 
     blocked: whether a program has a block of the queries of a head ("q") or of keys ("k"; the one backward kernel has all).
     tiles: which of the mask's two lists of tiles the kernel reads.
     """
     start, handle, values = ready(launch)
     lead = launch.kernel.arg_names.index(MASK_TENSORS[0])
-    constants = values[lead + len(MASK_TENSORS) + 1 :]
+    constants = values[lead + len(MASK_TENSORS) + 1 + len(NOTHING) :]
     programs, heads = launch.programs, launch.arguments["H"] // (1 if blocked == "q" else max(launch.arguments["group"], 1))
     config = launch.config
     block = 0 if launch.kernel is _attention_backward_kernel else config.BLOCK_M if blocked == "q" else config.BLOCK_N
 
-    def dense(tensors: tuple, mask: Prepared) -> None:
-        start(programs, tensors + (mask.handles.get(handle) or _handles(mask, handle))[tiles] + constants)
+    def dense(tensors: tuple, mask: Prepared, added: tuple = NOTHING) -> None:
+        start(programs, tensors + (mask.handles.get(handle) or _handles(mask, handle))[tiles] + added + constants)
 
-    def packed(tensors: tuple, mask: Prepared, total_queries: int, total_keys: int) -> None:
+    def packed(tensors: tuple, mask: Prepared, added: tuple, total_queries: int, total_keys: int) -> None:
         fields = mask.fields
         M, N = fields.max_queries, fields.max_keys
         blocks = -(-(M if blocked == "q" else N) // block) if block else min(M, N, 1)
         programs = (fields.query_starts.shape[0] - 1) * heads * blocks
         masked = (mask.handles.get(handle) or _handles(mask, handle))[tiles]
         if programs:
-            start(programs, tensors + masked + (total_queries, total_keys, M, N) + constants[4:])
+            start(programs, tensors + masked + added + (total_queries, total_keys, M, N) + constants[4:])
 
     if launch.arguments["query_starts"] is not None:
         return packed, handle
@@ -175,61 +206,97 @@ def _handles(mask: Prepared, handle: Callable[[Tensor], Any]) -> tuple[tuple, tu
     return mask.handles[handle]
 
 
-def forward_launch(q, k, v, out, lse, mask: LoweredMask, scale: float, gpu: GPU) -> Launch:
+def forward_launch(q, k, v, out, lse, mask: LoweredMask, scale: float, gpu: GPU, extras: Extras = NO_EXTRAS) -> Launch:
     (_, N), block_d = _classed_sizes(q, k, mask), _block(max(q.shape[3], v.shape[3]))
-    config = _row("attention_forward", gpu, q.dtype, block_d, N, mask.key_tiles is not None).config
-    return forward_with(config, q, k, v, out, lse, mask, scale)
+    config = _row("attention_forward", gpu, q.dtype, block_d, N, _crowded(mask, extras)).config
+    return forward_with(config, q, k, v, out, lse, mask, scale, extras)
 
 
-def backward_launches(dout, dlse, q, k, v, out, lse, dq, dk, dv, mask: LoweredMask, scale: float, gpu: GPU) -> list[Launch]:
-    """One kernel for short sequences; else dq first: it also makes delta = rowsum(dO * O) - dlse, which dkdv reads."""
+def backward_launches(
+    dout, dlse, q, k, v, out, lse, dq, dk, dv, mask: LoweredMask, scale: float, gpu: GPU, extras: Extras = NO_EXTRAS,
+    columns: Tensor | None = None, pairs: bool = False,
+) -> list[Launch]:  # fmt: skip
+    """One kernel for short sequences; else dq first: it also makes delta = rowsum(dO * O) - dlse, which dkdv reads.
+
+    columns: memory for the sums of dS over the queries, (B, H, N) in fp32. pairs: a kernel that reads delta follows.
+    """
     (M, N), group = _classed_sizes(q, k, mask), q.shape[1] // max(k.shape[1], 1)
-    block_d, listed = _block(max(q.shape[3], v.shape[3])), mask.key_tiles is not None
-    single = single_config(gpu, q.dtype, block_d, group * M, N, listed)
+    block_d, crowded = _block(max(q.shape[3], v.shape[3])), _crowded(mask, extras)
+    single = None if pairs else single_config(gpu, q.dtype, block_d, group * M, N, mask.key_tiles is not None)
     if single is not None:
-        return [single_with(single, dout, dlse, q, k, v, out, lse, dq, dk, dv, mask, scale)]
+        return [single_with(single, dout, dlse, q, k, v, out, lse, dq, dk, dv, mask, scale, extras, columns)]
     dq_config, dkdv_config = (
-        _row(kernel, gpu, q.dtype, block_d, N, listed).config for kernel in ("attention_dq", "attention_dkdv")
+        _row(kernel, gpu, q.dtype, block_d, N, crowded).config for kernel in ("attention_dq", "attention_dkdv")
     )
+    if extras.biased or extras.kept is not None:  # they leave no registers for tiles that are fetched ahead
+        dkdv_config = dkdv_config._replace(num_stages=1)
     delta = torch.empty_like(lse)
     return [
-        dq_with(dq_config, dout, dlse, q, k, v, out, lse, delta, dq, mask, scale),
-        dkdv_with(dkdv_config, dout, q, k, v, lse, delta, dk, dv, mask, scale),
+        dq_with(dq_config, dout, dlse, q, k, v, out, lse, delta, dq, mask, scale, extras),
+        dkdv_with(dkdv_config, dout, q, k, v, lse, delta, dk, dv, mask, scale, extras, columns),
+        *([dbias_with(dout, q, k, v, lse, delta, mask, scale, extras, gpu)] if pairs else []),
     ]
 
 
-def forward_with(config: Config, q, k, v, out, lse, mask: LoweredMask, scale: float) -> Launch:
-    arguments = {**_shared({"q": q, "k": k, "v": v, "out": out}, mask, mask.key_tiles, scale), "lse": lse}
-    arguments.update(FUSED=FUSED[0] <= scale <= FUSED[1] and mask.key_tiles is None)
+def _crowded(mask: LoweredMask, extras: Extras) -> bool:
+    """Whether kernels take the tiles of masks with lists: a bias and the bits of dropout fill registers as ids and bits do."""
+    return mask.key_tiles is not None or extras.biased or extras.kept is not None
+
+
+def forward_with(config: Config, q, k, v, out, lse, mask: LoweredMask, scale: float, extras: Extras = NO_EXTRAS) -> Launch:
+    arguments = {**_shared({"q": q, "k": k, "v": v, "out": out}, mask, mask.key_tiles, scale, extras), "lse": lse}
+    arguments.update(FUSED=extras.biased or (FUSED[0] <= scale <= FUSED[1] and mask.key_tiles is None))
     B, M, _ = _sizes(q, k, mask)
     return Launch(_attention_forward_kernel, _programs(B * q.shape[1], M, config.BLOCK_M), arguments, config)
 
 
-def single_with(config: Config, dout, dlse, q, k, v, out, lse, dq, dk, dv, mask: LoweredMask, scale: float) -> Launch:
+def single_with(
+    config: Config, dout, dlse, q, k, v, out, lse, dq, dk, dv, mask: LoweredMask, scale: float, extras: Extras = NO_EXTRAS,
+    columns: Tensor | None = None,
+) -> Launch:  # fmt: skip
     tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
-    arguments = {**_shared(tensors, mask, None, scale), "lse": lse, "dlse": dlse}
+    arguments = {**_shared(tensors, mask, None, scale, extras), "lse": lse, "dlse": dlse, "columns": columns}
     return Launch(_attention_backward_kernel, _sizes(q, k, mask)[0] * k.shape[1], arguments, config)
 
 
-def dq_with(config: Config, dout, dlse, q, k, v, out, lse, delta, dq, mask: LoweredMask, scale: float) -> Launch:
+def dq_with(
+    config: Config, dout, dlse, q, k, v, out, lse, delta, dq, mask: LoweredMask, scale: float, extras: Extras = NO_EXTRAS
+) -> Launch:
     tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq}
-    arguments = {**_shared(tensors, mask, mask.key_tiles, scale), "lse": lse, "dlse": dlse, "delta": delta}
+    arguments = {**_shared(tensors, mask, mask.key_tiles, scale, extras), "lse": lse, "dlse": dlse, "delta": delta}
     B, M, _ = _sizes(q, k, mask)
     return Launch(_attention_dq_kernel, _programs(B * q.shape[1], M, config.BLOCK_M), arguments, config)
 
 
-def dkdv_with(config: Config, dout, q, k, v, lse, delta, dk, dv, mask: LoweredMask, scale: float) -> Launch:
+def dkdv_with(
+    config: Config, dout, q, k, v, lse, delta, dk, dv, mask: LoweredMask, scale: float, extras: Extras = NO_EXTRAS,
+    columns: Tensor | None = None,
+) -> Launch:  # fmt: skip
     tensors = {"q": q, "k": k, "v": v, "dout": dout, "dk": dk, "dv": dv}
-    arguments = {**_shared(tensors, mask, mask.query_tiles, scale), "lse": lse, "delta": delta}
+    arguments = {**_shared(tensors, mask, mask.query_tiles, scale, extras), "lse": lse, "delta": delta, "columns": columns}
     B, _, N = _sizes(q, k, mask)
     return Launch(_attention_dkdv_kernel, _programs(B * k.shape[1], N, config.BLOCK_N), arguments, config)
 
 
+def dbias_with(dout, q, k, v, lse, delta, mask: LoweredMask, scale: float, extras: Extras, gpu: GPU) -> Launch:
+    tensors = {"q": q, "k": k, "v": v, "dout": dout}
+    return bias_launch(_shared(tensors, mask, mask.key_tiles, scale, extras), lse, delta, extras, gpu)
+
+
+def _lists_tiles(problem) -> bool:
+    return problem.documents or problem.bits
+
+
+def _is_crowded(problem) -> bool:
+    return _lists_tiles(problem) or problem.bias or problem.relative or problem.alibi or problem.dropout
+
+
 def notes(problem) -> list[str]:
-    request = gpu_here(), problem.dtype, _block(max(problem.D, problem.Dv)), problem.N, problem.documents or problem.bits
-    kernels = ("attention_forward", ONE_KERNEL, "attention_dq", "attention_dkdv")
-    rows = {kernel: _row(kernel, *request) for kernel in kernels}
-    single = single_config(*request[:3], problem.H // max(problem.Hkv, 1) * problem.M, *request[3:])
+    request, listed = (gpu_here(), problem.dtype, _block(max(problem.D, problem.Dv)), problem.N), _lists_tiles(problem)
+    kernels, crowded = ("attention_forward", "attention_dq", "attention_dkdv"), _is_crowded(problem)
+    rows = {kernel: _row(kernel, *request, crowded) for kernel in kernels}
+    rows[ONE_KERNEL] = _row(ONE_KERNEL, *request, listed)
+    single = single_config(*request[:3], problem.H // max(problem.Hkv, 1) * problem.M, request[3], listed)
     del rows[ONE_KERNEL if single is None else "attention_dq"]
     return [f"tiles from {sources(rows.values())}"]
 
@@ -237,7 +304,7 @@ def notes(problem) -> list[str]:
 def plan(problem, backward: bool) -> list[KernelPlan]:
     """The kernels of a pass: for the GPU that is there, else for an H100."""
     gpu = gpu_here()
-    block_d, listed = _block(max(problem.D, problem.Dv)), problem.documents or problem.bits
+    block_d = _block(max(problem.D, problem.Dv))
     group = problem.H // max(problem.Hkv, 1)
     q, out, keys, lse = tensor_bytes(problem)
 
@@ -246,11 +313,11 @@ def plan(problem, backward: bool) -> list[KernelPlan]:
             name, f"{config.num_warps} warps, {config.num_stages} stages", config.BLOCK_M, config.BLOCK_N, products, moved
         )
 
-    forward, dq, dkdv = configs(gpu, problem.dtype, block_d, problem.N, listed)
+    forward, dq, dkdv = configs(gpu, problem.dtype, block_d, problem.N, _is_crowded(problem))
     if not backward:
         moved = q + out + lse + keys * group * triton.cdiv(problem.M, forward.BLOCK_M)
         return [kernel("attention_forward_kernel", forward, (1, 1), moved)]
-    single = single_config(gpu, problem.dtype, block_d, group * problem.M, problem.N, listed)
+    single = single_config(gpu, problem.dtype, block_d, group * problem.M, problem.N, _lists_tiles(problem))
     if single is not None:
         return [kernel("attention_backward_kernel", single, (3, 2), 2 * (q + out + keys) + lse)]
     dq_moved = 2 * (q + out) + 2 * lse + keys * group * triton.cdiv(problem.M, dq.BLOCK_M)
@@ -261,8 +328,8 @@ def plan(problem, backward: bool) -> list[KernelPlan]:
     ]
 
 
-def _shared(tensors: dict[str, Tensor], mask: LoweredMask, tiles: Tensor | None, scale: float) -> dict[str, Any]:
-    """Arguments that all kernels take: the (B, H, L, D) tensors with their strides, the mask, sizes, what is compiled in."""
+def _shared(tensors: dict[str, Tensor], mask: LoweredMask, tiles: Tensor | None, scale: float, extras: Extras) -> dict[str, Any]:
+    """Arguments that all kernels take: the (B, H, L, D) tensors with their strides, mask, extras, sizes, what is compiled in."""
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     packed = mask.query_starts is not None
     strides = {name: (0 if packed else x.stride(0), x.stride(1), x.stride(2)) for name, x in tensors.items()}
@@ -271,6 +338,7 @@ def _shared(tensors: dict[str, Tensor], mask: LoweredMask, tiles: Tensor | None,
     for name, (b, h, length) in strides.items():
         arguments.update({f"{name}_b": b // unit, f"{name}_h": h // unit, f"{name}_l": length // unit})
     arguments.update(_mask_arguments(mask, tiles))
+    arguments.update(added_to_tiles.arguments(extras))
     arguments.update(total_queries=q.shape[2] if packed else None, total_keys=k.shape[2] if packed else None)
     H, Hkv, (_, M, N) = q.shape[1], k.shape[1], _sizes(q, k, mask)
     arguments.update(scale=scale, H=H, group=H // max(Hkv, 1), M=M, N=N)
@@ -373,6 +441,35 @@ def statistics(x: Tensor, mask: Prepared, dead: float) -> Callable[[Tensor], Ten
         return x.new_empty(size, dtype=torch.float32) if whole else x.new_full(size, dead, dtype=torch.float32)
 
     return rows
+
+
+def reduced_by(extras: Extras) -> str | None:
+    """Over which dimension of the scores the gradient of a bias is a sum: of "keys" it is the gradient of the log-sum-exp, which
+    needs no kernel, of "queries" the kernel of dK and dV makes it. None: of neither."""
+    if extras.bias is None:
+        return None
+    return "keys" if extras.bias.shape[3] == 1 else "queries" if extras.bias.shape[2] == 1 else None
+
+
+def make_columns(q: Tensor, k: Tensor, mask: Prepared) -> Tensor:
+    """Memory for the sums of dS over the queries, (B, H, N)."""
+    if not mask.packed:
+        return q.new_empty((*q.shape[:2], k.shape[2]), dtype=torch.float32)
+    sequences, H = mask.fields.query_starts.shape[0] - 1, q.shape[-3 if q.dim() == 4 else 1]
+    return q.new_zeros((sequences, H, mask.fields.max_keys), dtype=torch.float32)
+
+
+def bias_sums(columns: Tensor | None, dlse: Tensor | None, lse: Tensor, mask: Prepared, bias: Tensor) -> Tensor:
+    """The gradient of a bias from `columns`, or of a bias for all keys from that of the log-sum-exp."""
+    if columns is not None:
+        return columns[:, :, None].sum_to_size(bias.shape).to(bias.dtype)
+    if dlse is None:
+        return bias.new_zeros(bias.shape)
+    live = torch.where(lse == float("-inf"), 0, dlse)
+    if mask.packed:
+        row = packed_rows(mask.fields.query_starts, mask.fields.max_queries, lse.shape[-1])
+        live = torch.nn.functional.pad(live.flatten(0, -2), (0, 1))[:, row].transpose(0, 1)
+    return live[..., None].sum_to_size(bias.shape).to(bias.dtype)
 
 
 def _classed_sizes(q: Tensor, k: Tensor, mask: LoweredMask) -> tuple[int, int]:
