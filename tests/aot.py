@@ -24,9 +24,12 @@ from triton.compiler import ASTSource
 
 from fastattn.kernels.triton.ahead import compile_only
 from fastattn.kernels.triton.launch import GPU, Launch
-from fastattn.launches import attention_launches, linear_launches, norm_launches
+from fastattn.launches import attention_launches, bits_launches, linear_launches, norm_launches
 
-POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.bool: "*i1"}
+POINTERS = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+    torch.bool: "*i1",
+}  # fmt: skip
 
 
 def compile_launch(launch: Launch, capability: int):
@@ -57,7 +60,7 @@ def held(kernel) -> dict[str, int]:
 
 
 # dtype, head dimension, mask, and options: length (longer than the one backward kernel takes by default), Dv, heads of a group,
-# whether sequences are packed, whether it is inference
+# whether sequences are packed, whether it is inference, what there is of bias and dropout
 ATTENTION = [
     (torch.float16, 64, "none", {}),
     (torch.bfloat16, 64, "causal_padding", {}),
@@ -71,6 +74,9 @@ ATTENTION = [
     (torch.float16, 64, "documents", {"packed": True}),
     (torch.float16, 64, "none", {"L": 128, "packed": True}),
     (torch.float16, 64, "none", {"inference": True}),
+    (torch.bfloat16, 64, "padding", {"extras": "pairs+dropout"}),
+    (torch.bfloat16, 64, "none", {"extras": "relative"}),
+    (torch.bfloat16, 64, "padding", {"L": 128, "extras": "dropout"}),
 ]
 MORE_ATTENTION = [  # with the above, every row of the config tables
     (torch.float16, 16, "causal_padding", {}),
@@ -78,6 +84,7 @@ MORE_ATTENTION = [  # with the above, every row of the config tables
     (torch.float16, 64, "padding", {}),
     (torch.float16, 64, "keys", {}),
     (torch.float16, 64, "prefix", {}),
+    *itertools.product([torch.float16], [32, 64], ["prefix"], [{"L": 64}, {"L": 128}]),
     (torch.float16, 64, "causal", {"group": 4}),
     (torch.float16, 128, "none", {"group": 4}),
     (torch.float16, 64, "causal_padding", {"Dv": 128}),
@@ -96,26 +103,45 @@ MORE_ATTENTION = [  # with the above, every row of the config tables
     *itertools.product(
         [torch.float16], [128], ["causal_padding", "keys"], [{"L": 64, "packed": True}, {"L": 128, "packed": True}]
     ),
+    *itertools.product(
+        [torch.float16], [64], ["padding"], [{"extras": x} for x in ("dropout", "pairs", "relative+dropout", "alibi")]
+    ),
+    *itertools.product([torch.float16], [32, 128], ["padding"], [{"extras": x} for x in ("dropout", "pairs+dropout")]),
+    *itertools.product([torch.float32], [32, 64, 128], ["padding"], [{"extras": x} for x in ("pairs+dropout", "relative")]),
+    *itertools.product([torch.float16], [64], ["padding"], [{"L": 128, "extras": x} for x in ("row+dropout", "alibi+dropout")]),
+    *itertools.product(
+        [torch.float16], [64], ["padding"], [{"packed": True, "extras": x} for x in ("dropout", "relative+dropout")]
+    ),
 ]
-# dtype, activation, (rows, inputs, outputs): three kernels each. The sizes lead to large tiles, to small ones, to those of rows
-# that are no multiple of 16 bytes
+# dtype, activation, (rows, inputs, outputs), options: three kernels each, with dropout two. The sizes lead to large tiles, to
+# small ones, to those of rows that are no multiple of 16 bytes
 SIZES = {"large": (4096, 768, 3072), "small": (64, 768, 768), "odd": (64, 769, 769)}
-LINEAR = [(torch.bfloat16, "gelu", "large"), (torch.float16, "quick_gelu", "small"), (torch.float32, "gelu_tanh", "small")]
+LINEAR = [
+    (torch.bfloat16, "gelu", "large", {}), (torch.float16, "quick_gelu", "small", {}), (torch.float32, "gelu_tanh", "small", {}),
+    (torch.bfloat16, "gelu", "large", {"dropout": 0.1}),
+]  # fmt: skip
 MORE_LINEAR = [
-    *itertools.product([torch.bfloat16], ["gelu_tanh", "quick_gelu", "relu", "silu"], ["large"]),
-    *itertools.product([torch.float16], ["gelu"], ["large", "small", "odd"]),
-    *itertools.product([torch.float32], ["gelu"], ["large", "odd"]),
+    *itertools.product([torch.bfloat16], ["gelu_tanh", "quick_gelu", "relu", "silu"], ["large"], [{}]),
+    *itertools.product([torch.float16], ["gelu"], ["large", "small", "odd"], [{}]),
+    *itertools.product([torch.float32], ["gelu"], ["large", "odd"], [{}]),
+    *itertools.product([torch.float16], ["gelu"], ["small", "odd"], [{"dropout": 0.1}]),
+    *itertools.product([torch.float32], ["gelu"], ["large", "small", "odd"], [{"dropout": 0.1}]),
 ]
 # dtype, width, is it an RMSNorm: two kernels each
 NORM = [
     (torch.bfloat16, 768, False, {}), (torch.float16, 512, True, {}), (torch.float32, 8192, False, {}),
-    (torch.bfloat16, 768, False, {"inference": True}),
+    (torch.bfloat16, 768, False, {"inference": True}), (torch.bfloat16, 768, False, {"dropout": 0.1}),
 ]  # fmt: skip
 MORE_NORM = [
     *itertools.product([torch.bfloat16], [16, 32, 33, 64, 128, 256, 1024, 2048, 4096, 8192], [False], [{}]),
     *itertools.product([torch.float32], [33, 768, 4096], [False], [{}]),
     *itertools.product([torch.bfloat16, torch.float32], [768, 8192], [True], [{}]),
+    *itertools.product([torch.bfloat16], [16, 33, 1024, 4096, 8192], [False], [{"dropout": 0.1}]),
+    *itertools.product([torch.float32], [768, 8192], [False], [{"dropout": 0.1}]),
 ]
+# mask, whether sequences are packed: dropout's bits, one kernel
+BITS = [("none", False), ("causal_padding", True)]
+MORE_BITS = [("padding", False), ("causal", False), ("causal_padding", False), ("prefix", False), ("none", True)]
 CAPABILITIES = (80, 89, 90)
 
 
@@ -135,16 +161,20 @@ class Variant(NamedTuple):
 
 
 def launches(more: bool, sm: int) -> Iterator[tuple[torch.dtype, str, Launch]]:
-    """(dtype, case, launch) of attention, linear and norms: what CI compiles, or with `more` everything that is shipped."""
+    """(dtype, case, launch) of all kernels: what CI compiles, or with `more` everything that is shipped."""
     gpu = GPU(sm)
     for dtype, D, mask, options in ATTENTION + MORE_ATTENTION * more:
         case = " ".join([f"D={D}", mask, *(f"{name}={value}" for name, value in options.items())])
         yield from ((dtype, case, launch) for launch in attention_launches(dtype, D, mask, gpu=gpu, **options))
-    for dtype, activation, size in LINEAR + MORE_LINEAR * more:
-        yield from ((dtype, f"{activation} {size}", launch) for launch in linear_launches(dtype, activation, *SIZES[size], gpu))
+    for dtype, activation, size, options in LINEAR + MORE_LINEAR * more:
+        case = " ".join([activation, size, *options])
+        made = linear_launches(dtype, activation, *SIZES[size], gpu, **options)
+        yield from ((dtype, case, launch) for launch in made)
     for dtype, width, rms, options in NORM + MORE_NORM * more:
         case = " ".join([f"width={width} {'rms' if rms else 'layer'}{' odd' if width % 8 else ''}", *options])
         yield from ((dtype, case, launch) for launch in norm_launches(dtype, width, rms, gpu=gpu, **options))
+    for mask, packed in BITS + MORE_BITS * more:
+        yield from ((torch.int32, mask + " packed" * packed, launch) for launch in bits_launches(mask, packed=packed))
 
 
 def shipped() -> Iterator[Variant]:
@@ -174,6 +204,7 @@ def lengths(packed: bool) -> dict[str, int]:
         rows = L + L % 7
         case = torch.float16, 64, "causal_padding", rows
         requests = [attention_launches(*case, inside, packed=packed) for inside in (True, False)]
+        requests.append(bits_launches(case[2], rows, packed))
         if not packed:
             requests.append(linear_launches(torch.float16, "gelu", 8 * rows, 768, 3072))
             requests.append(norm_launches(torch.float16, 768, False, 8 * rows))

@@ -398,7 +398,7 @@ def test_fp32_follows_pytorch_s_tf32_switch(backend, setting, expected, matmul_p
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", [TRITON, CUDA])
 def test_cuda_graph_captures_forward_and_backward(backend):
     args = [t.requires_grad_() for t in ffn_tensors(70, 64, 256, torch.float16, "cuda")[:5]]
 
@@ -443,8 +443,6 @@ LINEAR = torch.nn.Linear(8, 5)
         (TypeError, "residual must be a tensor, got float", lambda: fastattn.linear(X, W, residual=0.0)),
         (TypeError, "w2 must be a tensor, got ndarray", lambda: fastattn.ffn(X, W, None, W.T.numpy(), None)),
         (TypeError, "b1 must be a tensor, got list", lambda: fastattn.ffn(X, W, [0.0] * 5, W.T, None)),
-        (NotImplementedError, "dropout", lambda: fastattn.ffn(X, W, None, W.T, None, dropout=0.1)),
-        (NotImplementedError, "recompute", lambda: fastattn.ffn(X, W, None, W.T, None, recompute=True)),
         (ValueError, "activation must be", lambda: fastattn.ffn(X, W, None, W.T, None, activation=None)),
     ],
 )  # fmt: skip

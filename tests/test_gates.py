@@ -139,6 +139,12 @@ def test_sample_holds_every_kernel(table, present):
 
 
 @pytest.mark.slow
+def test_no_sign_is_lost(rows):
+    """ptxas 12.8, which Triton 3.6 and 3.7 come with, makes max(-x, y, z, 0) one instruction, which has no place for the sign."""
+    check(rows, lambda row: row["clamped"] == 0)
+
+
+@pytest.mark.slow
 def test_no_spills(rows):
     def holds(row):
         allowed = SPILLS.get((row["kernel"], row["case"]), 0)
@@ -150,9 +156,10 @@ def test_no_spills(rows):
 
 @pytest.mark.slow
 def test_dkdv_of_64_columns_has_company(rows):
-    """On sm_90 blocks of twelve warps at least share a multiprocessor, and nothing is spilled. v of 128 columns takes more."""
+    """On sm_90 blocks of twelve warps at least share a multiprocessor, and nothing is spilled. v of 128 columns takes more,
+    as do a bias and the bits of dropout."""
     kernel = [row for row in rows if row["kernel"] == "attention_dkdv_kernel" and row["sm"] == 90 and "D=64" in row["case"]]
-    half = [row for row in kernel if "float32" not in row["case"] and "Dv=128" not in row["case"]]
+    half = [row for row in kernel if not any(name in row["case"] for name in ("float32", "Dv=128", "extras="))]
     check(half, lambda row: row["stack"] == 0 and row["occupancy"] * 64 >= 11.9)
 
 
@@ -174,9 +181,9 @@ def test_products_of_half_precision_run_on_tensor_cores(rows):
 def test_half_precision_loads_16_bytes(rows):
     """Triton's variants are of aligned rows but for those that say `odd`; CUDA kernels hold both paths.
 
-    Of the weight and the bias of 128 columns each of 128 threads has one element.
+    Of the weight and the bias of 128 columns each of 128 threads has one element, as of a bias of attention with one row.
     """
-    triton = [row for row in rows if row["backend"] == "triton" and "float32" not in row["case"] and "odd" not in row["case"]]
+    triton = [row for row in rows if row["backend"] == "triton" and not any(x in row["case"] for x in ("float32", "odd", "=row"))]
     one_each = {"norm_forward_kernel": 2, "norm_backward_kernel": 1}
     check(triton, lambda row: row["narrow"] == (one_each[row["kernel"]] if "width=128 " in row["case"] else 0))
     cuda = [row for row in rows if row["backend"] == "cuda" and row["multiplies"]]

@@ -254,8 +254,6 @@ def test_defaults_of_eps_are_told_apart_from_pytorch_s():
 @pytest.mark.parametrize(
     ("error", "words", "call"),
     [
-        (NotImplementedError, "dropout", lambda: fastattn.add_layer_norm(X, X, None, None, dropout=0.1)),
-        (NotImplementedError, "seed", lambda: fastattn.add_rms_norm(X, X, None, seed=1)),
         (NotImplementedError, "fp64 is served", lambda: fastattn.add_rms_norm(X, X.double(), None, backend="triton")),
         (ValueError, "eps must be positive", lambda: fastattn.add_layer_norm(X, X, None, None, eps=0)),
         (ValueError, "residual must have x's shape", lambda: fastattn.add_layer_norm(X, X[0], None, None)),

@@ -42,16 +42,20 @@ class LinearProblem:
     outputs: int
     activation: str | None
     residual: bool = False
+    dropout: bool = False
 
     def __str__(self) -> str:
         sizes = f"rows={self.rows} K={self.inputs} F={self.outputs}"
-        extras = f"activation: {self.activation or 'none'}{', residual' if self.residual else ''}"
+        parts = ", residual" * self.residual + ", dropout" * self.dropout
+        extras = f"activation: {self.activation or 'none'}{parts}"
         return f"linear({sizes}, {str(self.dtype).removeprefix('torch.')}, {self.device}, {extras})"
 
 
-def problem_of(x: Tensor, weight: Tensor, activation: str | None, residual: Tensor | None = None) -> LinearProblem:
+def problem_of(
+    x: Tensor, weight: Tensor, activation: str | None, residual: Tensor | None = None, dropout: bool = False
+) -> LinearProblem:
     rows = x.shape[:-1].numel()
-    return LinearProblem(x.device.type, x.dtype, rows, x.shape[-1], weight.shape[0], activation, residual is not None)
+    return LinearProblem(x.device.type, x.dtype, rows, x.shape[-1], weight.shape[0], activation, residual is not None, dropout)
 
 
 # linear: y = act(z) + residual with z = x W^T + b; z is returned, else empty, where `train` says that a backward wants it.
@@ -183,13 +187,14 @@ def _forward_plan(x, weight, bias, residual, activation, train, backend):
     return plan_of_module(module, x, weight, bias, residual, activation, train)
 
 
-def plan_of_module(module, x, weight, bias, residual, activation, train):
-    """(x, weight, bias, residual) -> y and, with an activation where `train` says so, z."""
+def plan_of_module(module, x, weight, bias, residual, activation, train, *drop):
+    """(x, weight, bias, residual) -> y and, with an activation where `train` says so, z. Where the activation's result goes
+    through dropout, `drop` is a seed and the probability, and the plan takes a seed too."""
     if hasattr(module, "forward_plan"):
-        return module.forward_plan(x, weight, bias, residual, activation, train)
+        return module.forward_plan(x, weight, bias, residual, activation, train, *drop)
 
-    def call(x, weight, bias, residual):
-        y, z = module.forward(x, weight, bias, residual, activation, train)
+    def call(x, weight, bias, residual, *seed):
+        y, z = module.forward(x, weight, bias, residual, activation, train, *seed, *drop[1:])
         return y.contiguous(), z.contiguous() if train and activation is not None else None
 
     return call
@@ -220,14 +225,15 @@ def _run_backward(plan, dy, x, weight, bias, z):
     return given(dx, x), given(dw, weight), given(db, x if bias is None else bias)
 
 
-def backward_plan_of_module(module, dy, x, weight, z, activation, need_dx, need_dw, need_db, before=None):
-    """(dy, x, weight, z, z before) -> what `fastattn.reference.linear_backward` gives."""
+def backward_plan_of_module(module, dy, x, weight, z, activation, need_dx, need_dw, need_db, before=None, drop=()):
+    """(dy, x, weight, z, z before) -> what `fastattn.reference.linear_backward` gives; a seed too, where x is what dropout left,
+    of which `drop` is the probability."""
     if hasattr(module, "backward_plan"):
-        return module.backward_plan(dy, x, weight, z, activation, need_dx, need_dw, need_db, before)
+        return module.backward_plan(dy, x, weight, z, activation, need_dx, need_dw, need_db, before, *drop)
 
-    def call(dy, x, weight, z, z_before):
+    def call(dy, x, weight, z, z_before, *seed):
         behind = None if before is None else (z_before, before[1])
-        return module.backward(dy, x, weight, z, activation, need_dx, need_dw, need_db, before=behind)
+        return module.backward(dy, x, weight, z, activation, need_dx, need_dw, need_db, behind, *seed, *drop)
 
     return call
 

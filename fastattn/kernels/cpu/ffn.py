@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.activations import ACTIVATIONS
+from fastattn.dropout import FFN_HIDDEN
 from fastattn.kept import kept
-from fastattn.reference import linear_backward
+from fastattn.kernels.cpu.dropout import kept_elements
+from fastattn.reference import Drop, activated, linear_backward
 
 QUICK_GELU = 1.702  # quick_gelu(z) = silu(1.702 z) / 1.702, so in fp32 a weight scaled by it lets oneDNN's silu serve
 ONEDNN_ACTIVATIONS = {  # what oneDNN fuses: name and algorithm; any other of ACTIVATIONS comes after the product
@@ -38,17 +40,27 @@ def notes(problem) -> list[str]:
     return [f"the products are PyTorch's: oneDNN where it takes the dtype, {fused}"]
 
 
-def forward(x, weight, bias, residual, activation: str | None, train: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    x, weight, bias, residual, activation: str | None, train: bool, seed: Tensor | None = None, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """y, and z where `train` asks for it."""
-    if train or not _onednn(x, weight):
+    if train or seed is not None or not _onednn(x, weight):
         z = _plain(x, weight, bias)
-        y = z if activation is None else ACTIVATIONS[activation][0](z)
-    else:
-        y = z = _fused(x, weight, bias, activation)
-    return (y if residual is None else y + residual), z
+        return activated(z, activation, residual, _drop(x, weight.shape[0], seed, dropout)), z
+    y = _fused(x, weight, bias, activation)
+    return (y if residual is None else y + residual), y
 
 
-backward = linear_backward
+def backward(
+    dy, x, weight, z, activation: str | None, need_dx: bool, need_dw: bool, need_db: bool,
+    before: tuple[Tensor, str] | None = None, seed: Tensor | None = None, dropout: float = 0.0,
+):  # fmt: skip
+    drop = _drop(x, x.shape[-1], seed if need_dx else None, dropout)
+    return linear_backward(dy, x, weight, z, activation, need_dx, need_dw, need_db, before, drop)
+
+
+def _drop(x: Tensor, columns: int, seed: Tensor | None, p: float) -> Drop | None:
+    return None if seed is None else Drop(kept_elements(seed, x.shape[:-1].numel(), columns, p, FFN_HIDDEN), p)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
+from fastattn.dropout import LAYER_NORM, RMS_NORM
+from fastattn.kernels.cpu.dropout import kept_elements
+from fastattn.reference import Drop
 
 
 def unsupported(problem) -> list[str]:
@@ -18,21 +21,24 @@ def unsupported(problem) -> list[str]:
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, keep: bool,
+    seed: Tensor | None = None, dropout: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    drop = _drop(x, seed, dropout, rms)
     if rms:
-        return reference.norm(x, residual, weight, bias, eps, rms)
-    total = x if residual is None else residual + x
+        return reference.norm(x, residual, weight, bias, eps, rms, drop)
+    total = reference.residual_sum(x, residual, drop)
     y, mean, rstd = torch.native_layer_norm(total, total.shape[-1:], _wide(weight, total, 1.0), _wide(bias, total, 0.0), eps)
     return y.to(x.dtype), total, mean, rstd
 
 
 def backward(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None,
-    need_dweight: bool, need_dbias: bool,
-) -> tuple[Tensor, Any, Any]:  # fmt: skip
+    need_dweight: bool, need_dbias: bool, seed: Tensor | None = None, dropout: float = 0.0,
+) -> tuple[Any, ...]:  # fmt: skip
+    drop = _drop(total, seed, dropout, mean is None)
     if mean is None:
-        return reference.norm_backward(dy, dtotal, total, mean, rstd, weight, need_dweight, need_dbias)
+        return reference.norm_backward(dy, dtotal, total, mean, rstd, weight, need_dweight, need_dbias, drop)
     weight = _wide(weight, total, 1.0)
     dtype = rstd.dtype  # in half precision PyTorch's kernel would add up dweight in it
     dsum, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
@@ -40,7 +46,14 @@ def backward(
         [True, need_dweight, need_dbias],
     )  # fmt: skip
     dsum = dsum if dtotal is None else dsum + dtotal
-    return dsum.to(total.dtype), dweight if need_dweight else None, dbias if need_dbias else None
+    grads = dsum.to(total.dtype), dweight if need_dweight else None, dbias if need_dbias else None
+    return grads if drop is None else (*grads, reference.dropped(dsum, drop).to(dy.dtype))
+
+
+def _drop(x: Tensor, seed: Tensor | None, p: float, rms: bool) -> Drop | None:
+    if seed is None:
+        return None
+    return Drop(kept_elements(seed, x.shape[:-1].numel(), x.shape[-1], p, RMS_NORM if rms else LAYER_NORM), p)
 
 
 def _wide(parameter: Tensor | None, total: Tensor, default: float) -> Tensor:

@@ -25,6 +25,8 @@ def unsupported(problem) -> list[str]:
         reasons.append(f"{problem.dtype} is not served: the CUDA kernels take fp16 and bf16")
     if problem.activation not in ACTIVATIONS:
         reasons.append(f"activation {problem.activation!r} is not in its kernels")
+    if problem.dropout:
+        reasons.append("dropout is not in its kernels")
     if max(problem.inputs, problem.outputs) > 2**31 - 1:
         reasons.append("a width is beyond 2^31 - 1")
     return reasons

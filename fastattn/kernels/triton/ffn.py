@@ -3,7 +3,8 @@
 Three kernels: `_linear_forward_kernel` in ffn_forward.py; `_linear_dz_kernel` and `_linear_dgrad_kernel` in ffn_backward.py.
 Products with nothing after them but a bias (a forward without activation and residual, dW, a plain dx) are PyTorch's: there is
 nothing to fuse. Sizes and strides are run-time arguments; what is compiled in is the dtypes, the activation, which of bias,
-residual and z there are, and whether rows are made of whole tiles and of units of 16 bytes.
+residual, z and a seed there are, and whether rows are made of whole tiles and of units of 16 bytes. With a seed the hidden layer
+of an ffn goes through dropout, where it is made and where its gradient is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.activations import ACTIVATIONS
+from fastattn.dropout import FFN_HIDDEN, rescale, threshold
 from fastattn.kernels.triton import activations, ffn_backward, ffn_forward, primitives, product
 from fastattn.kernels.triton.activations import NAMES
 from fastattn.kernels.triton.ffn_backward import _linear_dgrad_kernel, _linear_dz_kernel
@@ -40,7 +42,7 @@ from fastattn.planned import memory
 
 settle_keys(primitives, activations, product, ffn_forward, ffn_backward)
 
-FORWARD_VARYING, DZ_VARYING, DGRAD_VARYING = 7, 5, 6  # parameters of the kernels that differ from call to call
+FORWARD_VARYING, DZ_VARYING, DGRAD_VARYING = 8, 5, 7  # parameters of the kernels that differ from call to call
 SQUARE = 128  # a result's size is counted in square tiles of so many rows and columns
 
 
@@ -77,12 +79,14 @@ def notes(problem) -> list[str]:
     return [*found, f"tiles from {sources(rows)}"]
 
 
-def forward_plan(x, weight, bias, residual, activation: str | None, train: bool):
+def forward_plan(
+    x, weight, bias, residual, activation: str | None, train: bool, seed: Tensor | None = None, dropout: float = 0.0
+):
     """For calls like this one, however many rows: (x, weight, bias, residual) -> y, and z where there is an activation and
-    `train` asks for it."""
+    `train` asks for it. With dropout, which an activation precedes, the seed is the fifth tensor."""
     if weight.dtype != x.dtype:
-        plan = forward_plan(x, weight.to(x.dtype), bias, residual, activation, train)
-        return lambda x, weight, bias, residual: plan(x, weight.to(x.dtype), bias, residual)
+        plan = forward_plan(x, weight.to(x.dtype), bias, residual, activation, train, seed, dropout)
+        return lambda x, weight, bias, residual, *seed: plan(x, weight.to(x.dtype), bias, residual, *seed)
     if activation is None and residual is None:
         if bias is None or bias.dtype is x.dtype:
             return lambda x, weight, bias, _: (F.linear(x, weight, bias), None)
@@ -98,49 +102,52 @@ def forward_plan(x, weight, bias, residual, activation: str | None, train: bool)
         return wide
     given = x, weight, bias, residual
     if not in_rows(*given):
-        plan = forward_plan(*contiguous(*given), activation, train)
+        plan = forward_plan(*contiguous(*given), activation, train, seed, dropout)
         return lambda *given: plan(*contiguous(*given))
-    return _by_rows(weight, dtype, activation, train and activation is not None)
+    return _by_rows(weight, dtype, activation, train and activation is not None, dropout)
 
 
-def _by_rows(weight: Tensor, dtype: torch.dtype, activation: str | None, with_z: bool):
+def _by_rows(weight: Tensor, dtype: torch.dtype, activation: str | None, with_z: bool, dropout: float):
     """By the sizes of results and then by the row of the table that a size has: kernels, or PyTorch's product."""
     sizes: dict[int, Any] = {}
     made: dict[Any, Any] = {}
     (N, K), columns = weight.shape, squares(1, weight.shape[0])
 
-    def call(x, weight, bias, residual):
+    def call(x, weight, bias, residual, seed=None):
         shape = x.shape
         rows = shape[0] * shape[1] if len(shape) == 3 else shape[:-1].numel()
         size = -(-rows // SQUARE) * columns
         compute = sizes.get(size)
         if compute is None:
-            choice = _library_choice(x, weight, bias, activation, with_z) if residual is None else None
+            fused = residual is not None or seed is not None
+            choice = None if fused else _library_choice(x, weight, bias, activation, with_z)
             if choice is None:
                 choice = _config(rows, N, K, x.dtype, gpu_of(x.device), "linear_forward", activation=activation, z=with_z)
             if choice not in made:
-                made[choice] = _computing(choice, x, weight, bias, residual, dtype, activation, with_z)
+                made[choice] = _computing(choice, x, weight, bias, residual, dtype, activation, with_z, seed, dropout)
             compute = sizes[size] = made[choice]
-        return compute(x, weight, bias, residual, shape, rows)
+        return compute(x, weight, bias, residual, seed, shape, rows)
 
     return call
 
 
-def _computing(choice, x, weight, bias, residual, dtype: torch.dtype, activation: str | None, with_z: bool):
+def _computing(choice, x, weight, bias, residual, dtype: torch.dtype, activation: str | None, with_z: bool, seed, dropout: float):
     if isinstance(choice, str):
         return lambda x, weight, bias, *_: library_linear(choice, x, weight, bias, activation, with_z)
     N, same = weight.shape[0], dtype is x.dtype
     meta = torch.empty(1, N, dtype=dtype, device="meta")
     matrices = matrix(x), matrix(weight), bias, None if residual is None else matrix(residual)
-    start, handle, values = ready(forward_with(choice, *matrices, meta, meta.to(x.dtype) if with_z else None, activation))
+    outputs = meta, meta.to(x.dtype) if with_z else None
+    start, handle, values = ready(forward_with(choice, *matrices, *outputs, activation, seed, dropout))
     constants, block, columns = values[FORWARD_VARYING:], choice.BLOCK_M, -(-N // choice.BLOCK_N)
 
-    def compute(x, weight, bias, residual, shape, rows):
+    def compute(x, weight, bias, residual, seed, shape, rows):
         y = memory(x, shape, N) if same else x.new_empty(*shape[:-1], N, dtype=dtype)
         z = memory(x, shape, N) if with_z else None
         if rows:
             at_bias, at_residual = None if bias is None else handle(bias), None if residual is None else handle(residual)
-            given = handle(x), handle(weight), at_bias, at_residual, handle(y), None if z is None else handle(z), rows
+            at_z, at_seed = None if z is None else handle(z), None if seed is None else handle(seed)
+            given = handle(x), handle(weight), at_bias, at_residual, handle(y), at_z, at_seed, rows
             start(-(-rows // block) * columns, given + constants)
         return y, z
 
@@ -169,16 +176,16 @@ def library_linear(choice: str, x, weight, bias, activation: str, train: bool) -
 
 def backward_plan(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, activation: str | None,
-    need_dx: bool, need_dw: bool, need_db: bool, before: tuple[Tensor, str] | None = None,
+    need_dx: bool, need_dw: bool, need_db: bool, before: tuple[Tensor, str] | None = None, dropout: float = 0.0,
 ):  # fmt: skip
     """The same: (dy, x, weight, z, the z before) -> dx, dW, db and the sum of dx over rows, as
-    `fastattn.reference.linear_backward` defines them; the sums are fp32."""
+    `fastattn.reference.linear_backward` defines them; the sums are fp32. With dropout the seed is the sixth tensor."""
     make_dz = None if activation is None else _dz_plan(dy, z, activation, need_db)
-    dgrad = _dgrad_plan(before[1]) if need_dx and before is not None else None
+    dgrad = _dgrad_plan(before[1], dropout) if need_dx and before is not None else None
     as_dz, as_x, as_weight, as_before = _flat(dy), _flat(x), _flat(weight), matrix if before is None else _flat(before[0])
     cast, whole = weight.dtype is not x.dtype, x.dim() == 2
 
-    def call(dy, x, weight, z, z_before):
+    def call(dy, x, weight, z, z_before, seed=None):
         dx = dw = db = sums = None
         if make_dz is not None:
             dz, db = make_dz(dy, z)
@@ -193,7 +200,7 @@ def backward_plan(
             if dgrad is None:
                 dx = torch.mm(dz, weight)
             else:
-                dx, sums = dgrad(dz, as_weight(weight), as_before(z_before))
+                dx, sums = dgrad(dz, as_weight(weight), as_before(z_before), seed)
             dx = dx if whole else dx.view_as(x)
         return dx, dw.to(weight.dtype) if cast and need_dw else dw, db, sums
 
@@ -231,47 +238,52 @@ def _dz_plan(dy: Tensor, z: Tensor, activation: str, need_db: bool):
     return call
 
 
-def _dgrad_plan(activation: str):
-    """(dy, weight, z), matrices of one layout -> dz = (dy W) * act'(z) and its sum over rows, by the kernel for each config that
-    the rows ask for."""
+def _dgrad_plan(activation: str, dropout: float):
+    """(dy, weight, z), matrices of one layout, and a seed or None -> dz = (dy W) * act'(z) and its sum over rows, by the kernel
+    for each config that the rows ask for."""
     sizes: dict[int, Any] = {}
     made: dict[ProductConfig, Any] = {}
 
-    def prepare(dy, weight, z, size):
+    def prepare(dy, weight, z, seed, size):
         (rows, outputs), N = dy.shape, weight.shape[1]
         config = _config(rows, N, outputs, dy.dtype, gpu_of(dy.device), "linear_dgrad")
         if config not in made:
             dz = torch.empty(1, N, dtype=dy.dtype, device="meta")
-            start, handle, values = ready(dgrad_with(config, matrix(dy), matrix(weight), matrix(z), dz, dz.float(), activation))
+            matrices = matrix(dy), matrix(weight), matrix(z), dz, dz.float()
+            start, handle, values = ready(dgrad_with(config, *matrices, activation, seed, dropout))
             made[config] = start, handle, values[DGRAD_VARYING:], config.BLOCK_M, -(-N // config.BLOCK_N)
         sizes[size] = made[config]
         return made[config]
 
-    def call(dy, weight, z):
+    def call(dy, weight, z, seed):
         rows, N = z.shape
         size = squares(rows, N)
-        start, handle, constants, block, columns = sizes.get(size) or prepare(dy, weight, z, size)
+        start, handle, constants, block, columns = sizes.get(size) or prepare(dy, weight, z, seed, size)
         parts = -(-rows // block)
         dz, sums = dy.new_empty(rows, N), dy.new_empty(parts, N, dtype=torch.float32)
         if rows:
-            given = handle(dy), handle(weight), handle(z), handle(dz), handle(sums), rows
+            at_seed = None if seed is None else handle(seed)
+            given = handle(dy), handle(weight), handle(z), handle(dz), handle(sums), at_seed, rows
             start(parts * columns, given + constants)
         return dz, sums.sum(0)
 
     return call
 
 
-def forward_launch(x, weight, bias, residual, y, z, activation: str | None, gpu: GPU) -> Launch:
-    """x (M, K), weight (N, K), residual, y and z (M, N); bias (N,)."""
+def forward_launch(x, weight, bias, residual, y, z, activation: str | None, gpu: GPU, seed=None, dropout: float = 0.0) -> Launch:
+    """x (M, K), weight (N, K), residual, y and z (M, N); bias (N,); a seed if there is dropout."""
     (M, K), N = x.shape, weight.shape[0]
     config = _config(M, N, K, x.dtype, gpu, "linear_forward", activation=activation, z=z is not None)
-    return forward_with(config, x, weight, bias, residual, y, z, activation)
+    return forward_with(config, x, weight, bias, residual, y, z, activation, seed, dropout)
 
 
-def forward_with(config: ProductConfig, x, weight, bias, residual, y, z, activation: str | None) -> Launch:
+def forward_with(
+    config: ProductConfig, x, weight, bias, residual, y, z, activation: str | None, seed=None, dropout: float = 0.0
+) -> Launch:
     (M, K), N = x.shape, weight.shape[0]
     arguments = matrix_arguments({"x": x, "weight": weight, "residual": residual, "y": y, "z": z}, N=N, K=K)
     arguments.update(bias=bias, M=M, ACTIVATION=activation, WHOLE=K % config.BLOCK_K == 0, PRECISION=precision(x.dtype))
+    arguments.update(_dropout(seed, dropout))
     return Launch(_linear_forward_kernel, _tiles(M, N, config), arguments, config)
 
 
@@ -283,18 +295,25 @@ def dz_launch(dy, z, dz, sums, activation: str) -> Launch:
     return Launch(_linear_dz_kernel, dz_parts(dy) * -(-N // ROWS.BLOCK_N), arguments, ROWS)
 
 
-def dgrad_launch(dy, weight, z, dz, sums, activation: str, gpu: GPU) -> Launch:
-    """dy (M, F), weight (F, N), z and dz (M, N), sums (dgrad_parts(dy, weight, gpu), N) in fp32."""
+def dgrad_launch(dy, weight, z, dz, sums, activation: str, gpu: GPU, seed=None, dropout: float = 0.0) -> Launch:
+    """dy (M, F), weight (F, N), z and dz (M, N), sums (dgrad_parts(dy, weight, gpu), N) in fp32; a seed if there is dropout."""
     (M, outputs), N = dy.shape, weight.shape[1]
     config = _config(M, N, outputs, dy.dtype, gpu, "linear_dgrad")
-    return dgrad_with(config, dy, weight, z, dz, sums, activation)
+    return dgrad_with(config, dy, weight, z, dz, sums, activation, seed, dropout)
 
 
-def dgrad_with(config: ProductConfig, dy, weight, z, dz, sums, activation: str) -> Launch:
+def dgrad_with(config: ProductConfig, dy, weight, z, dz, sums, activation: str, seed=None, dropout: float = 0.0) -> Launch:
     (M, outputs), N = dy.shape, weight.shape[1]
     arguments = matrix_arguments({"dy": dy, "weight": weight, "z": z, "dz": dz}, N=N, F=outputs)
     arguments.update(sums=sums, M=M, ACTIVATION=activation, WHOLE=outputs % config.BLOCK_K == 0, PRECISION=precision(dy.dtype))
+    arguments.update(_dropout(seed, dropout))
     return Launch(_linear_dgrad_kernel, _tiles(M, N, config), arguments, config)
+
+
+def _dropout(seed: Tensor | None, p: float) -> dict[str, Any]:
+    if seed is None:
+        return dict.fromkeys(("seed", "threshold", "factor", "TAG"))
+    return {"seed": seed, "threshold": threshold(p), "factor": rescale(p), "TAG": FFN_HIDDEN}
 
 
 def dz_parts(dy: Tensor) -> int:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.triton.activations import derivative
+from fastattn.kernels.triton.philox import kept_tile
 from fastattn.kernels.triton.primitives import load_tile, store_tile
 from fastattn.kernels.triton.product import product, tile_of
 
@@ -36,13 +37,14 @@ def _linear_dz_kernel(
         tl.store(sums + part.to(tl.int64) * N + i, tl.sum(total, 0), mask=i < N)
 
 
-@triton.jit(do_not_specialize=["dy_m", "weight_m", "z_m", "dz_m", "M", "N", "F"])
+@triton.jit(do_not_specialize=["dy_m", "weight_m", "z_m", "dz_m", "threshold", "factor", "M", "N", "F"])
 def _linear_dgrad_kernel(
-    dy, weight, z, dz, sums, M, dy_m, weight_m, z_m, dz_m, N, F,
-    ACTIVATION: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    dy, weight, z, dz, sums, seed, M, dy_m, weight_m, z_m, dz_m, threshold, factor, N, F,
+    ACTIVATION: tl.constexpr, TAG: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dz = (dy W) * act'(z): dy (M, F), weight (F, N), z and dz (M, N), sums (ceil(M / BLOCK_M), N)."""
+    """dz = (dy W) * act'(z), of which dropout keeps what it kept of act(z): dy (M, F), weight (F, N), z and dz (M, N), sums
+    (ceil(M / BLOCK_M), N)."""
     N, F = N * VECTOR, F * VECTOR
     row, column = tile_of(M, N, BLOCK_M, BLOCK_N)
     m, n = row * BLOCK_M, column * BLOCK_N
@@ -51,6 +53,8 @@ def _linear_dgrad_kernel(
         WHOLE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     acc *= derivative(load_tile(z, m, n, z_m * VECTOR, M, N, BLOCK_M, BLOCK_N), ACTIVATION)
+    if seed is not None:
+        acc = tl.where(kept_tile(seed, m, n, threshold, TAG, BLOCK_M, BLOCK_N), acc * factor, 0.0)
     store_tile(dz, m, n, dz_m * VECTOR, M, N, acc, BLOCK_M, BLOCK_N)
     i = n + tl.arange(0, BLOCK_N)
     live = (m + tl.arange(0, BLOCK_M) < M)[:, None]
