@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 import fastattn
-from benchmarks import attention_providers, mask_cases, shapes
+from benchmarks import attention_providers, mask_cases, shapes, training_cases
 from fastattn import verify
 from fastattn.packing import Packing
 
@@ -31,6 +31,7 @@ def requests() -> list[Request]:
     for shape in shapes.ATTENTION:
         found += [functools.partial(attention, shape, fill) for fill in shape.fills]
     found += [functools.partial(masked, index) for index in range(len(mask_cases.cases(mask_cases.TINY, B, CPU)))]
+    found += [functools.partial(recipe, index) for index in range(len(training_cases.RECIPES))]
     for layer in shapes.FEED_FORWARD:
         found += [functools.partial(feed_forward, layer), functools.partial(norm, layer.d, layer.tokens)]
     towers = {tower: config["model_type"] for config in shapes.CONFIGS.values() for tower in shapes.towers(config)}
@@ -49,10 +50,16 @@ def masked(index: int) -> None:
     _attend(attention_providers.Request(B, 1, layout.S, 64, False, None, CPU, structure=structure))
 
 
-def _attend(request: attention_providers.Request) -> None:
+def recipe(index: int) -> None:
+    asked = training_cases.RECIPES[index]
+    learned = asked.learned()
+    _attend(asked.request(B, CPU), *(() if learned is None else (_zeros(*learned).requires_grad_(),)))
+
+
+def _attend(request: attention_providers.Request, *learned: torch.Tensor) -> None:
     q, k, v = (_zeros(request.B, request.S, request.H, request.D).transpose(1, 2).requires_grad_() for _ in range(3))
-    out = attention_providers.ours("triton", request)(q, k, v)
-    torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
+    out = attention_providers.ours("triton", request)(q, k, v, *learned)
+    torch.autograd.grad(out, (q, k, v, *learned), torch.zeros_like(out))
 
 
 def feed_forward(shape: shapes.FeedForwardShape) -> None:

@@ -1,6 +1,7 @@
-"""Everything that can serve one attention request, each as a function that builds `run(q, k, v) -> out`, or raises its refusal.
+"""Everything that can serve one attention request, each as a function that builds its `run`, or raises its refusal.
 
-q, k, v and out are (B, H, S, D) in (B, S, H, D) memory. Masks and packings are built before the clock starts.
+`run(q, k, v) -> out`, all (B, H, S, D) in (B, S, H, D) memory; where the request has a bias, `run(q, k, v, learned)`. Masks and
+packings are built before the clock starts; what is made of `learned` is a part of the call.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from benchmarks.mask_cases import MaskCase
-from fastattn import masks
+from fastattn import biases, masks
 from fastattn.ops.attention import BACKENDS
 
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+Run = Callable[..., Tensor]
+TENSOR, TABLE = "tensor", "table"  # what `learned` is: a bias (1, H, S, S), or of T5's relative bias its values (BUCKETS, H)
+BUCKETS = 32
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ class Request:
     causal: bool
     lengths: Tensor | None
     device: torch.device
-    bias: Tensor | None = None  # the request of `benchmarks.refusals` alone has these two
+    bias: str | None = None  # TENSOR or TABLE
     dropout: float = 0.0
+    seed: int = 0  # of fastattn's dropout; others draw their own
     structure: MaskCase | None = None
 
     def keep(self) -> Tensor | None:
@@ -51,6 +55,30 @@ class Request:
         position = torch.arange(self.S, device=self.device)
         keys = (position < self.lengths[:, None])[:, None, None]
         return keys & (position <= position[:, None]) if self.causal else keys
+
+    def mask(self) -> masks.Mask | None:
+        """For fastattn; padded queries are dead in it."""
+        if self.structure is not None:
+            return self.structure.mask
+        mask = masks.causal() if self.causal else None
+        if self.lengths is None:
+            return mask
+        padding = masks.padding(self.lengths, self.lengths)
+        return padding if mask is None else mask & padding
+
+    def bias_of(self, learned: Tensor | None) -> Tensor | biases.Bias | None:
+        """For fastattn."""
+        return biases.relative(learned) if self.bias == TABLE and learned is not None else learned
+
+    def dense_bias(self) -> Callable[[Tensor | None], Tensor | None]:
+        """For those that take tensors alone: makes (1, H, S, S) of `learned`, from a table by a look-up as T5's models do."""
+        if self.bias != TABLE:
+            return lambda learned: learned
+        buckets = biases.relative(torch.zeros(BUCKETS, self.H, device=self.device)).buckets
+        assert buckets is not None
+        position, reach = torch.arange(self.S, device=self.device), len(buckets) // 2
+        index = buckets[(position - position[:, None]).clamp(-reach, reach) + reach].long()
+        return lambda table: None if table is None else F.embedding(index, table).permute(2, 0, 1)[None]
 
 
 class Provider(NamedTuple):
@@ -68,11 +96,11 @@ def eager(request: Request) -> Run:
     if keep is None and request.causal:
         keep = torch.ones(request.S, request.S, dtype=torch.bool, device=request.device).tril()
     hidden = None if keep is None else ~keep
-    scale = request.D**-0.5
+    scale, dense = request.D**-0.5, request.dense_bias()
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        s = q @ k.mT * scale
-        s = s if request.bias is None else s + request.bias
+    def run(q: Tensor, k: Tensor, v: Tensor, learned: Tensor | None = None) -> Tensor:
+        s, bias = q @ k.mT * scale, dense(learned)
+        s = s if bias is None else s + bias
         s = s if hidden is None else s.masked_fill(hidden, float("-inf"))
         p = torch.softmax(s, -1)
         return (p if not request.dropout else F.dropout(p, request.dropout)) @ v
@@ -82,32 +110,31 @@ def eager(request: Request) -> Run:
 
 def sdpa(backend: SDPBackend | None, request: Request) -> Run:
     """PyTorch's function; `backend` None lets it choose. A bias and a mask must be one float tensor there."""
-    mask = request.keep()
-    if request.bias is not None:
-        bias = request.bias.expand(request.B, request.H, request.S, request.S)
-        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-    causal = request.causal and mask is None
+    keep, dense, causal = request.keep(), request.dense_bias(), request.causal
+    if request.bias is not None and causal and keep is None:
+        keep = torch.ones(request.S, request.S, dtype=torch.bool, device=request.device).tril()
+    hidden = None if keep is None else ~keep
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, learned: Tensor | None = None) -> Tensor:
+        mask, bias = keep, dense(learned)
+        if bias is not None:
+            bias = bias.expand(request.B, request.H, request.S, request.S)
+            mask = bias if hidden is None else bias.masked_fill(hidden, float("-inf"))
         if backend is None:
-            return F.scaled_dot_product_attention(q, k, v, mask, request.dropout, causal)
+            return F.scaled_dot_product_attention(q, k, v, mask, request.dropout, causal and mask is None)
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, mask, request.dropout, causal)
+            return F.scaled_dot_product_attention(q, k, v, mask, request.dropout, causal and mask is None)
 
     return run
 
 
 def ours(backend: str, request: Request) -> Run:
-    mask = masks.causal() if request.causal else None
-    if request.structure is not None:
-        mask = request.structure.mask
-    if request.lengths is not None:
-        padding = masks.padding(request.lengths, request.lengths)
-        mask = padding if mask is None else mask & padding
-    options: dict[str, Any] = {"bias": request.bias, "dropout": request.dropout, "backend": backend}
+    mask, options = request.mask(), {"backend": backend}
+    if request.dropout:  # a seed on the device: nothing is copied to it in a call
+        options |= {"dropout": request.dropout, "seed": torch.tensor([request.seed], device=request.device)}
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = fastattn.attention(q, k, v, mask, **options)
+    def run(q: Tensor, k: Tensor, v: Tensor, learned: Tensor | None = None) -> Tensor:
+        out = fastattn.attention(q, k, v, mask, bias=request.bias_of(learned), **options)
         assert isinstance(out, Tensor)
         return out
 
@@ -119,15 +146,12 @@ def flex(request: Request) -> Run:
 
     if request.dropout:
         raise NotImplementedError("flex_attention takes no dropout argument")
-    lengths, causal, bias = request.lengths, request.causal, request.bias
+    lengths, causal, dense = request.lengths, request.causal, request.dense_bias()
 
     def mask_mod(b, h, i, j):
         visible = j >= 0
         visible = visible & (i >= j) if causal else visible
         return visible if lengths is None else visible & (j < lengths[b])
-
-    def score_mod(score, b, h, i, j):
-        return score if bias is None else score + bias[0, h, i, j]
 
     masked = lengths is not None or causal
     batch = None if lengths is None else request.B
@@ -137,7 +161,14 @@ def flex(request: Request) -> Run:
     block = create_block_mask(mask_mod, batch, None, request.S, request.S, device=str(request.device)) if masked else None
     torch._dynamo.reset()  # each shape is compiled for itself, whatever was compiled before
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, score_mod=None if bias is None else score_mod, block_mask=block)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, learned: Tensor | None = None) -> Tensor:
+        bias = dense(learned)
+        if bias is None:
+            return compiled(q, k, v, block_mask=block)
+        return compiled(q, k, v, score_mod=lambda score, b, h, i, j: score + bias[0, h, i, j], block_mask=block)
+
+    return run
 
 
 def flash_attn(request: Request) -> Run:
@@ -181,20 +212,19 @@ def _flash_attn_structure(module, structure: MaskCase, options: dict) -> Run:
 
 def xformers(request: Request) -> Run:
     ops = importlib.import_module("xformers.ops")
-    mask = request.keep()
-    bias = request.bias
-    if request.lengths is None and request.causal:
-        attn_bias = ops.LowerTriangularMask()
-    elif mask is None and bias is None:
-        attn_bias = None
-    else:
-        full = (request.B, request.H, request.S, request.S)
-        attn_bias = torch.zeros(full, device=request.device, dtype=torch.bfloat16) if bias is None else bias.expand(full)
-        attn_bias = attn_bias if mask is None else attn_bias.masked_fill(~mask, float("-inf"))
+    keep, dense, full = request.keep(), request.dense_bias(), (request.B, request.H, request.S, request.S)
+    fixed: Any = ops.LowerTriangularMask() if request.lengths is None and request.causal else None
+    hidden = None if keep is None else ~keep
+    if hidden is not None:
+        fixed = torch.zeros(full, device=request.device, dtype=torch.bfloat16).masked_fill(hidden, float("-inf"))
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        bias = attn_bias.to(q.dtype) if isinstance(attn_bias, Tensor) else attn_bias
-        return ops.memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), bias, request.dropout).transpose(1, 2)
+    def run(q: Tensor, k: Tensor, v: Tensor, learned: Tensor | None = None) -> Tensor:
+        bias = dense(learned)
+        if bias is not None:
+            mask = bias.expand(full) if hidden is None else bias.expand(full).masked_fill(hidden, float("-inf"))
+        else:
+            mask = fixed.to(q.dtype) if isinstance(fixed, Tensor) else fixed
+        return ops.memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask, request.dropout).transpose(1, 2)
 
     return run
 
@@ -209,9 +239,11 @@ def transformer_engine(request: Request) -> Run:
     keys = None if keep is None else ~keep  # its masks hold True where a pair is hidden
     if request.lengths is not None:
         keys = ~(torch.arange(request.S, device=request.device) < request.lengths[:, None])[:, None, None]
-    extra = {} if request.bias is None else {"core_attention_bias_type": "post_scale_bias", "core_attention_bias": request.bias}
+    dense = request.dense_bias()
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, learned: Tensor | None = None) -> Tensor:
+        bias = dense(learned)
+        extra = {} if bias is None else {"core_attention_bias_type": "post_scale_bias", "core_attention_bias": bias}
         out = layer(*(x.transpose(1, 2) for x in (q, k, v)), attention_mask=keys, **extra)
         return out.view(request.B, request.S, request.H, request.D).transpose(1, 2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,8 @@ Result = TypeVar("Result")
 class Contender(NamedTuple):
     """`build()` gives run(*inputs) -> output, or raises; `package` must be importable for it.
 
-    Main ones have their turn in any budget, slow ones only when they are asked for.
+    Main ones have their turn in any budget, slow ones only when they are asked for. One whose results are random has a gate of
+    its own: it raises AssertionError or gives the errors of each mode, and `gate_words` say what it holds them to.
     """
 
     name: str
@@ -31,6 +33,17 @@ class Contender(NamedTuple):
     package: str | None = None
     main: bool = False
     slow: bool = False
+    gate: Callable[[Callable[..., Tensor]], dict[str, float]] | None = None
+    gate_words: str = ""
+
+
+class Part(NamedTuple):
+    """What a provider computes on the way, timed alone, under a mode of its own."""
+
+    provider: str
+    mode: str
+    build: Callable[[], timing.Call]
+    package: str | None = None
 
 
 class Task(NamedTuple):
@@ -45,6 +58,8 @@ class Task(NamedTuple):
     yardstick: Callable[[tuple[Tensor, ...]], Yardstick]
     work: dict[str, tuple[float, float]]  # mode -> useful (FLOPs, bytes)
     trim: Callable[[Tensor], Tensor] = lambda out: out  # zeroes what a provider may leave undefined
+    parts: tuple[Part, ...] = ()
+    cpu_memory: bool = False  # on a GPU a call's peak is always known; here by a profiler, whose start takes seconds
 
 
 def words(error: BaseException, caught: list[warnings.WarningMessage]) -> str:
@@ -90,7 +105,8 @@ def measure(
     for index, mode in enumerate(modes):
         rows += _time(task, accepted, sets, mode, device, share.timing(seconds * (len(modes) - index)) / (len(modes) - index))
     order = [contender.name for contender in task.contenders]
-    return sorted(rows, key=lambda row: (modes.index(row["mode"]), order.index(row["provider"])))
+    rows.sort(key=lambda row: (modes.index(row["mode"]), order.index(row["provider"])))
+    return rows + [_time_part(task, part, device, share.timing(seconds)) for part in task.parts if part.provider in accepted]
 
 
 class Accepted(NamedTuple):
@@ -114,7 +130,8 @@ def _ask(
         return (None, "", refusal) if is_failure(contender.ours, refusal) else (None, refusal, "")
     run, actual = answer
     try:
-        return Accepted(contender, run, check(actual, task, yardstick, contender)), "", ""
+        errors = contender.gate(run) if contender.gate else check(actual, task, yardstick, contender)
+        return Accepted(contender, run, errors), "", ""
     except AssertionError as error:
         return None, "", str(error)
 
@@ -155,12 +172,25 @@ def _time(
     for name, taken in samples.items():
         how = {"method": taken.method, "method_reason": taken.reason, "host_us": taken.host_us}
         if taken.ms:
-            times = _times(task, mode, taken, samples)
-            peak = peak_bytes(turns[name][0], device)
-            rows.append(_row(task, name, device, mode, **times, **how, peak_bytes=peak, max_error=accepted[name].errors[mode]))
+            contender, _, errors = accepted[name]
+            times = _times(task, mode, taken, samples) | ({"gate": contender.gate_words} if contender.gate else {})
+            peak = peak_bytes(turns[name][0], device) if task.cpu_memory or device.type == "cuda" else None
+            rows.append(_row(task, name, device, mode, **times, **how, peak_bytes=peak, max_error=errors[mode]))
         else:
             rows.append(_row(task, name, device, mode, **how, refusal=f"not timed: {taken.reason}"))
     return rows
+
+
+def _time_part(task: Task, part: Part, device: torch.device, seconds: float) -> dict:
+    call, refusal = attempt(part.build, part.package)
+    if call is None:
+        return _row(task, part.provider, device, part.mode, refusal=refusal)
+    samples = timing.kernels({part.provider: [call]}, device, seconds=seconds)
+    taken = samples[part.provider]
+    how = {"method": taken.method, "method_reason": taken.reason, "host_us": taken.host_us}
+    if not taken.ms:
+        return _row(task, part.provider, device, part.mode, **how, refusal=f"not timed: {taken.reason}")
+    return _row(task, part.provider, device, part.mode, **_times(task, part.mode, taken, samples), **how)
 
 
 def _times(task: Task, mode: str, taken: timing.Samples, samples: dict[str, timing.Samples]) -> dict:
@@ -200,15 +230,34 @@ def calls(
 
 
 def peak_bytes(call: timing.Call, device: torch.device) -> int | None:
-    """On a GPU, what one call allocates at its peak beyond what was there before it; None on a CPU."""
+    """What one call allocates at its peak beyond what was there before it."""
     if device.type != "cuda":
-        return None
+        return cpu_peak_bytes(call)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def cpu_peak_bytes(call: timing.Call) -> int | None:
+    """From the profiler's record of each allocation; None where this PyTorch gives none."""
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+            result = call()  # held until the record ends
+        events = list(profiled.profiler.kineto_results.experimental_event_tree())
+        kind = torch._C._profiler._EventType.Allocation
+    except (AttributeError, RuntimeError):
+        return None
+    found = []
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == kind and event.extra_fields.device.type == "cpu":
+            found.append((event.start_time_ns, event.extra_fields.alloc_size))
+    del result
+    return max(itertools.accumulate((size for _, size in sorted(found)), initial=0))
 
 
 def _row(task: Task, provider: str, device: torch.device, mode: str, **fields) -> dict:

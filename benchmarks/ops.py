@@ -1,6 +1,7 @@
 """Attention, FFN and add + LayerNorm of encoder layers, forward and backward apart: `python -m benchmarks.ops`.
 
-`--suite masks`: attention under structured masks instead, of 1,280 tokens of text and image.
+`--suite masks`: attention under structured masks instead, of 1,280 tokens of text and image. `--suite training`: attention as
+models are trained, with dropout and learned biases, and the time of drawing the dropout, mode "bits".
 Every provider that is installed is asked; one that refuses is a row with its own words, and none is timed before its result has
 passed the accuracy gate on that very shape. On a GPU a time is that of the kernels, without the host, whose own stands beside it.
 On a CPU the inputs are warm: more than 100% of the floor means its caches.
@@ -9,6 +10,7 @@ On a CPU the inputs are warm: more than 100% of the floor means its caches.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -21,14 +23,18 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 import fastattn
-from benchmarks import attention_providers, mask_cases, measure, refusals, results, selection, shapes, summary
+from benchmarks import attention_providers, mask_cases, measure, refusals, results, selection, shapes, summary, training_cases
 from benchmarks.budget import Budget
 from fastattn import masks, testing, timing
 from fastattn.activations import ACTIVATIONS
+from fastattn.lowering import LoweredMask
 from fastattn.ops import ffn as ffn_op
 from fastattn.ops import norm as norm_op
+from fastattn.ops.dropout import attention_bits
 
 MODES = ("forward", "backward")
+BITS = "bits"
+SMALL = 96  # tokens of a smoke run, of whose memory nothing is to be learned
 COMPILED, LIGER = "torch.compile", "Liger, after an add"
 EPS = 1e-12
 COLUMNS = {
@@ -83,6 +89,72 @@ def mask_task(
     work = shapes.pairs_work(pairs, B * S, H, D, dtype.itemsize)
     contenders = _attention_contenders(request)
     return measure.Task(fields, contenders, inputs, dout, "out", ("dq", "dk", "dv"), yardstick, work)
+
+
+def training_task(recipe: training_cases.Recipe, B: int, dtype: torch.dtype, device: torch.device) -> measure.Task:
+    """Attention with dropout and a bias: fastattn by the accuracy rule with the weights that its seed drops."""
+    H, S, D = recipe.H, recipe.S, recipe.D
+    request, size = recipe.request(B, device), recipe.learned()
+    full = torch.full((B,), S, device=device) if request.lengths is None else request.lengths
+    real = (torch.arange(S, device=device) < full[:, None])[:, None, :, None]
+    dout = torch.where(real, _normal((B, S, H, D), dtype, device, 1000).transpose(1, 2), 0)
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        tensors = _attention_inputs((B, S, H, D), dtype, device, seed)
+        return tensors if size is None else (*tensors, _normal(size, dtype, device, 2000 + seed))
+
+    def given(tensors: tuple[Tensor, ...], dropout: float) -> testing.AttentionInputs:
+        bias = request.bias_of(tensors[3]) if size is not None else None
+        return testing.AttentionInputs(*tensors[:3], dout, None, request.mask(), D**-0.5, bias, dropout, request.seed)
+
+    def yardstick(tensors: tuple[Tensor, ...], dropout: float = recipe.dropout) -> testing.Yardstick:
+        return testing.attention_yardstick(given(tensors, dropout))
+
+    pairs, tokens = training_cases.visible_pairs(request)
+    extra = {"visible": pairs / (B * S * S)} if recipe.rows else {}
+    fields = _fields(
+        "attention", recipe.name, dtype, B, S, tokens / (B * S), tokens, hidden=H * D, heads=H, causal=recipe.causal,
+        dropout=recipe.dropout, bias=recipe.bias, **extra,
+    )  # fmt: skip
+    work = shapes.pairs_work(pairs, tokens, H, D, dtype.itemsize) | {BITS: (0.0, B * H * S * -(-S // 32) * 4.0)}
+    names = ("dq", "dk", "dv", *(["dbias"] if size is not None else []))
+    task = measure.Task(
+        fields, [], inputs, dout, "out", names, yardstick, work, lambda out: torch.where(real, out, 0), cpu_memory=S > SMALL
+    )
+    if not recipe.dropout:
+        return task._replace(contenders=_attention_contenders(request))
+
+    @functools.cache
+    def without_dropout() -> tuple[tuple[Tensor, ...], testing.Yardstick]:
+        return inputs(0), yardstick(inputs(0), 0.0)
+
+    def random_gate(provider: attention_providers.Provider, run: attention_providers.Run) -> dict[str, float]:
+        tensors, expected = without_dropout()
+        build = functools.partial(provider.build, dataclasses.replace(request, dropout=0.0))
+        _, actual = measure.trial(build, task, tensors)
+        errors = measure.check(actual, task, expected, measure.Contender(provider.name, build))
+        training_cases.check_rate(run, given(tensors, recipe.dropout), real)
+        return errors
+
+    contenders = _attention_contenders(request)
+    for index, provider in enumerate(attention_providers.providers(device)):
+        if not provider.ours:
+            gate = functools.partial(random_gate, provider)
+            contenders[index] = contenders[index]._replace(gate=gate, gate_words=training_cases.GATE)
+    return task._replace(contenders=contenders, parts=_bits_parts(request))
+
+
+def _bits_parts(request: attention_providers.Request) -> tuple[measure.Part, ...]:
+    """Drawing the dropout alone, as each backend does it in a call."""
+    seed, B, H, S = torch.tensor([request.seed], device=request.device), request.B, request.H, request.S
+    mask = request.mask()
+    lowered = LoweredMask() if mask is None else mask.lower(S, S, request.device)
+
+    def build(backend: str) -> Callable[[], Tensor]:
+        return lambda: attention_bits(seed, S, B, H, S, S, request.dropout, lowered, backend)
+
+    ours = [provider.name for provider in attention_providers.providers(request.device) if provider.ours]
+    return tuple(measure.Part(name, BITS, functools.partial(build, name.removeprefix("fastattn "))) for name in ours)
 
 
 def _attention_inputs(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
@@ -212,7 +284,17 @@ def masked_cases(device: torch.device, dtype: torch.dtype, quick: bool) -> list[
     ]
 
 
-SUITES = {"ops": cases, "masks": masked_cases}
+def training_cases_of(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Case]:
+    found = []
+    for recipe in training_cases.RECIPES:
+        recipe = recipe.small() if quick else recipe
+        B = recipe.batch if device.type == "cuda" else recipe.cpu_batch
+        make = functools.partial(training_task, recipe, B, dtype, device)
+        found.append(Case(f"attention {recipe.name} fill {recipe.fill}", make))
+    return found
+
+
+SUITES = {"ops": cases, "masks": masked_cases, "training": training_cases_of}
 
 
 def pick_device(name: str) -> torch.device:

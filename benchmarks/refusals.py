@@ -5,7 +5,6 @@ Each answers with a result or with its own error sentence; nothing is timed.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -22,7 +21,7 @@ def ask(device: torch.device, dtype: torch.dtype) -> list[dict]:
     """One {"provider", "answer"} per provider; the answer is SERVED, or who refused in its own words."""
     lengths = shapes.ragged_lengths(B, S, 0.5).to(device)
     bias = torch.randn(1, H, S, S, device=device, dtype=dtype)
-    request = attention_providers.Request(B, H, S, D, False, lengths, device, dropout=0.1)
+    request = attention_providers.Request(B, H, S, D, False, lengths, device, attention_providers.TENSOR, 0.1)
     rows = []
     for provider in attention_providers.providers(device):
         served, refusal = measure.attempt(functools.partial(_train, provider, request, bias, dtype), provider.package)
@@ -35,6 +34,6 @@ def _train(
 ) -> bool:
     q, k, v = (torch.randn(B, S, H, D, device=request.device, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
     bias = bias.detach().requires_grad_()
-    out = provider.build(dataclasses.replace(request, bias=bias))(q, k, v)
+    out = provider.build(request)(q, k, v, bias)
     torch.autograd.grad(out.float().square().sum(), (q, k, v, bias))
     return True

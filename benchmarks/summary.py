@@ -45,7 +45,8 @@ def case_name(row: dict) -> str:
 
 
 def _timed(records: list[dict], ours: str = "") -> list[dict]:
-    return [row for row in records if ours in row["provider"] and row["ms_median"] is not None]
+    """The drawing of dropout alone is no case of its own."""
+    return [row for row in records if ours in row["provider"] and row["ms_median"] is not None and row["mode"] != "bits"]
 
 
 def _gains(what: str, found: dict[str, float], whom: str) -> str:

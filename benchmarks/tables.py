@@ -18,6 +18,12 @@ MASKS_CPU_NOTE = (
     "No kernel of fastattn's runs in this table: its CPU backend calls PyTorch's own flash-attention kernel for each block of "
     "queries, on the keys that the block sees."
 )
+TRAINING_NOTE = (
+    "fastattn is given a seed, and held to fp64 with the very weights that it drops. The others draw their own: they are held to "
+    "fp64 without dropout, and with it to the mean and the variance of the sums of their weights. “bits” is the draw alone, once "
+    "for a forward and its backward; it is in the forward's time. Where a bias and a mask have to be one tensor, making it is in "
+    "the call."
+)
 CAPTURED_NOTE = "“captured” is the replay of a CUDA graph of the same call: the time without the host."
 TRAIN_NOTE = "Training steps have no dropout: `benchmarks.models` sets it to 0, and fastattn serves no other in attention yet."
 OTHER_TRAIN_NOTE = "Training steps have no dropout in attention: fastattn serves none there yet."  # of a run that says no more
@@ -58,6 +64,7 @@ BASELINES = {  # suite -> the first that stands among a case's providers
     "highlights": MODELS,
     "ops": (SDPA, EAGER),  # eager is what everybody has of an FFN and a norm
     "masks": (SDPA,),
+    "training": (SDPA,),
     "kernels": (Baseline("SDPA cudnn"),),  # what PyTorch chooses on an H100
     "encode": (Baseline("sentence-transformers", "ratio"),),
     "guards": (Baseline("told that nothing has changed", "ratio"),),
@@ -81,7 +88,7 @@ def section(suite: str, content: dict) -> str:
         return "\n".join([head(content), "", *markdown(["provider", "answer"], rows)])
     records, left_out = results.without_leaks(content["records"])
     records = highlights(records) if suite == "highlights" else records
-    unit = MS if on_cpu(content) or suite not in ("kernels", "ops", "masks") else US
+    unit = MS if on_cpu(content) or suite not in ("kernels", "ops", "masks", "training") else US
     table, footnotes = comparison(results.with_captured(records), BASELINES[suite], unit)
     paragraphs = [head(content), *([left_out] if left_out else []), *notes_on(suite, content, records), "\n".join(table)]
     return "\n\n".join([*paragraphs, *(["\n".join(footnotes)] if footnotes else [])])
@@ -94,6 +101,8 @@ def notes_on(suite: str, content: dict, records: list[dict]) -> list[str]:
         notes.append(CPU_NOTE)
     if on_cpu(content) and suite == "masks":
         notes.append(MASKS_CPU_NOTE)
+    if suite == "training":
+        notes.append(TRAINING_NOTE)
     if any(row["mode"] == "train" for row in records):
         notes.append(TRAIN_NOTE if content["command"].startswith("python -m benchmarks.models") else OTHER_TRAIN_NOTE)
     if any(map(results.was_captured, records)):
@@ -225,7 +234,8 @@ def cell(provider: str, found: dict[str, dict], baseline: Baseline | None, unit:
     known = ratio(row, found, baseline)
     text = unit.text(row["ms_median"]) + ("" if known is None else f" ({known[0]:.2f}x{FLAG * known[1]})")
     fastest = min(other["ms_median"] for other in found.values() if other["ms_median"] is not None)
-    known_fastest = row["ms_median"] == fastest and not any(other.get("left_out") for other in found.values())
+    alone = len(found) == 1 and baseline is None
+    known_fastest = row["ms_median"] == fastest and not alone and not any(other.get("left_out") for other in found.values())
     return f"**{text}**" if known_fastest else text
 
 

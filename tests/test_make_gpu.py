@@ -177,7 +177,7 @@ for name in ("ops.json", "masks.json", "models.json", *(f"{n}.png" for n in rang
 def test_limits_and_order(tmp_path):
     steps = gpu.steps(tmp_path)
     names = [step.name for step in steps]
-    assert names == ["build", "compile", "conformance", "verify", "ops", "models", "tests", "tune", "masks"]
+    assert names == ["build", "compile", "conformance", "verify", "ops", "models", "tests", "tune", "training", "masks"]
     assert sum(step.limit for step in steps) <= gpu.BUDGET < 9 * 60
     assert all(step.limit > gpu.START + gpu.GRACE for step in steps)
     for step in steps:
