@@ -208,8 +208,8 @@ def attend(rows=9, packing=None, mask=None, q=None, **options):
         ),
         (ValueError, "key_end has shape", lambda: attend(mask=masks.padding([1, 2]))),
         (ValueError, "does not broadcast", lambda: attend(mask=torch.ones(9, 9).bool())),
-        (NotImplementedError, "dropout is not served yet", lambda: attend(dropout=0.1)),
-        (NotImplementedError, "bias is not served yet", lambda: attend(bias=torch.zeros(L, L))),
+        (ValueError, "dropout must be a probability", lambda: attend(dropout=2.0)),
+        (ValueError, "bias has shape .* does not broadcast", lambda: attend(bias=torch.zeros(L + 1, L))),
         (ValueError, "scale must be a finite number", lambda: attend(scale=float("nan"))),
     ],
 )
