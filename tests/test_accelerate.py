@@ -239,25 +239,6 @@ def test_sentence_transformer():
     torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=2e-5, atol=2e-5)
 
 
-def test_training_with_dropout():
-    """Hidden dropout is the model's own; with attention dropout the model's own code runs."""
-    model = transformers.BertModel(
-        transformers.BertConfig(**SMALL, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.0)
-    ).train()
-    handle = fastattn.accelerate(model)
-    inputs = text()
-    first, second = model(**inputs).last_hidden_state, model(**inputs).last_hidden_state
-    assert not torch.equal(first, second) and not handle.report.fallbacks
-    model = transformers.BertModel(transformers.BertConfig(**SMALL)).train()
-    handle = fastattn.accelerate(model)
-    torch.manual_seed(3)
-    out = model(**inputs).last_hidden_state
-    assert handle.report.fallbacks == {"attention dropout in training": 1}
-    handle.restore()
-    torch.manual_seed(3)
-    assert torch.equal(model(**inputs).last_hidden_state, out)
-
-
 @pytest.mark.parametrize(
     ("words", "extra"),
     [
@@ -311,7 +292,7 @@ def test_what_is_not_plain_is_left_and_named():
 
 
 def test_what_is_put_in_later_is_not_passed_over():
-    """An adapter or a hook that comes after `accelerate`, and a dropout that is changed."""
+    """An adapter or a hook that comes after `accelerate`."""
     model = build("bert").eval()
     plain = copy.deepcopy(model)
     handle = fastattn.accelerate(model)
@@ -328,11 +309,6 @@ def test_what_is_put_in_later_is_not_passed_over():
     model.encoder.layer[0].output.dense.register_forward_hook(lambda *_: called.append(1))
     model(**text())
     assert called and handle.report.fallbacks == {"down has hooks, which would not run": 1}
-    model = build("bert")
-    handle = fastattn.accelerate(model)
-    model.encoder.layer[0].attention.self.dropout.p = 0.1
-    model(**text())
-    assert handle.report.fallbacks == {"attention dropout in training": 1}
 
 
 def test_restore_leaves_nothing():

@@ -12,6 +12,10 @@ import torch
 pytest.importorskip("triton")
 transformers = pytest.importorskip("transformers")
 from test_accelerate import LENGTHS, MODELS, L, assert_same, build, gradients, result, text
+from test_accelerate_dropout import MODELS as DROPPING
+from test_accelerate_dropout import assert_same as assert_drops_the_same
+from test_accelerate_dropout import build as dropping
+from test_accelerate_dropout import inputs as inputs_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,6 +86,41 @@ def test_training(name, ways):
     for inputs in (text(), text(lengths=(L, L))):
         assert_same(model, ours, inputs)
     assert ways == {"inferred": 0, "trained": 4, "compute": 0}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_training_with_dropout(name, ways):
+    """Against the model's own code with the same draws, and the public functions, which draw in the same order."""
+    model, ours = dropping(name)
+    handle = fastattn.accelerate(ours, strict=True, prove=False, unpad="never")
+    for given in (inputs_of(name), inputs_of(name)):  # the second one by the plans of the first
+        assert_drops_the_same(model, ours, given, *DROPPING[name][1:])
+    assert ways == {"inferred": 0, "trained": 4, "compute": 0} and not handle.report.fallbacks
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "clip_text"])
+def test_training_with_dropout_without_padding(name, ways):
+    model, ours = dropping(name)
+    fastattn.accelerate(ours, strict=True, prove=False)
+    given = text()
+    packing = fastattn.Packing.from_mask(given["attention_mask"].bool())
+    assert_drops_the_same(model, ours, given, *DROPPING[name][1:], packing)
+    assert ways == {"inferred": 0, "trained": 2, "compute": 0}
+
+
+def test_checkpointed_layers_draw_the_same_again(ways):
+    grads = []
+    for checkpointing in (False, True):
+        _, ours = dropping("bert")
+        fastattn.accelerate(ours, strict=True, prove=False)
+        if checkpointing:
+            ours.gradient_checkpointing_enable({"use_reentrant": False})
+        given = text()
+        torch.manual_seed(5)
+        grads.append(gradients(ours, result(ours, given)))
+    assert ways["trained"] >= 4 and ways["compute"] == 0
+    for key, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][key], grad, rtol=1e-5, atol=1e-5)
 
 
 def test_the_first_call_proves_them(ways):
@@ -288,7 +327,7 @@ class Seen(TorchDispatchMode):
 
 
 def test_what_is_left_to_the_public_functions(ways):
-    """Where something watches, where a dropout is active, where dtypes are mixed."""
+    """Where something watches, where a dropout is active without gradients, where dtypes are mixed."""
     model, ours = both()
     with torch.no_grad():
         with Seen() as seen:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
 
 import pytest
@@ -182,27 +181,6 @@ def test_decoding_with_a_cache_equals_eager():
     torch.testing.assert_close(steps[1], steps[0], atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "vit", "clip_text"])
-def test_training_with_attention_dropout_raises_what_to_do(name, tmp_path):
-    config = CONFIGS[name]()
-    key = "attention_dropout" if name in ("distilbert", "clip_text") else "attention_probs_dropout_prob"
-    setattr(config, key, 0.1)
-    AutoModel.from_config(config).save_pretrained(tmp_path)
-    model = AutoModel.from_pretrained(tmp_path, attn_implementation="fastattn").train()
-    setattr(model.config, key, 0.0)  # too late, as the message says
-    with pytest.raises(NotImplementedError, match="dropout=0.1") as raised:
-        model(**inputs(name))
-    (argument,) = re.findall(r"from_pretrained\(\.\.\., (\w+)=0\.0\)", str(raised.value))
-    assert argument == key and "the config of a loaded model" in str(raised.value)
-    AutoModel.from_pretrained(tmp_path, attn_implementation="fastattn", **{argument: 0.0}).train()(**inputs(name))
-
-
-def test_attention_dropout_of_an_unknown_name():
-    x = torch.randn(1, 2, 4, 8)
-    with pytest.raises(NotImplementedError, match="load the model without it, call model.eval"):
-        integration.attention_forward(torch.nn.Linear(1, 1), x, x, x, None, dropout=0.1)
-
-
 @pytest.mark.parametrize("config", ["MPNetConfig", "DebertaConfig", "DebertaV2Config", "LongformerConfig"])
 def test_models_beside_the_interface_are_refused(config):
     config = getattr(transformers, config)(**TEXT)
@@ -305,27 +283,19 @@ def test_harmless_arguments_and_flags_that_are_off_change_nothing():
 
 def test_other_refusals():
     q, k, v = request()
-    with pytest.raises(NotImplementedError, match="num_key_value_groups"):
-        integration.attention_forward(layer(num_key_value_groups=2), q, k[:, :2], v[:, :2], None)
-    with pytest.raises(NotImplementedError, match="additive"):
-        integration.attention_forward(layer(), q, k, v, torch.zeros(2, 1, 5, 5))
     with pytest.raises(ValueError, match="attention_mask"):
         integration.attention_forward(layer(), q, k, v, torch.ones(2, 5, 5, dtype=torch.bool))
 
 
-def test_a_window_must_be_in_the_mask():
+def test_a_window_is_in_a_mask_of_pairs():
     q, k, v = request()
-    keep = torch.ones(2, 5, dtype=torch.bool)
-    for mask in (None, keep, keep[:, None, None]):
-        with pytest.raises(NotImplementedError, match="sliding_window=3"):
-            integration.attention_forward(layer(), q, k, v, mask, sliding_window=3)
-        integration.attention_forward(layer(), q, k, v, mask, sliding_window=5)  # hides nothing
-    pairs = torch.ones(2, 1, 5, 5, dtype=torch.bool)
-    integration.attention_forward(layer(), q, k, v, pairs, sliding_window=3)
-    one = [x[:1] for x in (q, k, v, pairs)]  # beside offsets the mask is not looked at
-    offsets = {"cu_seq_lens_q": torch.tensor([0, 5], dtype=torch.int32), "max_length_q": 5}
+    pairs = torch.rand(2, 1, 5, 5, generator=torch.Generator().manual_seed(0)) > 0.3
+    out = integration.attention_forward(layer(), q, k, v, pairs, sliding_window=3)[0]
+    assert torch.equal(out, integration.attention_forward(layer(), q, k, v, pairs)[0])
+    row = torch.ones(2, 1, 1, 5, dtype=torch.bool)  # for all queries, which has none
     with pytest.raises(NotImplementedError, match="sliding_window=3"):
-        integration.attention_forward(layer(), *one, sliding_window=3, **offsets)
+        integration.attention_forward(layer(), q, k, v, row, sliding_window=3)
+    integration.attention_forward(layer(), q, k, v, row, sliding_window=5)  # hides nothing
 
 
 def test_a_sequence_index_needs_offsets_or_pairs():

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from replayed import recorded, replayed
 
+from fastattn.dropout import LAYER_NORM
 from fastattn.models.bert import BertForMaskedLM, BertModel
 from fastattn.models.clip import CLIPModel
 from fastattn.models.implementations import IMPLEMENTATIONS
@@ -290,9 +292,40 @@ def test_dropout(implementation):
     check_dropout(ours(BertModel, reference, implementation), reference)
 
 
-def test_hidden_dropout_with_fastattn():
-    reference = theirs(transformers.BertModel, bert_config(hidden_dropout_prob=0.1))
-    check_dropout(ours(BertModel, reference, "fastattn"), reference)
+@pytest.mark.parametrize("padding", ["none", "right", "holes"])
+def test_dropout_with_fastattn(padding):
+    """Hugging Face's model, made to draw as fastattn did: outputs and gradients. The embeddings' dropout is PyTorch's own."""
+    reference = theirs(transformers.BertModel, bert_config(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2))
+    model, inputs = ours(BertModel, reference, "fastattn"), bert_inputs(padding)
+    keep = torch.ones(B, N).bool() if padding == "none" else inputs["attention_mask"].bool()
+    with recorded() as draws:
+        found = trained(model, inputs, keep)
+    assert [tag for _, tag in draws] == [0, LAYER_NORM, LAYER_NORM] * 2
+    with replayed(draws, torchs_own=(0,)):
+        expected = trained(reference, inputs, keep)
+    assert_near(found[0], expected[0], HIDDEN)
+    assert found[1].keys() == expected[1].keys()
+    for name, grad in expected[1].items():
+        assert_near(found[1][name], grad, HIDDEN * max(1.0, grad.abs().max().item()))
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+def test_dropout_of_clip_with_fastattn(padding):
+    reference = theirs(transformers.CLIPModel, clip_config(attention_dropout=0.2))
+    model, inputs = ours(CLIPModel, reference, "fastattn").train(), clip_inputs(padding)
+    with recorded() as draws:
+        found = model(**inputs)
+    assert len(draws) == 4
+    with replayed(draws):
+        assert_near(found.logits_per_text, reference.train()(**inputs).logits_per_text, LOGITS)
+    assert (found.logits_per_text - model.eval()(**inputs).logits_per_text).abs().max() > 0.01
+
+
+def trained(model, inputs, keep):
+    torch.manual_seed(5)
+    x = model.train()(**inputs).last_hidden_state[keep]
+    (x * torch.randn(x.shape, generator=torch.Generator().manual_seed(4))).sum().backward()
+    return x, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def check_dropout(model, reference):
@@ -304,18 +337,6 @@ def check_dropout(model, reference):
         results.append(each(**inputs).last_hidden_state)
     assert_near(*results, HIDDEN)
     assert (results[0] - plain).abs().max() > 0.1
-
-
-def test_attention_dropout_is_refused_in_training_only():
-    bert = BertModel(bert_config(attention_probs_dropout_prob=0.1), "fastattn")
-    clip = CLIPModel(clip_config(attention_dropout=0.1), "fastattn")
-    for model, inputs, name in (
-        (bert, bert_inputs("none"), "attention_probs_dropout_prob"),
-        (clip, clip_inputs("none"), "attention_dropout"),
-    ):
-        with pytest.raises(NotImplementedError, match=name):
-            model.train()(**inputs)
-        model.eval()(**inputs)
 
 
 # Implementations

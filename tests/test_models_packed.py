@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from replayed import recorded, replayed
 from test_models import EOS, VOCAB, B, N, attention_mask, bert_config, bert_inputs, clip_config, clip_inputs, minilm_directory
 from torch import Tensor
 
@@ -322,10 +323,42 @@ def test_bad_arguments():
             call(ids, None, None)
         with pytest.raises(ValueError, match="sequences of 40 tokens, but max_position_embeddings is"):
             call(ids, None, Packing.from_lengths([4, 2], 40))
-    for implementation in ("fastattn", "mixed"):
-        config = bert_config(attention_probs_dropout_prob=0.1)
-        with pytest.raises(NotImplementedError, match="attention_probs_dropout_prob"):
-            BertModel(config, OPS[implementation]).train()(ids, packing=packing)
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("extra", [None, 5])
+@pytest.mark.parametrize("implementation", ["fastattn", "mixed"])
+def test_padded_and_packed_drop_the_same_weights(implementation, extra):
+    """Of attention: which do not depend on where a sequence's tokens lie. Under right padding, or none."""
+    model = build(BertModel, bert_config(attention_probs_dropout_prob=0.3), implementation).train()
+    keep, ids = mask_of("right"), bert_inputs("none")["input_ids"]
+    packing, results = packed(keep, extra), []
+    for run in (lambda: model(ids, keep).last_hidden_state, lambda: unpacked(model(packing.pack(ids), packing=packing), packing)):
+        torch.manual_seed(5)
+        x = run()[keep]
+        results.append((x, gradients(model, [x], [random(x)])))
+    (padded, grads), (found, found_grads) = results
+    close(found, padded)
+    assert_same_gradients(found_grads, grads)
+    assert (padded - model.eval()(ids, keep).last_hidden_state[keep]).abs().max() > 0.01
+
+
+def test_dropout_of_packed_rows_is_pytorch_s_with_fastattn_s_draws():
+    config = bert_config(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.3)
+    packing, ids = packed(mask_of("right"), None), bert_inputs("none")["input_ids"]
+    ours, eager = (build(BertModel, config, implementation).train() for implementation in ("fastattn", "eager"))
+    torch.manual_seed(5)
+    with recorded() as draws:
+        found = ours(packing.pack(ids), packing=packing).last_hidden_state
+    torch.manual_seed(5)
+    with replayed(draws, torchs_own=(0,)):  # of the embeddings
+        close(found, eager(packing.pack(ids), packing=packing).last_hidden_state)
+
+
+def unpacked(output, packing: Packing) -> Tensor:
+    return packing.unpack(output.last_hidden_state)
 
 
 def test_torch_s_attention_has_dropout_on_packed_batches_too():

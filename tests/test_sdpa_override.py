@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from replayed import recorded
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -69,11 +70,64 @@ def test_grouped_heads():
     assert record.calls == 1 and record.fallbacks == {}
 
 
+FLOATS = {
+    "pairs": torch.randn(5, 5, generator=torch.Generator().manual_seed(1)),
+    "of a head": torch.randn(4, 5, 5, generator=torch.Generator().manual_seed(1)),
+    "of a sequence": torch.randn(2, 1, 1, 5, generator=torch.Generator().manual_seed(1)),
+    "finite": torch.tensor([[0.0, 0.0, 0.0, 0.0, -1e9]]),
+}
+
+
+@pytest.mark.parametrize("case", FLOATS)
+def test_float_masks_are_added_and_learned(case):
+    q, k, v = heads(2, 4, 5, 8)
+    outcomes = []
+    for inside in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, FLOATS[case])]
+        with sdpa_override(strict=True) if inside else contextlib.nullcontext() as record:
+            out = F.scaled_dot_product_attention(*leaves[:3], attn_mask=leaves[3])
+        out.square().sum().backward()
+        outcomes.append([out, *(x.grad for x in leaves)])
+    for ours, torchs in zip(*reversed(outcomes), strict=True):
+        torch.testing.assert_close(ours, torchs, atol=5e-6, rtol=5e-6)
+    assert (record.calls, record.fallbacks) == (1, {})
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_dropout(masked):
+    q, k, v = heads(2, 4, 5, 8)
+    mask = torch.ones(5, 5).tril().bool() if masked else None
+    with sdpa_override(strict=True) as record, recorded() as draws:
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=0.5)
+    [(seed, _)] = draws
+    scores = q @ k.mT * 8**-0.5
+    weights = (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
+    close(out, torch.where(fastattn.dropout_mask(seed, 2, 4, 5, 5, 0.5), weights * 2, 0) @ v)
+    assert (record.calls, record.fallbacks) == (1, {}) and out.is_contiguous()
+
+
+def test_multi_head_attention_with_dropout():
+    """Of one seed, the layer as it is, which forms the weights and drops what is replayed, and inside the block."""
+    layer = nn.MultiheadAttention(32, 4, dropout=0.3, batch_first=True).train()
+    x, hidden = torch.randn(2, 6, 32), torch.arange(6) >= torch.tensor([[6], [4]])
+    with sdpa_override(strict=True) as record, recorded() as draws:
+        found = layer(x, x, x, key_padding_mask=hidden, need_weights=False)[0]
+    seeds = iter(draws)
+
+    def dropout(weights, p, training=True):  # (2 * 4, 6, 6)
+        keep = fastattn.dropout_mask(next(seeds)[0], 2, 4, 6, 6, p)
+        return torch.where(keep.flatten(0, 1), weights / (1 - p), 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "dropout", dropout)
+        expected = layer(x, x, x, key_padding_mask=hidden, need_weights=True)[0]
+    close(found, expected)
+    assert record.calls == 1 and next(seeds, None) is None
+
+
 REFUSED = {
-    "float mask": ({"attn_mask": torch.full((5, 5), 0.5)}, "attn_mask"),
-    "finite": ({"attn_mask": torch.tensor([[0.0, 0.0, 0.0, 0.0, -1e9]])}, "attn_mask"),
-    "learned": ({"attn_mask": torch.zeros(5, 5, requires_grad=True)}, "attn_mask"),
-    "dropout": ({"dropout_p": 0.5}, "dropout"),
+    "one batch for all": ({}, "k has batch size 1"),
+    "with a float mask": ({"attn_mask": torch.full((5, 5), 0.5)}, "k has batch size 1"),
 }
 
 
@@ -81,17 +135,16 @@ REFUSED = {
 def test_refused_calls_fall_back_or_raise(case, caplog):
     kwargs, word = REFUSED[case]
     q, k, v = heads(2, 4, 5, 8)
-    torch.manual_seed(3)
+    k, v = k[:1], v[:1]  # torch broadcasts them
     expected = TORCH(q, k, v, **kwargs)
     with caplog.at_level(logging.WARNING, "fastattn"), sdpa_override() as record:
         for _ in range(2):
-            torch.manual_seed(3)
             assert torch.equal(F.scaled_dot_product_attention(q, k, v, **kwargs), expected)
     assert record.calls == 0
     [(reason, count)] = record.fallbacks.items()
     assert word in reason and count == 2
     assert [line for line in caplog.messages if reason in line] == caplog.messages and len(caplog.messages) == 1
-    with sdpa_override(strict=True) as record, pytest.raises(NotImplementedError, match=word):
+    with sdpa_override(strict=True) as record, pytest.raises(ValueError, match=word):
         F.scaled_dot_product_attention(q, k, v, **kwargs)
     assert record.calls == 0 and record.fallbacks == {}
 
@@ -155,15 +208,14 @@ def test_restored_after_an_exception():
 
 
 def test_nested_overrides_all_count_and_the_innermost_is_strict():
-    q, k, v = heads(1, 2, 4, 8)
-    bias = torch.ones(4, 4)
+    q, k, v = heads(2, 2, 4, 8)
     with sdpa_override() as outer:
         F.scaled_dot_product_attention(q, k, v)
         with sdpa_override(strict=True) as inner:
             F.scaled_dot_product_attention(q, k, v)
-            with pytest.raises(NotImplementedError):
-                F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            with pytest.raises(ValueError, match="batch size"):
+                F.scaled_dot_product_attention(q, k[:1], v[:1])
+        F.scaled_dot_product_attention(q, k[:1], v[:1])
         kept = F.scaled_dot_product_attention
     assert (outer.calls, inner.calls) == (2, 1)
     assert list(outer.fallbacks.values()) == [1] and inner.fallbacks == {}
@@ -223,13 +275,13 @@ def test_a_padding_mask_repeated_for_each_head_is_padding():
     q, k, v = heads(2, 4, 6, 8)
     hidden = torch.zeros(2, 4, 1, 6).masked_fill(torch.arange(6) >= torch.tensor([6, 4]).view(2, 1, 1, 1), float("-inf"))
     for mask in (hidden, hidden.roll(1, 1) + hidden.flip(0)):
-        lowered = fastattn.ops.attention.as_mask(fastattn.ops.sdpa.visible_pairs(mask, q))
+        lowered = fastattn.ops.attention.as_mask(fastattn.ops.sdpa.mask_or_bias(mask, q)[0])
         seen.append((lowered.keys is not None, len(lowered.terms)))
         close(fastattn.scaled_dot_product_attention(q, k, v, mask), TORCH(q, k, v, mask))
     assert seen == [(True, 0), (True, 0)]
     hidden[0, 1, 0, 2] = float("-inf")  # of one head alone
     close(fastattn.scaled_dot_product_attention(q, k, v, hidden), TORCH(q, k, v, hidden))
-    assert fastattn.ops.attention.as_mask(fastattn.ops.sdpa.visible_pairs(hidden, q)).terms
+    assert fastattn.ops.attention.as_mask(fastattn.ops.sdpa.mask_or_bias(hidden, q)[0]).terms
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -242,28 +294,31 @@ def test_float_masks_of_0_and_minus_infinity(dtype):
 
 
 def test_float_masks_whose_values_cannot_be_read():
-    """Nothing is guessed of them: in a graph or a trace, under vmap, or where the host would have to wait for a GPU."""
+    """Nothing is guessed of them: in a graph or a trace they are added to the scores, whatever they hold at the time."""
     q, k, v = heads(2, 3, 5, 8)
-    mask = torch.zeros(5, 5)
+    mask, other = torch.zeros(5, 5), torch.randn(5, 5)
     ours = fastattn.scaled_dot_product_attention
-    calls = [
-        lambda: ours(q, k, v, mask.to("meta")),  # which stands for a GPU: not on a CPU
-        lambda: torch.jit.trace(lambda m: ours(q, k, v, m), mask),
-        lambda: torch.vmap(lambda m: ours(q, k, v, m))(mask[None]),
-        lambda: make_fx(lambda m: ours(q, k, v, m))(mask),
-        lambda: ours(q, k, v, mask.double()),
-        lambda: torch.autocast("cpu", torch.bfloat16)(ours)(q, k, v, mask.double()),
-        lambda: ours(q, k, v, mask.long()),
-        lambda: ours(q, k, v, torch.full((5, 5), float("nan"))),
-        lambda: ours(q, k, v, torch.full((5, 5), float("inf"))),
-    ]
-    for call in calls:
-        with pytest.raises(NotImplementedError, match="attn_mask of dtype"):
-            call()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="attn_mask of dtype"):
-        torch.compile(ours, backend="eager", fullgraph=True)(q, k, v, mask)
-    with pytest.raises(NotImplementedError, match=r"looked at on CPUs only.*masks.key_padding\(~key_padding_mask\)"):
-        calls[0]()
+    for made in (
+        torch.jit.trace(lambda m: ours(q, k, v, m), mask),
+        make_fx(lambda m: ours(q, k, v, m))(mask),
+        torch.compile(lambda m: ours(q, k, v, m), backend="eager", fullgraph=True),
+    ):
+        for values in (mask, other, mask.masked_fill(other > 1, float("-inf"))):
+            close(made(values), TORCH(q, k, v, values))
+
+
+def test_masks_that_do_not_fit_are_named():
+    q, k, v = heads(2, 3, 5, 8)
+    ours, mask = fastattn.scaled_dot_product_attention, torch.randn(5, 5)
+    for error, words, wrong in (
+        (TypeError, "bias must be torch.float32.* got torch.float64", mask.double()),
+        (TypeError, "attn_mask must be bool or of floating point numbers, got torch.int64", mask.long()),
+        (ValueError, "bias is on meta", mask.to("meta")),
+    ):
+        with pytest.raises(error, match=words):
+            ours(q, k, v, wrong)
+    with pytest.raises(ValueError, match="dropout must be a probability"):
+        ours(q, k, v, None, 1.5)
 
 
 def test_a_record_without_calls_says_why_that_can_be():
@@ -294,9 +349,10 @@ def test_compiled_functions(monkeypatch):
 
     q, k, v = heads(2, 2, 5, 8)
     keep, bias = torch.rand(5, 5) > 0.3, torch.randn(5, 5)
+    ours, torchs = "attention_forward", "scaled_dot_product_attention"
     with sdpa_override() as record:
-        for mask, op in ((keep, "attention_forward"), (bias, "scaled_dot_product_attention")):
-            close(model(q, k, v, mask), TORCH(q, k, v, attn_mask=mask) * 2)
+        for mask, batch, op in ((keep, 2, ours), (bias, 2, ours), (keep, 1, torchs)):  # a batch of 1 torch broadcasts
+            close(model(q, k[:batch], v[:batch], mask), TORCH(q, k[:batch], v[:batch], attn_mask=mask) * 2)
             assert op in graphs[-1]
         compiled = len(graphs)
         model(q, k, v, keep)

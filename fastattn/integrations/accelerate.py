@@ -28,7 +28,7 @@ from fastattn.integrations.accelerate_forward import (
 )  # fmt: skip
 from fastattn.integrations.accelerate_graphs import EncoderGraphs
 from fastattn.integrations.accelerate_heads import reader_among, takes_labels
-from fastattn.integrations.accelerate_layers import FAMILIES, own_class
+from fastattn.integrations.accelerate_layers import DROPOUTS, FAMILIES, own_class
 from fastattn.kept import clear_packed
 from fastattn.packing import check_sizes
 
@@ -112,9 +112,9 @@ def accelerate(
 ) -> Handle:
     """Let the encoders inside `model` compute real tokens alone, with fused attention, FFN and add + LayerNorm.
 
-    Serves transformers' BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, CLIP (text, vision, both) and ViT: alone,
-    with any head on top, or inside another module such as a SentenceTransformer. Outputs at real tokens, losses and gradients are
-    those of the model, up to rounding; hidden states at padding are 0. Only the given model is changed.
+    Serves transformers' BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, CLIP (text, vision, both), ViT and T5's
+    encoder: alone, with any head on top, or inside another module such as a SentenceTransformer. Outputs at real tokens, losses
+    and gradients are those of the model, up to rounding; hidden states at padding are 0. Only the given model is changed.
 
     What is not exactly what it seems is left to its own code: layers, attention or MLPs of other classes, a `forward` that was
     set or replaced, adapters, quantized or parametrized weights, hooks inside a layer. That is looked at in each call. In its
@@ -130,9 +130,9 @@ def accelerate(
         prove: False skips the comparison. A call that is traced or captured makes none: make one call before.
         unpad: "auto" leaves padding in where it is known to be read: by a head for question answering, by a loss with labels at
             padding (with a capacity: by any loss with a label for each token), by a pooler or classifier whose token is padding
-            (the first one, of a sequence that is padded on the left). "always" is your word that it does not matter what stands
-            at padding; "never" fuses and leaves it in. Hooks on a layer see (B, L, C), so that with them padding stays in every
-            case.
+            (the first one, of a sequence that is padded on the left); in T5 also where a mask has holes, over which distances
+            count (with a capacity: always). "always" is your word that it does not matter what stands at padding; "never" fuses
+            and leaves it in. Hooks on a layer see (B, L, C), so that with them padding stays in every case.
         cuda_graphs: True replays inference calls as CUDA graphs, each captured the first time that its shapes are seen; at most
             16 are kept, or as many as a number here says. Outputs are copies of the caller's own. With no capacity the number of
             real tokens is read on the host once in a call, and rounded up by at most an eighth so that batches share graphs. With
@@ -148,8 +148,11 @@ def accelerate(
             is served.
         NotImplementedError: `strict` and a part of it would be left.
 
-    A call that asks for attention weights or a cache, passes a mask other than padding, or trains with attention dropout runs the
-    model's own code; `report.fallbacks` counts it, and the logger "fastattn" says so once for each reason.
+    Training drops what the model's dropout modules say: weights of attention and what a LayerNorm adds by fastattn's own draws,
+    which repeat after torch.manual_seed but are not PyTorch's; the end of a pre-norm layer and a gated FFN by PyTorch's dropout.
+
+    A call that asks for attention weights or a cache, or passes a mask other than padding, runs the model's own code;
+    `report.fallbacks` counts it, and the logger "fastattn" says so once for each reason.
     """
     _check(model, capacity, unpad)
     graphs = _graphs(cuda_graphs)
@@ -223,7 +226,7 @@ def _accelerate_encoder(handle: Handle, model: nn.Module, name: str, module: nn.
     pooled = family.causal or getattr(module, "pooler", None) is not None or any(hasattr(outer, "config") for outer in outside)
     encoder = Encoder(family, name, inputs, handle.report, reader, pooled, **settings)
     _replace_encoder(handle, module, encoder)
-    for outer in outside if family.encoder is not None and "attention_mask" in inputs else ():
+    for outer in outside if family.unpads and "attention_mask" in inputs else ():
         if takes_labels(outer) and not isinstance(vars(outer).get("forward"), Replaced):
             handle._replace(outer, head_forward, None)
     return encoder
@@ -248,17 +251,24 @@ def _describe(model: Any, encoder: Encoder) -> None:
     """In the report: what is done, and what is to come."""
     family = encoder.family
     stays = encoder.found.hooked or (encoder.reader if encoder.unpad == "auto" else None)
-    if family.encoder is None:
+    if not family.unpads:
         padding = ""
     elif stays is not None or encoder.unpad == "never":
         padding = f"padding stays in ({stays or 'unpad=never'}), "
     else:
         padding = "real tokens alone, "
-    what = f"{type(model).__name__}, {len(encoder.layers)} layers: {padding}fused attention, FFN and norms"
+    what = f"{type(model).__name__}, {len(encoder.layers)} layers: {padding}fused attention, FFN and norms{_dropouts(encoder)}"
     encoder.report.accelerated[encoder.name] = what
-    dropout = max((family.dropout_of_attention(parts.attention) for parts in encoder.found.parts.values()), default=0.0)
     if model.config.output_attentions:
         encoder.report.foreseen[encoder.name] = "all calls will run the model's own code: its config has output_attentions=True"
-    elif dropout > 0:
-        why = f"calls in training mode will run the model's own code: attention dropout ({dropout}) is not served yet"
-        encoder.report.foreseen[encoder.name] = why
+
+
+def _dropouts(encoder: Encoder) -> str:
+    """Those that layers have in training."""
+    layers, family = encoder.found.parts.values(), encoder.family
+    rates = {
+        "attention": [family.dropout_of_attention(parts.attention) for parts in layers],
+        "hidden": [getattr(getattr(parts, name), "p", 0.0) for parts in layers for name in DROPOUTS],
+    }
+    named = [f"{name} dropout ({max(found)})" for name, found in rates.items() if max(found, default=0.0) > 0]
+    return f"; {' and '.join(named)} in training" if named else ""

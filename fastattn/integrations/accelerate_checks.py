@@ -21,6 +21,8 @@ PLAIN: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(LINEARS, (nn.Linear,)),
     **dict.fromkeys(NORMS, (nn.LayerNorm,)),
     **dict.fromkeys(DROPOUTS, (nn.Dropout, nn.Identity)),
+    "gate": (nn.Linear,),
+    "relative": (nn.Embedding,),
 }
 PLAIN_CLASSES = {cls for classes in PLAIN.values() for cls in classes}
 
@@ -108,6 +110,8 @@ def _look(model: nn.Module, family: Family, ours: dict[nn.Module, Any]) -> Found
             raise _Refused(f"layer {name} was put in after accelerate")
         parts[layer] = _parts(layer, family, own.__module__, ours)
         if _has_hooks(layer):
+            if family.relative:
+                raise _Refused(f"layer {name} has hooks, which would see another bias")
             hooked = f"layer {name} has hooks, which see all positions"
     return Found(parts, None, hooked)
 
@@ -132,7 +136,10 @@ def _parts(layer: nn.Module, family: Family, home: str, ours: dict[nn.Module, An
     names = {id(part): name for name, part in zip(parts._fields, parts, strict=True) if part is not None}
     for name, classes in PLAIN.items():
         part = getattr(parts, name)
-        if part is not None and type(part) not in classes:
+        if family.relative and name in NORMS:
+            if type(part).__name__ != "T5LayerNorm":  # whose home is looked at below
+                raise _Refused(f"{name} is a {_described(type(part))}, not a T5LayerNorm")
+        elif part is not None and type(part) not in classes:
             raise _Refused(f"{name} is a {_described(type(part))}, not a plain {classes[0].__name__}")
     if activation_name(parts.activation) is None:
         raise _Refused(f"activation {_described(type(parts.activation))} is not served")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastattn import masks
 from fastattn.integrations import accelerate_heads as heads
+from fastattn.integrations import accelerate_t5
 from fastattn.integrations.accelerate_checks import Examined, Found, look
 from fastattn.integrations.accelerate_layers import Batch, Family, Parts, compute, traced
 from fastattn.integrations.accelerate_plans import Weights, inferred, served
@@ -192,7 +193,7 @@ class Layer:
     def output(self, x: Tensor, batch: Batch) -> Tensor:
         """By the shortest way that serves it."""
         assert self.parts is not None
-        if served(x, self.parts):
+        if served(x):
             if self.weights is None:
                 self.weights = Weights(self.parts)
             shortest = trained if torch.is_grad_enabled() else inferred
@@ -229,7 +230,7 @@ def model_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
     outputs = at.own(**inputs, **{KEYWORD: batch})
     if batch.proof is not None:
         _conclude(encoder, batch.proof)
-    return outputs if batch.packing is None else _unpacked(outputs, batch.packing)
+    return outputs if batch.packing is None else _unpacked(outputs, batch.packing, encoder.family.relative)
 
 
 def laid_out(at: Replaced, inputs: dict[str, Any], masked: bool, rows: int | None) -> tuple[Any, Tensor | None]:
@@ -242,7 +243,7 @@ def laid_out(at: Replaced, inputs: dict[str, Any], masked: bool, rows: int | Non
         return at.own(**inputs, **{KEYWORD: _padded(encoder, keep if masked else None)}), None
     packing = Packing.from_mask(keep, rows)
     outputs = at.own(**inputs, **{KEYWORD: _packed(encoder, packing)})
-    return _unpacked(outputs, packing), packing.overflowed
+    return _unpacked(outputs, packing, encoder.family.relative), packing.overflowed
 
 
 def encoder_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
@@ -261,6 +262,8 @@ def layer_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
     layer, batch = at.settings, kwargs.pop(KEYWORD, None)
     if batch is None:
         return at.own(*args, **kwargs)
+    if layer.family.relative:
+        return _relative_forward(at, batch, args[0], args[1:], kwargs)
     module: Any = at.module
     if batch.proof is None and not _checkpoints_in_forward(module):
         return layer.output(args[0], batch)
@@ -275,6 +278,24 @@ def layer_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
     if batch.proof is not None and not batch.proof.holds(layer.name, module, x, own, ours):
         return own(x)
     return module._gradient_checkpointing_func(ours, x) if _checkpoints_in_forward(module) else ours(x)
+
+
+def _relative_forward(at: Replaced, batch: Batch, x: Tensor, rest: tuple, kwargs: dict[str, Any]) -> tuple:
+    """A layer of T5's, which is given and gives a bias beside x; without cross attention there is a None for that."""
+    layer, packing, (mask, given, *others) = at.settings, batch.packing, rest
+    if packing is not None and x.dim() == 3:
+        x = packing.pack(x)
+    bias = accelerate_t5.bias_of(layer.parts, given)
+    ours = functools.partial(accelerate_t5.compute, layer.family, layer.parts, batch=batch, bias=bias)
+
+    def own(x: Tensor) -> tuple[Tensor, Tensor, None]:
+        x = x if packing is None else packing.unpack(x)
+        y, made, _ = at.own(x, mask, accelerate_t5.own_bias(layer.parts, bias, x.shape[1]), *others, **kwargs)
+        return y if packing is None else packing.pack(y), made, None
+
+    if batch.proof is not None and not batch.proof.holds(layer.name, at.module, x, lambda x: own(x)[0], ours):
+        return own(x)
+    return ours(x), bias, None
 
 
 def head_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
@@ -306,9 +327,6 @@ def _tell_fallback(encoder: Encoder, why: str) -> None:
 
 def _unserved(encoder: Encoder, model: Any, inputs: dict[str, Any]) -> str | None:
     """Why a call cannot be served, or None."""
-    attentions = (layer.parts.attention for layer in encoder.layers if layer.parts is not None)
-    if any(encoder.family.dropout_of_attention(x) > 0 for x in attentions if x.training):
-        return "attention dropout in training"
     if inputs.get("use_cache"):
         return "use_cache=True"
     if inputs.get("output_attentions", model.config.output_attentions):
@@ -319,6 +337,8 @@ def _unserved(encoder: Encoder, model: Any, inputs: dict[str, Any]) -> str | Non
     for name, value in inputs.items():
         if value is not None and value is not False and name not in HARMLESS and name not in encoder.inputs:
             return f"{name} was given"
+    if encoder.family.relative and any(x.dtype == torch.float16 for x in model.parameters()):
+        return "float16, in which T5's layers clamp what they give"
     mask = inputs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         return f"{PADDING_ALONE} {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
@@ -345,7 +365,7 @@ def _conclude(encoder: Encoder, proof: Proof) -> None:
 
 def _batch(encoder: Encoder, model: nn.Module, inputs: dict[str, Any], keep: Tensor | None) -> Batch:
     """How the tokens of a call lie, and what hides them from one another."""
-    if keep is None or encoder.family.encoder is None:
+    if keep is None or not encoder.family.unpads:
         return _padded(encoder, keep)
     stays = _padding_stays(encoder, model, inputs, keep)
     if stays is not None:
@@ -393,6 +413,8 @@ def padding_stays_unread(encoder: Encoder, model: Any, inputs: dict[str, Any], k
     if torch.is_grad_enabled() and inputs.get("output_hidden_states", model.config.output_hidden_states):
         return "hidden states that may be asked for their gradients"  # copies of them are not on the way to a loss
     if encoder.capacity is not None or traced(keep):
+        if encoder.family.relative:
+            return "holes in a mask, over which distances count, are not looked for with a capacity"
         return heads.labels_for_each_token(keep)
     return None
 
@@ -402,18 +424,23 @@ def questions(encoder: Encoder, model: Any, inputs: dict[str, Any], keep: Tensor
     if encoder.capacity is not None or encoder.unpad == "always":
         return
     yield from heads.labels_at_padding(keep)
-    if encoder.pooled:
+    if encoder.family.relative:
+        yield heads.holes(keep)
+    elif encoder.pooled:
         yield heads.pooled_padding(model, inputs, keep)
 
 
-def _unpacked(outputs: Any, packing: Packing) -> Any:
-    """With hidden states that were recorded between layers, (T, C), as (B, L, C)."""
+def _unpacked(outputs: Any, packing: Packing, last: bool) -> Any:
+    """With hidden states that were recorded between layers, (T, C), as (B, L, C), and the last one too."""
 
     def unpack(states: tuple) -> tuple:
         return tuple(packing.unpack(x) if isinstance(x, Tensor) and x.dim() == 2 else x for x in states)
 
     if isinstance(outputs, tuple):
-        return tuple(unpack(x) if isinstance(x, tuple) else x for x in outputs)
+        outputs = tuple(unpack(x) if isinstance(x, tuple) else x for x in outputs)
+        return (*unpack(outputs[:1]), *outputs[1:]) if last else outputs
+    if last:
+        outputs["last_hidden_state"] = packing.unpack(outputs["last_hidden_state"])
     if outputs.get("hidden_states") is not None:
         outputs["hidden_states"] = unpack(outputs["hidden_states"])
     return outputs

@@ -103,7 +103,7 @@ def _layout(at: Replaced, inputs: dict[str, Any]) -> Layout:
     """Reads the number of real tokens, and whether padding must stay in, at once; nothing of it where a capacity is given, or
     the mask is in the host's memory."""
     encoder, mask = at.settings, inputs.get(MASK)
-    if mask is None or encoder.family.encoder is None:
+    if mask is None or not encoder.family.unpads:
         return Layout(mask is not None, None)
     keep = mask.bool()
     why = padding_stays_unread(encoder, at.module, inputs, keep)

@@ -92,6 +92,12 @@ def labels_at_padding(keep: Tensor) -> Iterator[Question]:
             yield "labels at padding", ((labels != ignored) & ~real).any()
 
 
+def holes(keep: Tensor) -> Question:
+    """Between real tokens: distances over them are others without."""
+    runs = keep[:, :1].sum(1) + (keep[:, 1:] & ~keep[:, :-1]).sum(1)
+    return "a mask with holes, over which distances count", (runs > 1).any()
+
+
 def pooled_padding(model: Any, inputs: dict[str, Any], keep: Tensor) -> Question:
     """Of CLIP's text model its end-of-text token is read, of others the first one, wherever padding is."""
     if type(model).__name__ == "CLIPTextModel":

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.biases import Bias
 from fastattn.kept import Made, kept, nothing_kept
 from fastattn.masks import Mask
 from fastattn.ops.attention import attention
@@ -54,10 +55,14 @@ class Parts(NamedTuple):
     attention: nn.Module  # what holds the numbers of attention
     attention_output_dropout: nn.Module | None = None  # of what attention adds
     ffn_output_dropout: nn.Module | None = None
+    # T5's
+    gate: nn.Linear | None = None  # beside `up`, whose activation it multiplies
+    hidden_dropout: nn.Module | None = None  # of what `down` is given
+    relative: nn.Embedding | None = None  # of the first layer: a bias for each bucket of distances
 
 
 LINEARS, NORMS = ("query", "key", "value", "out", "up", "down"), ("first_norm", "second_norm")
-DROPOUTS = ("attention_output_dropout", "ffn_output_dropout")
+DROPOUTS = ("attention_output_dropout", "ffn_output_dropout", "hidden_dropout")
 
 
 def activation_name(module: nn.Module) -> str | None:
@@ -95,38 +100,40 @@ def compute(family: Family, parts: Parts, x: Tensor, batch: Batch) -> Tensor:
     training = parts.attention.training and not torch.is_grad_enabled() and not traced(x)
     with nothing_kept() if training else contextlib.nullcontext():
         normal = _norm(first, x) if family.pre_norm else x
-        attended = linear(_attended(family, parts, normal, batch), parts.out.weight, parts.out.bias)
-        attended = _dropped(parts.attention_output_dropout, attended)
+        y = linear(attended(family, parts, normal, batch), parts.out.weight, parts.out.bias)
+        dropout = rate(parts.attention_output_dropout)
         if family.pre_norm:
-            normal, x = _norm_of_sum(second, attended, x, return_sum=True)
+            normal, x = _norm_of_sum(second, y, x, dropout, return_sum=True)
         else:
-            normal = x = _norm_of_sum(first, attended, x)
+            normal = x = _norm_of_sum(first, y, x, dropout)
         y = ffn(normal, up.weight, up.bias, down.weight, down.bias, activation=activation)
-        y = _dropped(parts.ffn_output_dropout, y)
-        return x + y if family.pre_norm else _norm_of_sum(second, y, x)
+        dropout = rate(parts.ffn_output_dropout)
+        if family.pre_norm:  # no norm follows in the layer, so that this dropout is PyTorch's
+            return x + (F.dropout(y, dropout) if dropout else y)
+        return _norm_of_sum(second, y, x, dropout)
 
 
-def _dropped(dropout: nn.Module | None, y: Tensor) -> Tensor:
-    """By an nn.Dropout, or nothing, or an nn.Identity, which many put in its place."""
-    p = getattr(dropout, "p", 0.0)
-    return F.dropout(y, p, True) if p > 0 and dropout is not None and dropout.training else y
+def rate(dropout: nn.Module | None) -> float:
+    """Of an nn.Dropout, or of nothing or an nn.Identity, which many put in its place, in its mode of now."""
+    return getattr(dropout, "p", 0.0) if dropout is not None and dropout.training else 0.0
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor) -> Any:
     return add_layer_norm(x, None, norm.weight, norm.bias, eps=norm.eps)
 
 
-def _norm_of_sum(norm: nn.LayerNorm, y: Tensor, x: Tensor, return_sum: bool = False) -> Any:
-    """LayerNorm of y + x in the dtype that PyTorch gives it: the wider one, and under autocast on a GPU fp32."""
+def _norm_of_sum(norm: nn.LayerNorm, y: Tensor, x: Tensor, dropout: float, return_sum: bool = False) -> Any:
+    """LayerNorm of dropout(y) + x in the dtype that PyTorch gives it: the wider one, and under autocast on a GPU fp32."""
     dtype = torch.promote_types(x.dtype, y.dtype)
     if x.is_cuda and not return_sum and autocast_dtype(x) is not None:
         dtype = torch.float32
-    return add_layer_norm(y.to(dtype), x, norm.weight, norm.bias, eps=norm.eps, return_sum=return_sum)
+    return add_layer_norm(y.to(dtype), x, norm.weight, norm.bias, eps=norm.eps, dropout=dropout, return_sum=return_sum)
 
 
-def _attended(family: Family, parts: Parts, x: Tensor, batch: Batch) -> Tensor:
+def attended(family: Family, parts: Parts, x: Tensor, batch: Batch, bias: Bias | Tensor | None = None) -> Tensor:
     """What attention gives each token before the last projection: (..., H D)."""
     head_size, scale = (getattr(parts.attention, name) for name in (family.head_size, family.scale))
+    dropout = family.rate_of_attention(parts.attention)
     joined = _joined(parts)
     if joined is not None:
         q, k, v = linear(x, *joined).unflatten(-1, (3, -1, head_size)).unbind(-3)
@@ -134,9 +141,9 @@ def _attended(family: Family, parts: Parts, x: Tensor, batch: Batch) -> Tensor:
         projections = parts.query, parts.key, parts.value
         q, k, v = (linear(x, part.weight, part.bias).unflatten(-1, (-1, head_size)) for part in projections)
     if batch.packing is not None:
-        return varlen_attention(q, k, v, batch.packing, batch.mask, scale=scale).flatten(-2)
+        return varlen_attention(q, k, v, batch.packing, batch.mask, bias=bias, scale=scale, dropout=dropout).flatten(-2)
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-    return attention(q, k, v, batch.mask, scale=scale).transpose(1, 2).flatten(-2)
+    return attention(q, k, v, batch.mask, bias=bias, scale=scale, dropout=dropout).transpose(1, 2).flatten(-2)
 
 
 def _joined(parts: Parts) -> tuple[Tensor, Tensor | None] | None:
@@ -177,17 +184,33 @@ class Family(NamedTuple):
     pre_norm: bool
     encoder: str | None = None  # the module between embeddings and pooler, where padding is taken out; None: there is none
     causal: bool = False
+    relative: bool = False  # T5: accelerate_t5 has its layers, the first of which takes padding out
+    optional: tuple[tuple[str, str], ...] = ()  # parts that not all layers have, or that have another path in some
+
+    @property
+    def unpads(self) -> bool:
+        return self.encoder is not None or self.relative
 
     def layers_of(self, model: nn.Module) -> list[nn.Module]:
         return list(model.get_submodule(self.layers).children())
 
     def parts_of(self, layer: nn.Module) -> Parts:
         """Raises AttributeError where a layer has not all of them."""
-        return Parts(**{name: operator.attrgetter(path)(layer) for name, path in self.parts.items()})
+        parts = {name: operator.attrgetter(path)(layer) for name, path in self.parts.items()}
+        for name, path in self.optional:
+            with contextlib.suppress(AttributeError):
+                parts[name] = operator.attrgetter(path)(layer)
+        if "up" not in parts:
+            raise AttributeError("it has no first product of an FFN")
+        return Parts(**parts)
 
     def dropout_of_attention(self, attention: nn.Module) -> float:
+        """In training; transformers asks the module that holds the dropout whether it is."""
         dropout = getattr(attention, self.attention_dropout)
         return getattr(dropout, "p", 0.0) if isinstance(dropout, nn.Module) else dropout
+
+    def rate_of_attention(self, attention: nn.Module) -> float:
+        return self.dropout_of_attention(attention) if attention.training else 0.0
 
 
 _BERT = Family(
@@ -274,12 +297,41 @@ _VIT = Family(
     attention_dropout="attention_dropout",
     pre_norm=True,
 )
+_T5 = Family(
+    "block",
+    {
+        "query": "layer.0.SelfAttention.q",
+        "key": "layer.0.SelfAttention.k",
+        "value": "layer.0.SelfAttention.v",
+        "out": "layer.0.SelfAttention.o",
+        "first_norm": "layer.0.layer_norm",
+        "second_norm": "layer.1.layer_norm",
+        "down": "layer.1.DenseReluDense.wo",
+        "activation": "layer.1.DenseReluDense.act",
+        "attention": "layer.0.SelfAttention",
+        "attention_output_dropout": "layer.0.dropout",
+        "ffn_output_dropout": "layer.1.dropout",
+        "hidden_dropout": "layer.1.DenseReluDense.dropout",
+    },
+    head_size="key_value_proj_dim",
+    scale="scaling",
+    attention_dropout="dropout",
+    pre_norm=True,
+    relative=True,
+    optional=(  # a gated FFN has two first products
+        ("up", "layer.1.DenseReluDense.wi"),
+        ("up", "layer.1.DenseReluDense.wi_0"),
+        ("gate", "layer.1.DenseReluDense.wi_1"),
+        ("relative", "layer.0.SelfAttention.relative_attention_bias"),
+    ),
+)
 FAMILIES = {
     **dict.fromkeys(("BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel", "ElectraModel"), _BERT),
     "DistilBertModel": _DISTILBERT,
     "CLIPTextModel": _CLIP._replace(causal=True),
     "CLIPVisionModel": _CLIP,
     "ViTModel": _VIT,
+    "T5Stack": _T5,
 }
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import planned
-from fastattn.integrations.accelerate_layers import LINEARS, NORMS, Batch, Family, Parts, activation_name
+from fastattn.integrations.accelerate_layers import LINEARS, NORMS, Batch, Family, Parts, activation_name, rate
 from fastattn.lowering import Prepared, batched, three
 from fastattn.masks import Mask
 from fastattn.ops import attention, dispatch, ffn, linear, norm
@@ -39,6 +39,9 @@ class Numbers(NamedTuple):
     first_eps: float
     second_eps: float
     activation: str
+    attention_dropout: float  # 0 in evaluation
+    first_dropout: float  # of what attention adds
+    second_dropout: float  # of what the FFN adds
 
 
 class Weights:
@@ -84,20 +87,15 @@ def numbers_of(family: Family, parts: Parts) -> Numbers:
     name = activation_name(parts.activation)
     assert name is not None
     head_size, scale = getattr(parts.attention, family.head_size), getattr(parts.attention, family.scale)
-    return Numbers(family.pre_norm, head_size, scale, parts.first_norm.eps, parts.second_norm.eps, name)
+    dropouts = family.rate_of_attention(parts.attention), rate(parts.attention_output_dropout), rate(parts.ffn_output_dropout)
+    return Numbers(family.pre_norm, head_size, scale, parts.first_norm.eps, parts.second_norm.eps, name, *dropouts)
 
 
-def served(x: Tensor, parts: Parts) -> bool:
+def served(x: Tensor) -> bool:
     """Whether a layer may be computed here, as far as its input and PyTorch's state tell."""
     if not (x.is_cuda or planned.pretending) or type(x) not in planned.PLAIN or planned.watched():
         return False
-    if _drops(parts.attention_output_dropout) or _drops(parts.ffn_output_dropout):
-        return False
     return x.is_contiguous() and x.numel() > 0
-
-
-def _drops(dropout: Any) -> bool:
-    return dropout is not None and dropout.training and getattr(dropout, "p", 0.0) > 0.0
 
 
 # Inference
@@ -136,7 +134,7 @@ def prepared_mask(x: Tensor, heads: int, packing: Packing | None, mask: Mask | N
 def inferred(family: Family, parts: Parts, weights: Weights, x: Tensor, batch: Batch) -> Tensor | None:
     """A layer's output, of x's shape, without gradients; None where it is not served here."""
     layout, numbers = weights.key(), numbers_of(family, parts)
-    if layout is None or x.dtype != weights.tensors[0].dtype:
+    if layout is None or x.dtype != weights.tensors[0].dtype or any(numbers[-3:]):
         return None
     shape = x.shape if batch.packing is None else x.shape[1:]
     scratch = batch.scratch.get((layout, numbers, x.shape))

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import planned
+from fastattn.dropout import rescale
 from fastattn.integrations.accelerate_layers import Batch, Family, Parts
 from fastattn.integrations.accelerate_plans import Numbers, Weights, numbers_of, prepared_mask
-from fastattn.lowering import Prepared, three
+from fastattn.lowering import NO_EXTRAS, Extras, Prepared, batched, three
 from fastattn.ops import attention, attention_plans, dispatch, ffn, norm
+from fastattn.ops.attention_extras import extras_of
 
 BACKEND = "auto"
 WEIGHTS = 16
@@ -44,11 +46,11 @@ class Plans:
     def __init__(self) -> None:
         self.made: dict[str, Any] = {}
 
-    def run(self, name: str, make: Callable, given: tuple, *rest: Any) -> Any:
+    def run(self, name: str, make: Callable, given: tuple, *rest: Any, **drawn: Any) -> Any:
         plan = self.made.get(name)
         if plan is None:
-            plan = self.made[name] = make(*given, *rest)
-        return plan(*given)
+            plan = self.made[name] = make(*given, *rest, **drawn)
+        return plan(*given, **drawn)
 
 
 class _Layer(torch.autograd.Function):
@@ -56,7 +58,7 @@ class _Layer(torch.autograd.Function):
     def forward(ctx, x: Tensor, mask: Prepared, numbers: Numbers, plans: Plans, *weights: Tensor | None) -> Tensor:
         rows = x.view(-1, x.shape[-1])
         saved = (_pre_norm if numbers.pre_norm else _post_norm)(rows, x.shape, mask, numbers, plans.run, weights)
-        y, *kept = saved
+        y, *kept = saved  # None where there is no such dropout
         ctx.save_for_backward(rows, *weights, *kept, *mask.tensors)
         ctx.mask, ctx.numbers, ctx.shape = mask, numbers, x.shape
         ctx.set_materialize_grads(False)
@@ -77,31 +79,49 @@ _record = super(torch.autograd.Function, _Layer).apply  # less what transforms n
 
 def _post_norm(x, shape, mask, n: Numbers, run: Callable, weights) -> tuple:
     """LN(x + attention(x)), then LN(y + ffn(y)): the output, and what the backward reads."""
-    *attended, projected = _attended(x, shape, mask, n, run, weights)
+    *attended, projected, bits = _attended(x, shape, mask, n, run, weights)
     up, b_up, down, b_down, w1, b1, w2, b2 = weights[8:]
-    normal, total1, mean1, rstd1 = run("first", norm.plan_of, (projected, x, w1, b1), n.first_eps, False, True, BACKEND)
+    normal, *first = _norm_of_sum("first", projected, x, w1, b1, n.first_eps, n.first_dropout, run)
     y, hidden, z = run("ffn", ffn.plan_of, (normal, up, b_up, down, b_down), n.activation, True, BACKEND)
-    y, total2, mean2, rstd2 = run("second", norm.plan_of, (y, normal, w2, b2), n.second_eps, False, True, BACKEND)
-    return y, *attended, total1, mean1, rstd1, normal, hidden, z, total2, mean2, rstd2
+    y, *second = _norm_of_sum("second", y, normal, w2, b2, n.second_eps, n.second_dropout, run)
+    return y, *attended, *first[:3], normal, hidden, z, *second[:3], bits, first[3], second[3]
 
 
 def _pre_norm(x, shape, mask, n: Numbers, run: Callable, weights) -> tuple:
-    """y = x + attention(LN(x)), then y + ffn(LN(y))."""
+    """y = x + attention(LN(x)), then y + ffn(LN(y)); what the FFN adds is dropped by PyTorch, since no norm follows."""
     up, b_up, down, b_down, w1, b1, w2, b2 = weights[8:]
     normal1, _, mean1, rstd1 = run("first", norm.plan_of, (x, None, w1, b1), n.first_eps, False, True, BACKEND)
-    *attended, projected = _attended(normal1, shape, mask, n, run, weights)
-    normal, total2, mean2, rstd2 = run("second", norm.plan_of, (projected, x, w2, b2), n.second_eps, False, True, BACKEND)
+    *attended, projected, bits = _attended(normal1, shape, mask, n, run, weights)
+    normal, total, *second, seed = _norm_of_sum("second", projected, x, w2, b2, n.second_eps, n.first_dropout, run)
     y, hidden, z = run("ffn", ffn.plan_of, (normal, up, b_up, down, b_down), n.activation, True, BACKEND)
-    return y.add_(total2), *attended, normal1, mean1, rstd1, normal, hidden, z, total2, mean2, rstd2
+    y, kept = torch.native_dropout(y, n.second_dropout, True) if n.second_dropout else (y, None)
+    return y.add_(total), *attended, normal1, mean1, rstd1, normal, hidden, z, total, *second, bits, seed, kept
 
 
-def _attended(x: Tensor, shape, mask: Prepared, n: Numbers, run: Callable, weights) -> tuple[Tensor, ...]:
-    """Of x (rows, C): query, key and value as one matrix, what attention gives, as heads, its statistics, and its projection."""
+def _norm_of_sum(name: str, y: Tensor, x: Tensor, weight, bias, eps: float, dropout: float, run: Callable) -> tuple:
+    """LN(x + dropout(y)), the sum, its statistics, and the seed, or None without dropout."""
+    if not dropout:
+        return *run(name, norm.plan_of, (y, x, weight, bias), eps, False, True, BACKEND), None
+    seed = norm.draw_seed(None, y.device)
+
+    def make(y, x, weight, bias, _, seed, *rest):
+        return norm.plan_of(y, x, weight, bias, *rest, seed=seed, dropout=dropout)
+
+    return *run(name, make, (y, x, weight, bias, None, seed), eps, False, True, BACKEND), seed
+
+
+def _attended(x: Tensor, shape, mask: Prepared, n: Numbers, run: Callable, weights) -> tuple[Any, ...]:
+    """Of x (rows, C): query, key and value as one matrix, what attention gives, as heads, its statistics, its projection, and the
+    bits of the weights that are kept, or None without dropout."""
     weight, bias = _joined(weights)
     qkv = F.linear(x, weight, bias)
     q, k, v = three(qkv, _heads(shape, qkv, n))
-    out, lse = run("attention", attention_plans.plan_of, (q, k, v, mask), n.scale, BACKEND, attention_plans.SAVED)
-    return qkv, out, lse, F.linear(_tokens(out), weights[6], weights[7])
+    drawn, bits = {}, None
+    if n.attention_dropout:
+        extras = extras_of(None, n.attention_dropout, None, batched(q), batched(k), mask.fields, BACKEND)
+        drawn, bits = {"extras": extras}, extras.kept
+    out, lse = run("attention", attention_plans.plan_of, (q, k, v, mask), n.scale, BACKEND, attention_plans.SAVED, **drawn)
+    return qkv, out, lse, F.linear(_tokens(out), weights[6], weights[7]), bits
 
 
 def _joined(weights) -> tuple[Tensor, Tensor | None]:
@@ -122,30 +142,40 @@ def _tokens(out: Tensor) -> Tensor:
 
 def _gradients(ctx, needs, dy: Tensor, x: Tensor, *tensors: Tensor) -> tuple:
     weights, kept, n = tensors[:WEIGHTS], tensors[WEIGHTS:], ctx.numbers
-    qkv, out, lse, total1, mean1, rstd1, normal, hidden, z, total2, mean2, rstd2 = kept[:12]
+    qkv, out, lse, total1, mean1, rstd1, normal, hidden, z, total2, mean2, rstd2, bits, drawn1, drawn2 = kept[:15]
     w1, w2, dy = weights[12], weights[14], dy.contiguous().view(x.shape)
-    need, attended = [*needs[4:]], (qkv, out, lse)
-    first, second, up = (False, *need[12:14], BACKEND), (False, *need[14:16], BACKEND), (True, *need[8:12])
-    inside = normal, *weights[8:12], hidden, z
-    if n.pre_norm:  # total1 is LN(x), which attention was given
-        dnormal, *ffn_grads = ffn.gradients((dy, *inside), n.activation, up, BACKEND)
-        dsum, dw2, db2 = norm.gradients((dnormal, dy, total2, mean2, rstd2, w2), *second)
-        dnormal, attention_grads = _attended_gradients(ctx, dsum, total1, attended, weights, need, None)
-        dx, dw1, db1 = norm.gradients((dnormal, dsum, x, mean1, rstd1, w1), *first)
+    need, attended = [*needs[4:]], (qkv, out, lse, bits)
+    up, inside = (True, *need[8:12]), (normal, *weights[8:12], hidden, z)
+    if n.pre_norm:  # total1 is LN(x), which attention was given; the first dropout is before the second norm
+        dffn = dy if drawn2 is None else torch.ops.aten.native_dropout_backward(dy, drawn2, rescale(n.second_dropout))
+        dnormal, *ffn_grads = ffn.gradients((dffn, *inside), n.activation, up, BACKEND)
+        dsum, dprojected, *norm2 = _norm_gradients((dnormal, dy, total2, mean2, rstd2, w2), need[14:], drawn1, n.first_dropout)
+        dnormal, attention_grads = _attended_gradients(ctx, dprojected, total1, attended, weights, need, None)
+        dx, _, *norm1 = _norm_gradients((dnormal, dsum, x, mean1, rstd1, w1), need[12:14], None, 0.0)
     else:
-        dsum, dw2, db2 = norm.gradients((dy, None, total2, mean2, rstd2, w2), *second)
-        dnormal, *ffn_grads = ffn.gradients((dsum, *inside), n.activation, up, BACKEND)
-        dsum, dw1, db1 = norm.gradients((dnormal.add_(dsum), None, total1, mean1, rstd1, w1), *first)
-        dx, attention_grads = _attended_gradients(ctx, dsum, x, attended, weights, need, dsum)
-    grads = (*attention_grads, *ffn_grads, dw1, db1, dw2, db2)
+        dsum, dffn, *norm2 = _norm_gradients((dy, None, total2, mean2, rstd2, w2), need[14:], drawn2, n.second_dropout)
+        dnormal, *ffn_grads = ffn.gradients((dffn, *inside), n.activation, up, BACKEND)
+        first = dnormal.add_(dsum), None, total1, mean1, rstd1, w1
+        dsum, dprojected, *norm1 = _norm_gradients(first, need[12:14], drawn1, n.first_dropout)
+        dx, attention_grads = _attended_gradients(ctx, dprojected, x, attended, weights, need, dsum)
+    grads = (*attention_grads, *ffn_grads, *norm1, *norm2)
     dtype = x.dtype  # of all weights; the sums of the norms and of the FFN's biases are fp32
     given = [g if g is None or g.dtype is dtype else g.to(dtype) for g in grads]
     return dx.view(ctx.shape), None, None, None, *(g if wanted else None for g, wanted in zip(given, need, strict=True))
 
 
+def _norm_gradients(given: tuple, need: list, seed: Tensor | None, dropout: float) -> tuple:
+    """Those of the sum, of what was dropped before it, of weight and bias."""
+    if seed is None:
+        dsum, dweight, dbias = norm.gradients(given, False, need[0], need[1], BACKEND)
+        return dsum, dsum, dweight, dbias
+    dsum, dweight, dbias, dropped = norm.gradients((*given, seed), False, need[0], need[1], BACKEND, dropout=dropout)
+    return dsum, dropped, dweight, dbias
+
+
 def _attended_gradients(ctx, d: Tensor, x: Tensor, attended, weights, need, plus: Tensor | None) -> tuple[Tensor, list]:
     """Of d, the gradient of what attention adds: that of x, with `plus` added, and those of the first eight weights."""
-    (qkv, out, lse), n = attended, ctx.numbers
+    (qkv, out, lse, bits), n = attended, ctx.numbers
     q, k, v = three(qkv, _heads(ctx.shape, qkv, n))
     dout = (d @ weights[6]).view(_tokens_shape(out))
     dout = dout if out.dim() == 3 else dout.transpose(1, 2)
@@ -154,7 +184,8 @@ def _attended_gradients(ctx, d: Tensor, x: Tensor, attended, weights, need, plus
         grads[6] = d.mT @ _tokens(out)
     if need[7]:
         grads[7] = d.sum(0)
-    dqkv = attention.gradients(dout, None, q, k, v, out, lse, ctx.mask, n.scale, BACKEND, joined=True)
+    extras = NO_EXTRAS if bits is None else Extras(kept=bits, dropout=n.attention_dropout)
+    dqkv = attention.gradients(dout, None, q, k, v, out, lse, ctx.mask, n.scale, BACKEND, joined=True, extras=extras)
     if need[0] or need[2] or need[4]:
         grads[0:6:2] = (dqkv.mT @ x).chunk(3)
     if need[1] or need[3] or need[5]:

@@ -22,7 +22,6 @@ HARMLESS = frozenset({
 # Keyword arguments that change the result. None and False ask for nothing.
 NOT_SERVED = {
     # beside the scores
-    "position_bias": "an additive bias on the scores",
     "softcap": "a soft cap on the scores",
     "s_aux": "attention sinks",
     "sinks": "attention sinks",

@@ -52,8 +52,10 @@ def sdpa_override(strict: bool = False) -> Iterator[OverrideRecord]:
 
     A call that fastattn refuses goes to torch's function, is counted under its reason and is logged once per reason and
     block by the logger "fastattn". A call that is wrong for torch as well raises torch's error. Where overrides are nested,
-    all of them count and the innermost decides about `strict`. Besides what `fastattn.scaled_dot_product_attention` refuses
-    (dropout, float masks of more than 0 and -inf, on a GPU all of them), these calls are left to torch and counted:
+    all of them count and the innermost decides about `strict`. Which weights dropout drops repeats after torch.manual_seed, but
+    they are fastattn's draws and not torch's. Besides what `fastattn.scaled_dot_product_attention` refuses (a batch of keys and
+    values that would have to be broadcast, a float mask of another dtype than query's or fp32), these calls are left to torch and
+    counted:
 
     - nested tensors, devices other than "cpu" and "cuda", transforms of `torch.func`;
     - an argument whose class has a `__torch_function__` (`torch.nn.attention.bias.CausalBias`, `torch.fx` proxies, any subclass

@@ -29,7 +29,7 @@ from fastattn.ops.varlen import varlen_attention
 from fastattn.packing import Packing
 
 NAME = "fastattn"
-DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")  # what configs call it
+WINDOWED = ("modernbert",)  # model types whose layers hand their window to attention; of others the mask of pairs holds it
 
 _INSTEAD = 'load the model with attn_implementation="sdpa" or "eager" for that'
 
@@ -43,6 +43,7 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
@@ -50,11 +51,14 @@ def attention_forward(
     max_length_k: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query (B, H, M, D), key and value (B, H, N, D), any strides -> (B, M, H, D), None.
+    """transformers' attention function: query (B, H, M, D), key and value (B, Hkv, N, D), any strides -> (B, M, H, D), None.
 
-    attention_mask is None, a bool (B, H or 1, M or 1, N) that says everything, or a bool (B, N) of real keys, beside which
-    causality is `is_causal`, else the module's. A causal (B, N) is aligned at the bottom right (the queries are the last
-    tokens of a cache), a causal None at the top left, as in transformers' own "sdpa".
+    attention_mask is None, a bool (B, H or 1, M or 1, N) that says everything, floats of such a shape, which are added to the
+    scores and say everything too, or a bool (B, N) of real keys. Beside this and None causality is `is_causal`, else the
+    module's, and a key is hidden whose distance is sliding_window or more, as in transformers' flash attention. A causal (B, N)
+    is aligned at the bottom right (the queries are the last tokens of a cache), a causal None at the top left, as in
+    transformers' own "sdpa". position_bias, (B or 1, H or 1, M or 1, N or 1), is added to the scores, and like a float
+    attention_mask has a gradient. The weights that dropout drops are drawn anew in each call, as by `fastattn.attention`.
 
     With cu_seq_lens_q and max_length_q, as DataCollatorWithFlattening gives them, B is 1 and sequences lie end to end: they are
     told apart by their offsets, and attention_mask is not looked at. Those of the keys are the queries' own by default.
@@ -63,30 +67,29 @@ def attention_forward(
         NotImplementedError: for every argument that changes the result and is not served, in a sentence that names it.
         ValueError, TypeError: an argument does not fit.
     """
-    if dropout:
-        raise NotImplementedError(
-            f"fastattn does not serve attention dropout yet (dropout={dropout}): {_without_dropout(module)}, call model.eval(), "
-            'or load the model with attn_implementation="sdpa"'
-        )
-    if getattr(module, "num_key_value_groups", 1) > 1:
-        raise NotImplementedError(f"fastattn does not serve grouped heads (num_key_value_groups > 1) yet: {_INSTEAD}")
     M, N, packed = query.shape[2], key.shape[2], cu_seq_lens_q is not None
-    pairs = not packed and attention_mask is not None and attention_mask.dim() == 4 and attention_mask.shape[2] == M
-    if packed or pairs:
+    rows = None if packed or attention_mask is None or attention_mask.dim() != 4 else attention_mask.shape[2]
+    if packed or rows == M:
         kwargs.pop("seq_idx", None)  # sequences are told apart already
     _check_keywords(kwargs)
-    if not pairs:
+    if rows is not None and rows != M:
         _check_window(sliding_window, M, N)
     if cu_seq_lens_q is not None:
+        if position_bias is not None:
+            raise NotImplementedError(f"fastattn does not serve position_bias beside cu_seq_lens_q: {_INSTEAD}")
         packing = _packing(cu_seq_lens_q, max_length_q, query)
         same = cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q
         key_packing = packing if same else _packing(cu_seq_lens_k, max_length_k, key)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        causal = masks.causal() if _causal(module, is_causal) else None
-        return varlen_attention(q, k, v, packing, causal, key_packing=key_packing, scale=scaling)[None], None
-    mask = _mask(module, attention_mask, is_causal, M)
-    out = attention(query, key, value, mask, scale=scaling)
-    assert isinstance(out, Tensor)
+        pattern = _pattern(_causal(module, is_causal), sliding_window, M, N, "bottom_right")
+        out = varlen_attention(q, k, v, packing, pattern, key_packing=key_packing, scale=scaling, dropout=dropout)
+        return out[None], None
+    mask, bias = None, position_bias
+    if attention_mask is not None and attention_mask.is_floating_point():
+        bias = _bias(attention_mask, position_bias)
+    else:
+        mask = _mask(module, attention_mask, is_causal, sliding_window, M, N)
+    out = attention(query, key, value, mask, bias=bias, scale=scaling, dropout=dropout)
     return out.transpose(1, 2), None
 
 
@@ -107,9 +110,11 @@ def padding_or_pairs(
     """transformers' mask function: the padding mask alone where the rest of the pattern needs no tensor, else every pair.
 
     Returns None or a bool (batch_size, kv_length) where the pattern is bidirectional, or causal with the queries at the end
-    of the keys; else, and where transformers asks for a full mask, a bool (batch_size, 1, q_length, kv_length).
+    of the keys, or the window of a bidirectional model of WINDOWED; else, and where transformers asks for a full mask, a bool
+    (batch_size, 1, q_length, kv_length).
     """
-    bidirectional = mask_function is bidirectional_mask_function
+    windowed = kwargs.get("local_size") is not None and getattr(kwargs.get("config"), "model_type", None) in WINDOWED
+    bidirectional = mask_function is bidirectional_mask_function or windowed
     plain = kv_offset == 0 and not use_vmap and (attention_mask is None or attention_mask.shape == (batch_size, kv_length))
     if bidirectional:
         plain = plain and allow_is_bidirectional_skip
@@ -145,14 +150,6 @@ def check(model: PreTrainedModel) -> None:
         raise ValueError(f'{type(model).__name__} does not use fastattn: call model.set_attn_implementation("{NAME}") first')
 
 
-def _without_dropout(module: nn.Module) -> str:
-    config = getattr(module, "config", None)
-    name = next((name for name in DROPOUTS if hasattr(config, name)), None)
-    if name is None:
-        return "load the model without it"
-    return f"load the model by from_pretrained(..., {name}=0.0) (the config of a loaded model is no longer read)"
-
-
 def _packing(cu_seqlens: Tensor | None, max_length: int | None, x: Tensor) -> Packing:
     """Offsets are validated where the host can read them without waiting."""
     if cu_seqlens is None or max_length is None:
@@ -174,29 +171,51 @@ def _check_keywords(kwargs: dict[str, Any]) -> None:
 
 
 def _check_window(sliding_window: int | None, M: int, N: int) -> None:
-    """Without a mask of pairs, which would hold it already, a window must be too wide to hide anything."""
-    if sliding_window is not None and (not isinstance(sliding_window, int) or sliding_window < max(M, N)):
+    """A mask of pairs holds the window already; beside one row for all queries it must be too wide to hide anything."""
+    if sliding_window is not None and _hides(sliding_window, M, N):
         raise NotImplementedError(
-            f"fastattn serves a window only as part of a mask (B, 1, M, N), but sliding_window={sliding_window} came without: "
-            f"{_INSTEAD}"
+            f"fastattn serves a window beside a mask (B, N), or as part of a mask (B, 1, M, N), but sliding_window="
+            f"{sliding_window} came with one row for all queries: {_INSTEAD}"
         )
 
 
-def _mask(module: nn.Module, attention_mask: Tensor | None, is_causal: bool | None, M: int) -> Mask | Tensor | None:
+def _hides(sliding_window: int, M: int, N: int) -> bool:
+    if not isinstance(sliding_window, int) or sliding_window < 1:
+        raise NotImplementedError(f"fastattn serves a window of at least one key, got sliding_window={sliding_window}")
+    return sliding_window < max(M, N)
+
+
+def _bias(attention_mask: Tensor, position_bias: Tensor | None) -> Tensor:
+    if attention_mask.dim() != 4:
+        shape = tuple(attention_mask.shape)
+        raise ValueError(
+            f"attention_mask of {attention_mask.dtype}, added to the scores, must be (B, H, M, N), got shape {shape}"
+        )
+    return attention_mask if position_bias is None else position_bias + attention_mask
+
+
+def _mask(
+    module: nn.Module, attention_mask: Tensor | None, is_causal: bool | None, sliding_window: int | None, M: int, N: int
+) -> Mask | Tensor | None:
     if attention_mask is not None and attention_mask.dtype != torch.bool:
-        raise NotImplementedError(
-            f"attention_mask is {attention_mask.dtype}: fastattn does not serve additive masks yet, only bool ones "
-            "(True = may attend)"
-        )
+        raise TypeError(f"attention_mask must be bool (True = may attend) or of floating point, got {attention_mask.dtype}")
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"attention_mask must be (B, N) or (B, H, M, N), got shape {tuple(attention_mask.shape)}")
-    causal = M > 1 and _causal(module, is_causal)
+    last = attention_mask is not None or M == 1  # the queries are the last tokens
+    pattern = _pattern(M > 1 and _causal(module, is_causal), sliding_window, M, N, "bottom_right" if last else "top_left")
     if attention_mask is None:
-        return masks.causal("top_left") if causal else None
+        return pattern
     padding = masks.key_padding(attention_mask)
-    return padding & masks.causal("bottom_right") if causal else padding
+    return padding if pattern is None else padding & pattern
+
+
+def _pattern(causal: bool, sliding_window: int | None, M: int, N: int, align: str) -> Mask | None:
+    """Which keys a query sees by distance alone."""
+    if sliding_window is not None and _hides(sliding_window, M, N):
+        return masks.window(sliding_window - 1, 0 if causal else sliding_window - 1, align)
+    return masks.causal(align) if causal else None
 
 
 def _causal(module: nn.Module, is_causal: bool | None) -> bool:

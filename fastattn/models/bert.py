@@ -124,8 +124,8 @@ class BertOutput(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         norm = self.LayerNorm
-        x = F.dropout(x, self.dropout, self.training)
-        return self.ops.add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps)
+        dropout = self.dropout if self.training else 0.0
+        return self.ops.add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps, dropout=dropout)
 
 
 class BertAttention(nn.Module):

@@ -25,7 +25,7 @@ class Ops(NamedTuple):
     attention: Callable[..., Tensor]  # (q, k, v (B, N, H, D), or (T, H, D) of a packing, mask, dropout) -> as q
     linear: Callable[..., Tensor]  # (x, weight, bias, *, activation=None)
     ffn: Callable[..., Tensor]  # (x, w1, b1, w2, b2, *, activation)
-    add_layer_norm: Callable[..., Any]  # (x, residual or None, weight, bias, *, eps, return_sum=False)
+    add_layer_norm: Callable[..., Any]  # (x, residual or None, weight, bias, *, eps, dropout=0.0 of x, return_sum=False)
 
 
 def choose(implementation: str | Ops) -> Ops:
@@ -70,16 +70,11 @@ def _fastattn_mask(
 def _fastattn_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: tuple[Packing | None, masks.Mask | None], dropout: float
 ) -> Tensor:
-    if dropout > 0:
-        raise NotImplementedError(
-            "implementation 'fastattn' does not serve dropout of attention probabilities in training yet: set "
-            "attention_probs_dropout_prob (BERT) or attention_dropout (CLIP) to 0 in the config, or choose 'sdpa'"
-        )
     packing, visible = mask
     if packing is not None:
-        return fastattn.varlen_attention(q, k, v, packing, visible)
+        return fastattn.varlen_attention(q, k, v, packing, visible, dropout=dropout)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return fastattn.attention(q, k, v, visible).transpose(1, 2)
+    return fastattn.attention(q, k, v, visible, dropout=dropout).transpose(1, 2)
 
 
 # PyTorch: `visible` is a bool tensor that broadcasts to (B, H, N, N), True = may attend. It has no attention of packed sequences:
@@ -148,8 +143,16 @@ def _torch_ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, act
 
 
 def _torch_add_layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float, return_sum: bool = False
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    dropout: float = 0.0,
+    return_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    x = F.dropout(x, dropout)
     total = x if residual is None else residual + x
     y = F.layer_norm(total, (total.shape[-1],), weight, bias, eps)
     return (y, total) if return_sum else y
