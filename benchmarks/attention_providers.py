@@ -129,7 +129,7 @@ def sdpa(backend: SDPBackend | None, request: Request) -> Run:
 
 
 def ours(backend: str, request: Request) -> Run:
-    mask, options = request.mask(), {"backend": backend}
+    mask, options = request.mask(), dict[str, Any](backend=backend)
     if request.dropout:  # a seed on the device: nothing is copied to it in a call
         options |= {"dropout": request.dropout, "seed": torch.tensor([request.seed], device=request.device)}
 

@@ -104,8 +104,9 @@ def training_task(recipe: training_cases.Recipe, B: int, dtype: torch.dtype, dev
         return tensors if size is None else (*tensors, _normal(size, dtype, device, 2000 + seed))
 
     def given(tensors: tuple[Tensor, ...], dropout: float) -> testing.AttentionInputs:
-        bias = request.bias_of(tensors[3]) if size is not None else None
-        return testing.AttentionInputs(*tensors[:3], dout, None, request.mask(), D**-0.5, bias, dropout, request.seed)
+        q, k, v, *learned = tensors
+        bias = request.bias_of(learned[0]) if learned else None
+        return testing.AttentionInputs(q, k, v, dout, None, request.mask(), D**-0.5, bias, dropout, request.seed)
 
     def yardstick(tensors: tuple[Tensor, ...], dropout: float = recipe.dropout) -> testing.Yardstick:
         return testing.attention_yardstick(given(tensors, dropout))
@@ -378,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
     ceilings = timing.ceilings(device, dtype)
     records, left_out = run(selected, providers, args, device, {dtype: ceilings}, budget)
     ceilings = ceilings.better(timing.ceilings(device, dtype))
-    extra = {"refusals": ask(device, dtype)} if args.suite == "ops" and not args.rows else {}
+    extra = {"refusals": ask(device, dtype)} if args.suite == "training" and not args.rows else {}
     path = save(records, args, device, {dtype: ceilings}, complete=True, left_out=left_out, **extra)
     results.print_table(records, {**COLUMNS, "method": ""} if device.type == "cuda" else COLUMNS)
     print("\n".join(["", *([f"wrote {path}"] if path else []), *summary.lines(records, "fastattn", left_out)]))

@@ -2,8 +2,8 @@
 
 A table stands between `<!-- table: SUITE-DEVICE -->` and `<!-- /table -->`. DEVICE is a folder of benchmarks/results such as
 h100, or cpu for every folder that begins with "cpu-". SUITE is a result file's name, or `highlights`, some rows of `models`, or
-`refusals`, which `ops` records, or `plans`, which is computed from the kernels' tiles, or `verdict-` and a result file's name:
-sentences. The pictures of docs/benchmarks.md are drawn anew with it where their result file changed.
+`refusals`, which the suite `training` records, or `plans`, which is computed from the kernels' tiles, or `verdict-` and a result
+file's name: sentences. The pictures of docs/benchmarks.md are drawn anew with it where their result file changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks import plans, plots, results, tables, verdicts
 
 DOCS = results.ROOT.parent / "docs"
 FILES = (results.ROOT.parent / "README.md", DOCS / "benchmarks.md")
-FROM = {"refusals": "ops", "highlights": "models"}  # suites that are a part of another's file
+FROM = {"refusals": "training", "highlights": "models"}  # suites that are a part of another's file
 MARKERS = re.compile(r"(<!-- table: (?P<suite>[\w-]+)-(?P<device>\w+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 NOT_MEASURED = "Not yet measured."
 VERDICTS = {"models": verdicts.models, "kernels": verdicts.kernels, "ops": verdicts.held, "encode": verdicts.encode}

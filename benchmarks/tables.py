@@ -84,14 +84,20 @@ HIGHLIGHTS = {  # kind of device -> (models, providers) of the README's table
 def section(suite: str, content: dict) -> str:
     """A result file: what was measured on, notes, the table, legends and footnotes."""
     if suite == "refusals":
-        rows = [[row["provider"], escape(row["answer"])] for row in content["refusals"]]
-        return "\n".join([head(content), "", *markdown(["provider", "answer"], rows)])
+        rows = [[row["provider"], escape(row["answer"]), *asked_errors(row)] for row in content["refusals"]]
+        return "\n".join([head(content), "", *markdown(["provider", "answer", "error forward", "backward"], rows)])
     records, left_out = results.without_leaks(content["records"])
     records = highlights(records) if suite == "highlights" else records
     unit = MS if on_cpu(content) or suite not in ("kernels", "ops", "masks", "training") else US
     table, footnotes = comparison(results.with_captured(records), BASELINES[suite], unit)
     paragraphs = [head(content), *([left_out] if left_out else []), *notes_on(suite, content, records), "\n".join(table)]
     return "\n\n".join([*paragraphs, *(["\n".join(footnotes)] if footnotes else [])])
+
+
+def asked_errors(row: dict) -> list[str]:
+    """Of the output, and the greatest of the gradients; empty where the weights that were dropped are not known."""
+    errors = row.get("errors")
+    return ["", ""] if not errors else [f"{errors['out']:.2f}", f"{max(e for name, e in errors.items() if name != 'out'):.2f}"]
 
 
 def notes_on(suite: str, content: dict, records: list[dict]) -> list[str]:

@@ -174,7 +174,7 @@ class _Queue(NamedTuple):
 
 def _device_times(gpu: Gpu, calls: dict[str, Sequence[Call]], seconds: float, least: int, most: int, graphs_alone: bool):
     with gpu.active():
-        queues = {name: _queue(gpu, turns, graphs_alone) for name, turns in calls.items()}
+        queues = {name: _named_queue(name, gpu, turns, graphs_alone) for name, turns in calls.items()}
         times: dict[str, list[float]] = {name: [] for name, queue in queues.items() if queue.run is not None}
         leaked: dict[str, str] = {}
         deadline = gpu.now() + seconds
@@ -189,6 +189,14 @@ def _device_times(gpu: Gpu, calls: dict[str, Sequence[Call]], seconds: float, le
                     times[name].append(ms / queues[name].calls)
     found = {name: [] if name in leaked else times.get(name, []) for name in calls}
     return {name: Samples(found[name], q.host_us, q.method, leaked.get(name, q.reason)) for name, q in queues.items()}
+
+
+def _named_queue(name: str, gpu: Gpu, turns: Sequence[Call], graph_alone: bool) -> _Queue:
+    """A fault of the device is nobody's answer and ends the run: it says in whose call it came."""
+    try:
+        return _queue(gpu, turns, graph_alone)
+    except RuntimeError as error:
+        raise RuntimeError(f"in a call of {name}: {error}") from error
 
 
 def _replay_us(gpu: Gpu, calls: Sequence[Call], replays: int) -> list[float]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from benchmarks import attention_providers, measure, ops, report, results, shapes, tables, training_cases
+from benchmarks import attention_providers, measure, ops, refusals, report, results, shapes, tables, training_cases
 from fastattn import biases, timing
 
 CPU = torch.device("cpu")
@@ -127,7 +127,10 @@ def test_the_suite_writes_its_own_file_and_table(tmp_path, monkeypatch) -> None:
     assert ops.main(["--suite", "training", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/*.json")
     content = results.read(path)
-    assert path.name == "training.json" and "refusals" not in content
+    assert path.name == "training.json"
+    answers = {row["provider"]: row for row in content["refusals"]}
+    assert all(row["answer"] == refusals.SERVED for row in answers.values())
+    assert set(answers["fastattn cpu"]["errors"]) == {"out", "dq", "dk", "dv", "dbias"} and "errors" not in answers["SDPA"]
     bits = [row for row in content["records"] if row["mode"] == ops.BITS]
     assert len(bits) == sum(recipe.dropout > 0 for recipe in RECIPES)
     row = bits[0]

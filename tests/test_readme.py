@@ -119,7 +119,7 @@ def test_both_sides_of_the_porting_table_agree(left, right):
         "F": F, "fastattn": fastattn, "masks": fastattn.masks, "flash_attn_varlen_func": one_by_one, "q": q, "k": k, "v": v,
         "keep": torch.arange(9) < torch.tensor([9, 5])[:, None, None, None], "d": 16,
         "x": torch.randn(6, 16), "residual": torch.randn(6, 16), "weight": torch.randn(16), "bias": torch.randn(16),
-        "w": torch.randn(8, 16), "b": torch.randn(8),
+        "w": torch.randn(8, 16), "b": torch.randn(8), "floats": torch.randn(4, 6, 9),
     }  # fmt: skip
     if "varlen" in left:
         names |= {name: torch.randn(14, 4, 16) for name in "qkv"} | {"cu": torch.tensor([0, 9, 14], dtype=torch.int32), "L": 9}
@@ -134,4 +134,4 @@ def one_by_one(q, k, v, starts, *_):
 
 
 def test_the_porting_table_has_calls():
-    assert len(ported()) == 5
+    assert len(ported()) == 6

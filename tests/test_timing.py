@@ -201,6 +201,14 @@ def test_replays_give_microseconds_per_call(gpu: FakeGpu) -> None:
         timing.replay_us([gpu.call(0.5, 0.01, refuses=True)], CUDA)
 
 
+def test_a_fault_of_the_device_names_the_call_it_came_in(gpu: FakeGpu) -> None:
+    def fault() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="in a call of B: an illegal memory access"):
+        kernels({"A": [gpu.call(0.1, 0.1)], "B": [fault]})
+
+
 def test_a_failed_capture_says_what_failed_first(monkeypatch) -> None:
     """PyTorch raises again when it ends such a capture, in words that name no reason; what it leaves behind is undone."""
 
