@@ -79,6 +79,8 @@ def attention_backward(
     dq, dk = (ds @ k) * scale, (ds.mT @ q) * scale
     if dk.shape[1] != heads:
         dk, dv = (x.unflatten(1, (heads, -1)).sum(2) for x in (dk, dv))
+    if extras.bias is not None and extras.bias.shape[3] == 1:  # softmax does not see it, the log-sum-exp does: delta cancels
+        exact_ds = torch.zeros_like(lse)[..., None] if dlse is None else torch.where(dead, 0, dlse)[..., None]
     return dq.to(dout.dtype), dk.to(dout.dtype), dv.to(dout.dtype), bias_gradient(exact_ds, extras, a)
 
 

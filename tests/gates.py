@@ -7,12 +7,16 @@ the Triton kernels, and prints them. test_gates.py holds the table to the presen
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +110,29 @@ def sample() -> Iterator[Row]:
 
 
 def write_table() -> None:
-    rows = []
-    for row in (*cuda_rows(aot.CAPABILITIES), *triton_rows(aot.shipped())):
-        rows.append(row)
-        if sys.stderr.isatty():
-            print(f"\r{len(rows)} variants", end="", file=sys.stderr)
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    """A process for each core."""
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
+        cuda = pool.submit(_cuda_table)
+        rows = []
+        for row in pool.map(_shipped_row, range(len(_shipped())), chunksize=4):
+            rows.append(row)
+            if sys.stderr.isatty():
+                print(f"\r{len(rows)} variants", end="", file=sys.stderr)
+    lines = ",\n  ".join(json.dumps(row) for row in (*cuda.result(), *rows))
     TABLE.write_text(json.dumps(head(), indent=1)[:-2] + ',\n "rows": [\n  ' + lines + "\n ]\n}\n")
+
+
+def _cuda_table() -> list[Row]:
+    return list(cuda_rows(aot.CAPABILITIES))
+
+
+@functools.cache
+def _shipped() -> list[aot.Variant]:
+    return list(aot.shipped())
+
+
+def _shipped_row(index: int) -> Row:
+    return next(triton_rows([_shipped()[index]]))
 
 
 if __name__ == "__main__":

@@ -211,13 +211,12 @@ ELSEWHERE = torch.zeros(2, dtype=torch.int32, device="meta")
 @pytest.mark.parametrize(
     ("error", "words", "call"),
     [
-        (NotImplementedError, "bias", lambda: fastattn.attention(Q, Q, Q, bias=Q)),
-        (NotImplementedError, "dropout", lambda: fastattn.attention(Q, Q, Q, dropout=0.1)),
-        (NotImplementedError, "seed", lambda: fastattn.attention(Q, Q, Q, seed=1)),
+        (ValueError, r"bias has shape \(2, 4, 6, 16\), which does not broadcast", lambda: fastattn.attention(Q, Q, Q, bias=Q)),
+        (ValueError, "dropout must be a probability", lambda: fastattn.attention(Q, Q, Q, dropout=-0.1)),
         (ValueError, "q has 4 heads, which is no multiple of k's 3", lambda: fastattn.attention(Q, Q[:, :3], Q[:, :3])),
         (ValueError, "need key_ids", lambda: fastattn.attention(Q, Q[:, :, :5], Q[:, :, :5], masks.documents(SIX_IDS))),
         (ValueError, "6 keys, but a prefix of 1 and an image", lambda: fastattn.attention(Q, Q, Q, masks.rows(2, 2, 1))),
-        (NotImplementedError, "attn_mask of dtype", lambda: fastattn.scaled_dot_product_attention(Q, Q, Q, torch.ones(6, 6))),
+        (TypeError, "attn_mask must be bool or", lambda: fastattn.scaled_dot_product_attention(Q, Q, Q, torch.ones(6, 6).int())),
         (NotImplementedError, "triton", lambda: fastattn.attention(Q.double(), Q.double(), Q.double(), backend="triton")),
         (ValueError, "attn_mask and is_causal", lambda: fastattn.scaled_dot_product_attention(Q, Q, Q, ANY, is_causal=True)),
         (NotImplementedError, "torch.float32 is not served", lambda: fastattn.attention(Q, Q, Q, backend="cuda")),

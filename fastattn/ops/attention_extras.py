@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn.biases import Bias, check_dtype
 from fastattn.dropout import check_rate, draw_seed
 from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask
-from fastattn.ops.dropout import attention_bits
+from fastattn.ops.dropout import BACKENDS, attention_bits
 
 
 def extras_of(
@@ -26,7 +26,8 @@ def extras_of(
     if dropout == 0:
         check_seed(seed, q.device)
         return extras
-    kept = attention_bits(draw_seed(seed, q.device), q.shape[2], *sizes, dropout, mask, backend)
+    drawn_by = backend if backend in BACKENDS else "auto"  # one that draws none refuses dropout itself, in its own words
+    kept = attention_bits(draw_seed(seed, q.device), q.shape[2], *sizes, dropout, mask, drawn_by)
     return extras._replace(kept=kept, dropout=float(dropout))
 
 
