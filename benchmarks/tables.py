@@ -25,8 +25,8 @@ TRAINING_NOTE = (
     "the call."
 )
 CAPTURED_NOTE = "“captured” is the replay of a CUDA graph of the same call: the time without the host."
-TRAIN_NOTE = "Training steps have no dropout: `benchmarks.models` sets it to 0, and fastattn serves no other in attention yet."
-OTHER_TRAIN_NOTE = "Training steps have no dropout in attention: fastattn serves none there yet."  # of a run that says no more
+TRAIN_NOTE = "Training steps have no dropout: `benchmarks.models` sets it to 0; `benchmarks.finetune` times a step with it."
+OTHER_TRAIN_NOTE = "Training steps have no dropout in attention."  # of a run that says no more
 LEGEND = {  # provider -> what its column is
     "reference eager": "“reference eager”: `fastattn.models`, attention in plain PyTorch",
     "fastattn: attention": "“fastattn: attention”: the same model with fastattn's attention",
