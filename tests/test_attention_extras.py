@@ -23,7 +23,6 @@ from fastattn.testing import (
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = [(1, 1), (17, 17), (33, 33), (64, 64), (65, 65), (77, 77), (40, 66), (66, 40)]
 BACKENDS = ["eager", "cpu", TRITON]
-EASY = ("none", "causal", "padding", "padding_queries", "holes", "window", "documents", "dense")
 
 
 def check(backend, M, N, dtype, mask, bias, dropout, Hkv=2, dlse=False, D=16, seed=0):
