@@ -50,6 +50,29 @@ SPILLS = {
     ("attention_backward_kernel", "float16 D=32 keys L=128 packed=True"): 32,
     ("attention_backward_kernel", "float16 D=64 keys L=128 packed=True"): 16,
     ("attention_dkdv_kernel", "float16 D=128 causal_padding packed=True"): 8,
+    # bounds beside a prefix: the nearer of two bounds is kept for each key
+    ("attention_backward_kernel", "float16 D=32 prefix L=64"): 8,
+    ("attention_backward_kernel", "float16 D=64 prefix L=128"): 16,
+    ("attention_backward_kernel", "float16 D=64 prefix L=64"): 24,
+    # keys with holes, of which each tile loads a mask
+    ("attention_dkdv_kernel", "float16 D=64 keys"): 48,
+    ("attention_dkdv_kernel", "float16 D=64 keys L=256"): 48,
+    # a tile of a bias or the words of dropout's bits, beside the two accumulators
+    ("attention_backward_kernel", "bfloat16 D=64 padding L=128 extras=dropout"): 32,
+    ("attention_dbias_kernel", "float32 D=128 padding extras=relative"): 8,
+    ("attention_dkdv_kernel", "bfloat16 D=64 padding extras=pairs+dropout"): 8,
+    ("attention_dkdv_kernel", "float16 D=128 padding extras=pairs+dropout"): 16,
+    ("attention_dkdv_kernel", "float16 D=64 padding L=128 extras=row+dropout"): 24,
+    ("attention_dkdv_kernel", "float16 D=64 padding extras=relative+dropout"): 16,
+    ("attention_dkdv_kernel", "float32 D=128 padding extras=relative"): 24,
+    ("attention_dkdv_kernel", "float32 D=32 padding extras=pairs+dropout"): 40,
+    ("attention_dkdv_kernel", "float32 D=64 padding extras=pairs+dropout"): 32,
+    ("attention_dq_kernel", "float32 D=32 padding extras=relative"): 8,
+    ("attention_forward_kernel", "float16 D=32 padding extras=dropout"): 8,
+    ("attention_forward_kernel", "float16 D=64 padding extras=relative+dropout"): 24,
+    # the draw of dropout, beside a tile
+    ("linear_dgrad_kernel", "bfloat16 gelu large dropout"): 16,
+    ("norm_backward_kernel", "float32 width=8192 layer dropout"): 8,
 }
 
 

@@ -222,7 +222,8 @@ def backward_launches(
     """
     (M, N), group = _classed_sizes(q, k, mask), q.shape[1] // max(k.shape[1], 1)
     block_d, crowded = _block(max(q.shape[3], v.shape[3])), _crowded(mask, extras)
-    single = None if pairs else single_config(gpu, q.dtype, block_d, group * M, N, mask.key_tiles is not None)
+    full = extras.biased and extras.kept is not None  # of one kernel these two together fill the registers
+    single = None if pairs or full else single_config(gpu, q.dtype, block_d, group * M, N, mask.key_tiles is not None)
     if single is not None:
         return [single_with(single, dout, dlse, q, k, v, out, lse, dq, dk, dv, mask, scale, extras, columns)]
     dq_config, dkdv_config = (
@@ -288,7 +289,18 @@ def _lists_tiles(problem) -> bool:
 
 
 def _is_crowded(problem) -> bool:
-    return _lists_tiles(problem) or problem.bias or problem.relative or problem.alibi or problem.dropout
+    return _lists_tiles(problem) or _is_biased(problem) or problem.dropout
+
+
+def _is_biased(problem) -> bool:
+    return problem.bias or problem.relative or problem.alibi
+
+
+def _single_config(gpu: GPU, problem, block_d: int) -> Config | None:
+    if _is_biased(problem) and problem.dropout:
+        return None
+    rows = problem.H // max(problem.Hkv, 1) * problem.M
+    return single_config(gpu, problem.dtype, block_d, rows, problem.N, _lists_tiles(problem))
 
 
 def notes(problem) -> list[str]:
@@ -296,7 +308,7 @@ def notes(problem) -> list[str]:
     kernels, crowded = ("attention_forward", "attention_dq", "attention_dkdv"), _is_crowded(problem)
     rows = {kernel: _row(kernel, *request, crowded) for kernel in kernels}
     rows[ONE_KERNEL] = _row(ONE_KERNEL, *request, listed)
-    single = single_config(*request[:3], problem.H // max(problem.Hkv, 1) * problem.M, request[3], listed)
+    single = _single_config(request[0], problem, request[2])
     del rows[ONE_KERNEL if single is None else "attention_dq"]
     return [f"tiles from {sources(rows.values())}"]
 
@@ -317,7 +329,7 @@ def plan(problem, backward: bool) -> list[KernelPlan]:
     if not backward:
         moved = q + out + lse + keys * group * triton.cdiv(problem.M, forward.BLOCK_M)
         return [kernel("attention_forward_kernel", forward, (1, 1), moved)]
-    single = single_config(gpu, problem.dtype, block_d, group * problem.M, problem.N, _lists_tiles(problem))
+    single = _single_config(gpu, problem, block_d)
     if single is not None:
         return [kernel("attention_backward_kernel", single, (3, 2), 2 * (q + out + keys) + lse)]
     dq_moved = 2 * (q + out) + 2 * lse + keys * group * triton.cdiv(problem.M, dq.BLOCK_M)
