@@ -66,7 +66,8 @@ def _model(name: str, args: argparse.Namespace, device: torch.device) -> BertFor
         num_hidden_layers=args.layers, hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout
     )
     config._attn_implementation = {PROVIDERS[0]: "eager", PROVIDERS[2]: "fastattn"}.get(name, "sdpa")
-    model = BertForSequenceClassification(config).to(device)
+    model = BertForSequenceClassification(config)
+    model.to(device)  # type: ignore[arg-type]
     if name == PROVIDERS[3]:
         fastattn.accelerate(model)
     return model

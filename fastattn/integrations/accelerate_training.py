@@ -104,8 +104,8 @@ def _norm_of_sum(name: str, y: Tensor, x: Tensor, weight, bias, eps: float, drop
         return *run(name, norm.plan_of, (y, x, weight, bias), eps, False, True, BACKEND), None
     seed = norm.draw_seed(None, y.device)
 
-    def make(y, x, weight, bias, _, seed, *rest):
-        return norm.plan_of(y, x, weight, bias, *rest, seed=seed, dropout=dropout)
+    def make(y, x, weight, bias, _, seed, eps, rms, keep, backend):
+        return norm.plan_of(y, x, weight, bias, eps, rms, keep, backend, seed, dropout)
 
     return *run(name, make, (y, x, weight, bias, None, seed), eps, False, True, BACKEND), seed
 
