@@ -75,10 +75,10 @@ ATTENTION = [
     (torch.float16, 64, "none", {"L": 128, "packed": True}),
     (torch.float16, 64, "none", {"inference": True}),
     (torch.bfloat16, 64, "padding", {"extras": "pairs+dropout"}),
-    (torch.bfloat16, 64, "none", {"extras": "relative"}),
     (torch.bfloat16, 64, "padding", {"L": 128, "extras": "dropout"}),
 ]
 MORE_ATTENTION = [  # with the above, every row of the config tables
+    (torch.bfloat16, 64, "none", {"extras": "relative"}),
     (torch.float16, 16, "causal_padding", {}),
     (torch.float16, 32, "causal_padding", {}),
     (torch.float16, 64, "padding", {}),
