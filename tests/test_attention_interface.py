@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn import masks
-from fastattn.lowering import LoweredMask
+from fastattn.lowering import NO_EXTRAS, LoweredMask
 
 
 def inputs(backend, requires_grad=True, L=19, dtype=None):
@@ -39,11 +39,11 @@ MASKS = {"causal_padding": causal_padding, "everything": everything}
 def test_opcheck(backend, requires_grad, mask):
     q, k, v = inputs(backend, requires_grad)
     mask = MASKS[mask](q.device).lower(19, 19, q.device)
-    args = (q, k, v, *mask, 0.25, backend, True)
+    args = (q, k, v, *mask, *NO_EXTRAS, 0.25, backend, True)
     torch.library.opcheck(torch.ops.fastattn.attention_forward.default, args)
     out, lse = (x.detach() for x in torch.ops.fastattn.attention_forward(*args))
     q, k, v = inputs(backend, False)
-    args = (torch.randn_like(out), None, q, k, v, out, lse, *mask, 0.25, backend)
+    args = (torch.randn_like(out), None, q, k, v, out, lse, *mask, *NO_EXTRAS, 0.25, backend, False)
     torch.library.opcheck(torch.ops.fastattn.attention_backward.default, args)
 
 

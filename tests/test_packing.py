@@ -241,13 +241,14 @@ def test_gradcheck(backend, mask, capacity):
 
 
 def test_opcheck():
-    from fastattn.lowering import LoweredMask
+    from fastattn.lowering import NO_EXTRAS, LoweredMask
     from fastattn.masks import packed_fields
 
     for capacity in (None, 14):
         q, k, v, packing, _ = request(capacity=capacity, dtype=torch.float32)
         lowered = LoweredMask(**packed_fields(packing, packing))
-        args = (*(x.detach().transpose(0, 1)[None].requires_grad_() for x in (q, k, v)), *lowered, 0.5, "auto", True)
+        heads = (x.detach().transpose(0, 1)[None].requires_grad_() for x in (q, k, v))
+        args = (*heads, *lowered, *NO_EXTRAS, 0.5, "auto", True)
         torch.library.opcheck(torch.ops.fastattn.attention_forward.default, args)
 
 
