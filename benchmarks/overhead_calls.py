@@ -196,6 +196,7 @@ def parts(setting: Setting) -> dict[str, Case]:
     from fastattn import planned
     from fastattn.kernels.triton import attention as kernels
     from fastattn.kernels.triton import launch
+    from fastattn.lowering import NO_EXTRAS
     from fastattn.ops import attention as op
 
     q, k, v = ops(setting)["attention"].inputs
@@ -220,11 +221,14 @@ def parts(setting: Setting) -> dict[str, Case]:
         "part: launch": Case(started, launches=True),
         "part: boundary": Case(lambda: fastattn.attention(q, k, v), lambda: at_hand(op, (out, lse))),
         "part: autograd": Case(
-            lambda: op._record(trained, k, v, none, scale, "auto", False, lambda *_: (out.detach(), lse.detach())),
+            lambda: op._record(
+                trained, k, v, none, scale, "auto", False, lambda *_: (out.detach(), lse.detach()), NO_EXTRAS, None
+            ),
             torch.enable_grad,
         ),
         "part: registered op": Case(
-            lambda: op.forward_autograd(q, k, v, *none.fields, scale, "auto", False), lambda: at_hand(op, (out, lse))
+            lambda: op.forward_autograd(q, k, v, *none.fields, *NO_EXTRAS, scale, "auto", False),
+            lambda: at_hand(op, (out, lse)),
         ),
     }
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from backends import KERNEL_DEVICE, TRITON
 
 from fastattn import masks, reference
-from fastattn.dropout import kept_bits, rescale
+from fastattn.dropout import draw_seed, kept_bits, rescale
 from fastattn.kernels.triton import attention
 from fastattn.kernels.triton.attention import Config
 from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask, Prepared, pack_bits, side_by_side
@@ -18,14 +18,14 @@ from fastattn.packing import Packing
 from fastattn.testing import Yardstick, assert_accurate, attention_inputs
 
 pytestmark = [pytest.mark.usefixtures("poisoned", "alone"), *TRITON.marks]
-SEED = torch.tensor([20240607], device=KERNEL_DEVICE)
+SEED = 20240607
 REACH = 11  # of buckets: shorter than the sequences, so that distances are clamped
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def bits(x, p):
     B, H, M, _ = x.q.shape
-    return kept_bits(SEED, B, H, M, x.k.shape[2], p)
+    return kept_bits(draw_seed(SEED, x.q.device), B, H, M, x.k.shape[2], p)
 
 
 def with_dropout(x, p, extras=NO_EXTRAS):
