@@ -174,7 +174,8 @@ def _time(
         if taken.ms:
             contender, _, errors = accepted[name]
             times = _times(task, mode, taken, samples) | ({"gate": contender.gate_words} if contender.gate else {})
-            peak = peak_bytes(turns[name][0], device) if task.cpu_memory or device.type == "cuda" else None
+            on_cpu = task.cpu_memory and device.type != "cuda"
+            peak = cpu_peak_bytes(turns[name][0]) if on_cpu else peak_bytes(turns[name][0], device)
             rows.append(_row(task, name, device, mode, **times, **how, peak_bytes=peak, max_error=errors[mode]))
         else:
             rows.append(_row(task, name, device, mode, **how, refusal=f"not timed: {taken.reason}"))
@@ -230,9 +231,9 @@ def calls(
 
 
 def peak_bytes(call: timing.Call, device: torch.device) -> int | None:
-    """What one call allocates at its peak beyond what was there before it."""
+    """On a GPU, what one call allocates at its peak beyond what was there before it; None on a CPU."""
     if device.type != "cuda":
-        return cpu_peak_bytes(call)
+        return None
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
