@@ -56,6 +56,13 @@ def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return torch.full((1,), signed, dtype=torch.int64, device=device)  # no copy from the host, which no CUDA graph captures
 
 
+def seed_for(p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """What an op with dropout p draws by, None where p is 0: then nothing is drawn, and a wrong seed is refused all the same."""
+    check_rate(p)
+    drawn = draw_seed(seed, device) if p or seed is not None else None
+    return drawn if p else None
+
+
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four output words of Philox-4x32-10 as int64 in [0, 2^32), for counters of that kind; shapes broadcast."""
     k0, k1 = seed & LOW, (seed >> 32) & LOW

@@ -6,6 +6,7 @@ result once), so this is also the yardstick of the accuracy rule. B, H, M, N, D:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -129,6 +130,11 @@ class Drop(NamedTuple):
 
     kept: Tensor  # bool (rows, d)
     p: float
+
+
+def drawn(draw: Callable, seed: Tensor | None, x: Tensor, columns: int, p: float, tag: int) -> Drop | None:
+    """For as many rows as x (..., d) has, by a backend's own form of `dropout.kept_elements`; None without a seed."""
+    return None if seed is None else Drop(draw(seed, x.shape[:-1].numel(), columns, p, tag), p)
 
 
 def dropped(x: Tensor, drop: Drop) -> Tensor:

@@ -23,16 +23,17 @@ def recorded(norms: int = dropout.LAYER_NORM) -> Iterator[Draws]:
     draws: Draws = []
 
     def record(tag):
-        def draw_seed(seed, device):
-            drawn = dropout.draw_seed(seed, device)
-            draws.append((drawn, tag))
+        def seed_for(p, seed, device):
+            drawn = dropout.seed_for(p, seed, device)
+            if drawn is not None:
+                draws.append((drawn, tag))
             return drawn
 
-        return draw_seed
+        return seed_for
 
     with pytest.MonkeyPatch.context() as patch:
         for module, tag in ((attention_extras, 0), (ffn, dropout.FFN_HIDDEN), (norm, norms)):
-            patch.setattr(module, "draw_seed", record(tag))
+            patch.setattr(module, "seed_for", record(tag))
         yield draws
 
 

@@ -2,11 +2,11 @@
 
 import gc
 import threading
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from threads import number_of_threads
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,16 +17,6 @@ from fastattn.ops.attention import AttentionProblem
 from fastattn.testing import MASKS, assert_accurate, attention_inputs, attention_yardstick, run_attention
 
 BOUNDS = ["causal", "padding", "padding_queries", "holes", "causal_left", "window", "prefix_lm", "window_prefix"]
-
-
-@contextmanager
-def number_of_threads(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture

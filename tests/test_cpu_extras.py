@@ -1,9 +1,8 @@
 """Bias and dropout of the cpu backend, below the public function: against the specification in fp64, by the accuracy rule."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
+from threads import number_of_threads
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,16 +15,6 @@ from fastattn.lowering import Extras, LoweredMask
 from fastattn.testing import HOT, MASKS, Yardstick, assert_accurate, attention_inputs
 
 NONE = float("-inf")
-
-
-@contextmanager
-def number_of_threads(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -387,6 +387,7 @@ CALLS = {
         (ValueError, "dropout must be a probability", {"dropout": "0.1"}),
         (ValueError, "dropout must be a probability", {"dropout": None}),
         (TypeError, "seed must be None, an int", {"dropout": 0.1, "seed": 1.5}),
+        (TypeError, "seed must be None, an int", {"seed": "nothing is drawn, and yet"}),
         (ValueError, "seed must fit 64 bits", {"dropout": 0.1, "seed": 2**64}),
         (ValueError, "seed must be an int or a one-element int64 tensor", {"dropout": 0.1, "seed": torch.zeros(2).long()}),
         (ValueError, "seed must be an int or a one-element int64 tensor", {"dropout": 0.1, "seed": torch.zeros(1)}),

@@ -141,24 +141,19 @@ def accelerate(
             hooks, on a CPU. docs/accelerate.md says what is captured and what memory it takes.
 
     Returns:
-        A handle with `report`, `overflowed`, `restore()` and `refresh()`, which is a context manager too.
+        A handle with `report`, `overflowed`, `restore()` and `refresh()`; a context manager.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, the model is accelerated already, or `strict` and there is nothing that
-            is served.
+        TypeError, ValueError: an argument does not fit, the model is accelerated already, or `strict` and nothing is served.
         NotImplementedError: `strict` and a part of it would be left.
 
-    Training drops what the model's dropout modules say: weights of attention and what a LayerNorm adds by fastattn's own draws,
-    which repeat after torch.manual_seed but are not PyTorch's; the end of a pre-norm layer and a gated FFN by PyTorch's dropout.
-
+    Training drops what the model's dropout modules say, mostly by fastattn's own draws: docs/accelerate.md says which.
     A call that asks for attention weights or a cache, or passes a mask other than padding, runs the model's own code;
     `report.fallbacks` counts it, and the logger "fastattn" says so once for each reason.
     """
     _check(model, capacity, unpad)
-    graphs = _graphs(cuda_graphs)
+    graphs, handle = _graphs(cuda_graphs), Handle(Report())
     _undo_on_copies(model)
-    report = Report()
-    handle = Handle(report)
     for name, module in model.named_modules():
         if own_class(module) is not None:
             encoder = _accelerate_encoder(handle, model, name, module, strict=strict, capacity=capacity, prove=prove, unpad=unpad)

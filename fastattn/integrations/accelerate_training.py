@@ -102,7 +102,7 @@ def _norm_of_sum(name: str, y: Tensor, x: Tensor, weight, bias, eps: float, drop
     """LN(x + dropout(y)), the sum, its statistics, and the seed, or None without dropout."""
     if not dropout:
         return *run(name, norm.plan_of, (y, x, weight, bias), eps, False, True, BACKEND), None
-    seed = norm.draw_seed(None, y.device)
+    seed = norm.seed_for(dropout, None, y.device)
 
     def make(y, x, weight, bias, _, seed, eps, rms, keep, backend):
         return norm.plan_of(y, x, weight, bias, eps, rms, keep, backend, seed, dropout)

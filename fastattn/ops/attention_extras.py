@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastattn.biases import Bias, check_dtype
-from fastattn.dropout import check_rate, draw_seed
+from fastattn.dropout import seed_for
 from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask
 from fastattn.ops.dropout import BACKENDS, attention_bits
 
@@ -22,12 +21,11 @@ def extras_of(
         assert mask.max_queries is not None and mask.max_keys is not None
         sizes = mask.query_starts.shape[0] - 1, q.shape[1], mask.max_queries, mask.max_keys
     extras = bias_extras(bias, sizes, q)
-    check_rate(dropout)
-    if dropout == 0:
-        check_seed(seed, q.device)
+    drawn = seed_for(dropout, seed, q.device)
+    if drawn is None:
         return extras
     drawn_by = backend if backend in BACKENDS else "auto"  # one that draws none refuses dropout itself, in its own words
-    kept = attention_bits(draw_seed(seed, q.device), q.shape[2], *sizes, dropout, mask, drawn_by)
+    kept = attention_bits(drawn, q.shape[2], *sizes, dropout, mask, drawn_by)
     return extras._replace(kept=kept, dropout=float(dropout))
 
 
@@ -49,9 +47,3 @@ def bias_extras(bias: Any, sizes: tuple[int, int, int, int], q: Tensor) -> Extra
     if len(given) != 4 or any(size not in (1, whole) for size, whole in zip(given, sizes, strict=True)):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, which does not broadcast to (B, H, M, N) = {tuple(sizes)}")
     return Extras(bias if bias.dim() == 4 else bias.reshape(given))
-
-
-def check_seed(seed: int | Tensor | None, device: torch.device) -> None:
-    """Without dropout nothing is drawn; what is no seed is refused all the same."""
-    if seed is not None:
-        draw_seed(seed, device)

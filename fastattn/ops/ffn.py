@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn import planned
-from fastattn.dropout import check_rate, draw_seed
+from fastattn.dropout import seed_for
 from fastattn.ops import dispatch
 from fastattn.ops.linear import (
     BACKENDS,
@@ -291,8 +291,7 @@ def ffn(
     """
     if seed is not None or dropout != 0:
         dispatch.check_tensor(x, "x")
-        check_rate(dropout)
-        seed, dropout = (draw_seed(seed, x.device), float(dropout)) if dropout else (None, 0.0)
+        seed, dropout = seed_for(dropout, seed, x.device), float(dropout)
     request = x, w1, b1, w2, b2, activation, backend, seed, dropout
     found = None if recompute or observed() else recall(*_request(*request))
     if found is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn import planned
-from fastattn.dropout import check_rate, draw_seed
+from fastattn.dropout import seed_for
 from fastattn.ops import dispatch
 from fastattn.ops.dispatch import in_dtype
 from fastattn.planned import PLANS, Known, Request, layout, observed, plain, recall, remember, unaligned, watched, without_memory
@@ -313,8 +313,7 @@ def add_rms_norm(
 def _add_norm(x, residual, weight, bias, eps, dropout, seed, return_sum, backend, *, rms):
     if seed is not None or dropout != 0:
         dispatch.check_tensor(x, "x")
-        check_rate(dropout)
-        seed, dropout = (draw_seed(seed, x.device), float(dropout)) if dropout else (None, 0.0)
+        seed, dropout = seed_for(dropout, seed, x.device), float(dropout)
     summed = residual is not None or seed is not None  # else the sum is x
     request = x, residual, weight, bias, eps, rms, return_sum, backend, seed, dropout
     found = None if observed() else recall(*_request(*request))

@@ -70,14 +70,7 @@ def varlen_attention(
         return found
     if key_packing is None:
         key_packing = packing
-    for name, given in (("packing", packing), ("key_packing", key_packing)):
-        if not isinstance(given, Packing):
-            raise TypeError(f"{name} must be a fastattn.Packing, got {type(given).__name__}")
-    for name, x, rows in (("q", q, packing), ("k", k, key_packing), ("v", v, key_packing)):
-        _check_rows(name, x, rows)
-    if key_packing.lengths.shape != packing.lengths.shape:
-        counts = f"{key_packing.lengths.numel()} sequences, but packing has {packing.lengths.numel()}"
-        raise ValueError(f"key_packing has {counts}")
+    _check_packings(q, k, v, packing, key_packing)
     lowered = _lowered(packing, key_packing, mask, q.shape[1])
     *four, lowered, checked_scale = checked(batched(q), batched(k), batched(v), lowered, scale, backend)
     extras = extras_of(bias, dropout, seed, four[0], four[1], lowered, backend)
@@ -123,6 +116,17 @@ def _direct(q, k, v, packing, mask, key_packing, scale, backend, return_lse) -> 
     if key_packing.trusted and k.shape[0] != key_packing.capacity:
         return None
     return direct(q, k, v, prepared, scale, backend, return_lse)
+
+
+def _check_packings(q: Tensor, k: Tensor, v: Tensor, packing: Packing, key_packing: Packing) -> None:
+    for name, given in (("packing", packing), ("key_packing", key_packing)):
+        if not isinstance(given, Packing):
+            raise TypeError(f"{name} must be a fastattn.Packing, got {type(given).__name__}")
+    for name, x, rows in (("q", q, packing), ("k", k, key_packing), ("v", v, key_packing)):
+        _check_rows(name, x, rows)
+    if key_packing.lengths.shape != packing.lengths.shape:
+        counts = f"{key_packing.lengths.numel()} sequences, but packing has {packing.lengths.numel()}"
+        raise ValueError(f"key_packing has {counts}")
 
 
 def _check_rows(name: str, x: Tensor, packing: Packing) -> None:

@@ -17,7 +17,7 @@ from fastattn.activations import ACTIVATIONS
 from fastattn.dropout import FFN_HIDDEN
 from fastattn.kept import kept
 from fastattn.kernels.cpu.dropout import kept_elements
-from fastattn.reference import Drop, activated, linear_backward
+from fastattn.reference import activated, drawn, linear_backward
 
 QUICK_GELU = 1.702  # quick_gelu(z) = silu(1.702 z) / 1.702, so in fp32 a weight scaled by it lets oneDNN's silu serve
 ONEDNN_ACTIVATIONS = {  # what oneDNN fuses: name and algorithm; any other of ACTIVATIONS comes after the product
@@ -46,7 +46,7 @@ def forward(
     """y, and z where `train` asks for it."""
     if train or seed is not None or not _onednn(x, weight):
         z = _plain(x, weight, bias)
-        return activated(z, activation, residual, _drop(x, weight.shape[0], seed, dropout)), z
+        return activated(z, activation, residual, drawn(kept_elements, seed, x, weight.shape[0], dropout, FFN_HIDDEN)), z
     y = _fused(x, weight, bias, activation)
     return (y if residual is None else y + residual), y
 
@@ -55,12 +55,8 @@ def backward(
     dy, x, weight, z, activation: str | None, need_dx: bool, need_dw: bool, need_db: bool,
     before: tuple[Tensor, str] | None = None, seed: Tensor | None = None, dropout: float = 0.0,
 ):  # fmt: skip
-    drop = _drop(x, x.shape[-1], seed if need_dx else None, dropout)
+    drop = drawn(kept_elements, seed if need_dx else None, x, x.shape[-1], dropout, FFN_HIDDEN)
     return linear_backward(dy, x, weight, z, activation, need_dx, need_dw, need_db, before, drop)
-
-
-def _drop(x: Tensor, columns: int, seed: Tensor | None, p: float) -> Drop | None:
-    return None if seed is None else Drop(kept_elements(seed, x.shape[:-1].numel(), columns, p, FFN_HIDDEN), p)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.dropout import LAYER_NORM, RMS_NORM
 from fastattn.kernels.cpu.dropout import kept_elements
-from fastattn.reference import Drop
 
 
 def unsupported(problem) -> list[str]:
@@ -24,7 +23,7 @@ def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, keep: bool,
     seed: Tensor | None = None, dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    drop = _drop(x, seed, dropout, rms)
+    drop = reference.drawn(kept_elements, seed, x, x.shape[-1], dropout, RMS_NORM if rms else LAYER_NORM)
     if rms:
         return reference.norm(x, residual, weight, bias, eps, rms, drop)
     total = reference.residual_sum(x, residual, drop)
@@ -36,7 +35,7 @@ def backward(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None,
     need_dweight: bool, need_dbias: bool, seed: Tensor | None = None, dropout: float = 0.0,
 ) -> tuple[Any, ...]:  # fmt: skip
-    drop = _drop(total, seed, dropout, mean is None)
+    drop = reference.drawn(kept_elements, seed, total, total.shape[-1], dropout, RMS_NORM if mean is None else LAYER_NORM)
     if mean is None:
         return reference.norm_backward(dy, dtotal, total, mean, rstd, weight, need_dweight, need_dbias, drop)
     weight = _wide(weight, total, 1.0)
@@ -48,12 +47,6 @@ def backward(
     dsum = dsum if dtotal is None else dsum + dtotal
     grads = dsum.to(total.dtype), dweight if need_dweight else None, dbias if need_dbias else None
     return grads if drop is None else (*grads, reference.dropped(dsum, drop).to(dy.dtype))
-
-
-def _drop(x: Tensor, seed: Tensor | None, p: float, rms: bool) -> Drop | None:
-    if seed is None:
-        return None
-    return Drop(kept_elements(seed, x.shape[:-1].numel(), x.shape[-1], p, RMS_NORM if rms else LAYER_NORM), p)
 
 
 def _wide(parameter: Tensor | None, total: Tensor, default: float) -> Tensor:
