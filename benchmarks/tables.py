@@ -86,6 +86,10 @@ def section(suite: str, content: dict) -> str:
     if suite == "refusals":
         rows = [[row["provider"], escape(row["answer"]), *asked_errors(row)] for row in content["refusals"]]
         return "\n".join([head(content), "", *markdown(["provider", "answer", "error forward", "backward"], rows)])
+    if suite == "tests":
+        columns = "commit", "command", "passed", "failed", "skipped"
+        rows = [[escape(str(row[name])) for name in columns] + ["yes" if row["cut"] else ""] for row in content["records"]]
+        return "\n".join([content["device"], "", *markdown([*columns, "cut before its end"], rows)])
     records, left_out = results.without_leaks(content["records"])
     records = highlights(records) if suite == "highlights" else records
     unit = MS if on_cpu(content) or suite not in ("kernels", "ops", "masks", "training") else US
