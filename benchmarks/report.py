@@ -2,9 +2,9 @@
 
 A table stands between `<!-- table: SUITE-DEVICE -->` and `<!-- /table -->`. DEVICE is a folder of benchmarks/results such as
 h100, or cpu for every folder that begins with "cpu-". SUITE is a result file's name (`tests` holds counts, of tests and of
-`verify`), or `highlights`, some rows of `models`, or `refusals`, which the suite `training` records, or `plans`, which is computed
-from the kernels' tiles, or `verdict-` and a result file's name: sentences. The pictures of docs/benchmarks.md are drawn anew with it
-where their result file changed.
+`verify`), or `highlights`, some rows of `models`, or `refusals`, which the suite `training` records, or `plans`, which is
+computed from the kernels' tiles, or `verdict-` and a result file's name: sentences. The pictures of docs/benchmarks.md are
+drawn anew with it where their result file changed.
 """
 
 from __future__ import annotations
