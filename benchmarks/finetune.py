@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for step in steps.values():
             step()
     samples = timing.interleaved(steps, device, seconds=args.seconds)
-    rows = [_row(name, taken, samples, args, int(lengths.sum()), device) for name, taken in samples.items()]
+    config, tokens = models[SDPA].config, int(lengths.sum())
+    rows = [_row(name, samples, config, args, tokens, device) for name in samples]
     for row in rows:
         print(f"{row['provider']:40} {row['ms_median']:9.1f} ms  {row['ratio_vs_sdpa']:.2f}x SDPA")
     print(f"wrote {results.write(rows, 'finetune', device, quick=False, out=args.out)}")
@@ -92,10 +93,12 @@ def _step(model: BertForSequenceClassification, batch: dict[str, Tensor]) -> Cal
     return step
 
 
-def _row(name: str, taken: timing.Samples, samples: dict[str, timing.Samples], args, tokens: int, device) -> dict:
+def _row(name: str, samples: dict[str, timing.Samples], config: BertConfig, args, tokens: int, device) -> dict:
+    taken = samples[name]
     low, *_, high = statistics.quantiles(taken.ms, n=5)
     return results.record(
-        model="bert-base", layers=args.layers, hidden=768, heads=12, input_source="seeded word pieces", provider=name,
+        model="bert-base", layers=args.layers, hidden=config.hidden_size, heads=config.num_attention_heads,
+        input_source="seeded word pieces", provider=name,
         device=results.device_name(device), dtype="float32", mode="train", batch=args.batch, seq=args.seq, fill=args.fill,
         tokens=tokens, dropout=args.dropout, ms_median=taken.median, ms_p20=low, ms_p80=high,
         tokens_per_s=tokens / taken.median * 1e3, ratio_vs_eager=timing.speedup(taken, samples[PROVIDERS[0]]),

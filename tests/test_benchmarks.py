@@ -13,6 +13,7 @@ import torch
 import fastattn
 from benchmarks import (
     attention_providers,
+    finetune,
     gate,
     mask_cases,
     measure,
@@ -284,6 +285,21 @@ def test_models_writes_records_for_both_modes(tiny, tmp_path) -> None:
         assert 0 < row["max_error"] < 1e-4 and row["peak_bytes"] is None and 0 < row["fill"] < 1
         assert (row["gradient_error"] is not None) == (row["mode"] == "train")
         assert row["method"] == "wall clock" and row.get("dropout") == (0.0 if row["mode"] == "train" else None)
+
+
+def test_a_step_with_dropout_is_timed_for_each_provider(tmp_path, monkeypatch) -> None:
+    small = functools.partial(finetune.BertConfig, hidden_size=32, num_attention_heads=2, intermediate_size=64)
+    monkeypatch.setattr(finetune, "BertConfig", small)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/finetune.py"])
+    size = ["--layers", "1", "--batch", "2", "--seq", "16", "--seconds", "0"]
+    assert finetune.main([*size, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/finetune.json")
+    rows = {row["provider"]: row for row in results.read(path)["records"]}
+    assert set(rows) == set(finetune.PROVIDERS)
+    assert all(row["dropout"] == 0.1 and row["hidden"] == 32 and row["ratio_vs_sdpa"] > 0 for row in rows.values())
+    monkeypatch.setattr(finetune, "CLOSE", -1.0)
+    with pytest.raises(AssertionError, match="a loss of .* where eager has"):
+        finetune.main([*size, "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("mode", models.MODES)
