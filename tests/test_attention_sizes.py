@@ -8,7 +8,7 @@ from backends import BACKENDS, CUDA, TRITON, device_of, dtype_of, head_dim_of
 
 import fastattn
 from fastattn import Packing, masks
-from fastattn.lowering import LoweredMask, pack_bits, tile_lists, tile_status
+from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask, pack_bits, tile_lists, tile_status
 
 FAR = 2**31 + 16  # elements between two sequences
 MAP_NORESERVE = 0x4000  # Linux's, which the module mmap does not name: memory that is not written is not counted
@@ -49,8 +49,11 @@ def memory(x: torch.Tensor, elements: int) -> torch.Tensor:
     return mappings[0][begin : begin + size].view(x.dtype)
 
 
+@pytest.mark.parametrize("extras", ["bias and dropout", None])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_tensors_that_span_more_than_2_to_the_31_elements(backend, monkeypatch):
+def test_tensors_that_span_more_than_2_to_the_31_elements(backend, extras, monkeypatch):
+    if extras is not None and backend == "cuda":
+        pytest.skip("the CUDA C++ kernels take neither")
     device, D, dtype = device_of(backend), head_dim_of(backend), dtype_of(backend)
     q, k, v, dout = (torch.randn(2, L, 1, D).to(device, dtype) for L in (5, 7, 7, 5))
     keep = torch.rand(2, 1, 5, 7, device=device) < 0.7
@@ -62,13 +65,19 @@ def test_tensors_that_span_more_than_2_to_the_31_elements(backend, monkeypatch):
     keys = torch.ones(2, 7, dtype=torch.bool, device=device)
     near = LoweredMask(keys=keys, ids=ids, key_ids=key_ids, bits=bits, key_tiles=lists[0], query_tiles=lists[1])
     far = LoweredMask(**{name: x if x is None else far_apart(x) for name, x in near._asdict().items()})
+    near_extras = far_extras = NO_EXTRAS
+    if extras is not None:
+        bias = torch.randn(2, 1, 5, 7).to(device, dtype)
+        near_extras = Extras(bias=bias, kept=pack_bits(torch.rand(2, 1, 5, 7, device=device) < 0.5), dropout=0.5)
+        far_extras = near_extras._replace(bias=far_apart(bias))  # bits are made contiguous
 
-    def run(mask, *tensors):
+    def run(mask, extras, *tensors):
         q, k, v, dout = (x.transpose(1, 2) for x in tensors)
-        out, lse = torch.ops.fastattn.attention_forward(q, k, v, *mask, 0.2, backend, True)
-        return out, lse, *torch.ops.fastattn.attention_backward(dout, None, q, k, v, out, lse, *mask, 0.2, backend)
+        out, lse = torch.ops.fastattn.attention_forward(q, k, v, *mask, *extras, 0.2, backend, True)
+        given = (dout, None, q, k, v, out, lse, *mask, *extras, 0.2, backend, extras is not NO_EXTRAS)
+        return out, lse, *torch.ops.fastattn.attention_backward(*given)
 
-    expected = run(near, q, k, v, dout)
+    expected = run(near, near_extras, q, k, v, dout)
     honest = torch.Tensor.new_empty
 
     def far_new_empty(x, *size, **options):  # so that results span as much as the arguments
@@ -77,7 +86,7 @@ def test_tensors_that_span_more_than_2_to_the_31_elements(backend, monkeypatch):
 
     if backend in ("triton", "cuda"):
         monkeypatch.setattr(torch.Tensor, "new_empty", far_new_empty)
-    for actual, wanted in zip(run(far, *(far_apart(x) for x in (q, k, v, dout))), expected, strict=True):
+    for actual, wanted in zip(run(far, far_extras, *(far_apart(x) for x in (q, k, v, dout))), expected, strict=True):
         assert torch.equal(actual, wanted)
 
 

@@ -31,7 +31,7 @@ def measured() -> dict[Shape, dict[str, float]]:
     times: dict[Shape, dict[str, dict[str, float]]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         for row in json.loads(path.read_text())["records"]:
-            backend = row["provider"].removeprefix("fastattn ")
+            backend = row.get("provider", "").removeprefix("fastattn ")  # a count of tests has none
             if row.get("op") == "attention" and row.get("method") == "graph replay" and backend in GPU and row["ms_median"]:
                 shape = Shape(path.stem, row["model"], row["seq"], row["hidden"] // row["heads"], row["fill"])
                 times.setdefault(shape, {}).setdefault(backend, {})[row["mode"]] = row["ms_median"]
