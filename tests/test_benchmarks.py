@@ -13,7 +13,6 @@ import torch
 import fastattn
 from benchmarks import (
     attention_providers,
-    finetune,
     gate,
     mask_cases,
     measure,
@@ -288,6 +287,9 @@ def test_models_writes_records_for_both_modes(tiny, tmp_path) -> None:
 
 
 def test_a_step_with_dropout_is_timed_for_each_provider(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("transformers")
+    from benchmarks import finetune
+
     small = functools.partial(finetune.BertConfig, hidden_size=32, num_attention_heads=2, intermediate_size=64)
     monkeypatch.setattr(finetune, "BertConfig", small)
     monkeypatch.setattr(sys, "argv", ["benchmarks/finetune.py"])
