@@ -24,7 +24,8 @@ class Contender(NamedTuple):
     """`build()` gives run(*inputs) -> output, or raises; `package` must be importable for it.
 
     Main ones have their turn in any budget, slow ones only when they are asked for. One whose results are random has a gate of
-    its own: it raises AssertionError or gives the errors of each mode, and `gate_words` say what it holds them to.
+    its own: it raises AssertionError or gives the errors of each mode, and `gate_words` say what it holds them to. `uncapturable`
+    says why its backward pass must not be captured without its forward pass.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Contender(NamedTuple):
     slow: bool = False
     gate: Callable[[Callable[..., Tensor]], dict[str, float]] | None = None
     gate_words: str = ""
+    uncapturable: str | None = None
 
 
 class Part(NamedTuple):
@@ -168,7 +170,9 @@ def _time(
         else:
             failed = is_failure(contender.ours, refusal)
             rows.append(_row(task, name, device, mode, **{"wrong" if failed else "refusal": refusal}))
-    samples = timing.kernels(dict(turns), device, seconds=seconds)
+    alone = {name: contender.uncapturable for name, (contender, _, _) in accepted.items() if mode == "backward"}
+    uncapturable = {name: why for name, why in alone.items() if why is not None}
+    samples = timing.kernels(dict(turns), device, seconds=seconds, uncapturable=uncapturable)
     for name, taken in samples.items():
         how = {"method": taken.method, "method_reason": taken.reason, "host_us": taken.host_us}
         if taken.ms:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -118,9 +118,10 @@ def _sample(call: Call, device: torch.device, repeat: int) -> tuple[float, float
 
 def kernels(
     calls: dict[str, Sequence[Call]], device: torch.device, *, seconds: float, least: int = 5, most: int = 40,
-    graphs_alone: bool = False,
+    graphs_alone: bool = False, uncapturable: Mapping[str, str] | None = None,
 ) -> dict[str, Samples]:  # fmt: skip
     """Time providers in turn, each by its calls, the same work on inputs that take turns. `graphs_alone`: a graph or nothing.
+    `uncapturable`: why no graph of these may even be tried.
 
     On a GPU a backward pass is served where its forward pass ran inside `capturing(device)`.
     """
@@ -128,7 +129,7 @@ def kernels(
         return interleaved(
             {name: rotate(turns) for name, turns in calls.items()}, device, seconds=seconds, least=least, most=most
         )
-    return _device_times(Gpu(device), calls, seconds, least, most, graphs_alone)
+    return _device_times(Gpu(device), calls, seconds, least, most, graphs_alone, uncapturable or {})
 
 
 def replay_us(calls: Sequence[Call], device: torch.device, replays: int = 15) -> list[float]:
@@ -172,9 +173,12 @@ class _Queue(NamedTuple):
     reason: str | None = None
 
 
-def _device_times(gpu: Gpu, calls: dict[str, Sequence[Call]], seconds: float, least: int, most: int, graphs_alone: bool):
+def _device_times(
+    gpu: Gpu, calls: dict[str, Sequence[Call]], seconds: float, least: int, most: int, graphs_alone: bool,
+    uncapturable: Mapping[str, str],
+) -> dict[str, Samples]:  # fmt: skip
     with gpu.active():
-        queues = {name: _named_queue(name, gpu, turns, graphs_alone) for name, turns in calls.items()}
+        queues = {name: _named_queue(name, gpu, turns, graphs_alone, uncapturable.get(name)) for name, turns in calls.items()}
         times: dict[str, list[float]] = {name: [] for name, queue in queues.items() if queue.run is not None}
         leaked: dict[str, str] = {}
         deadline = gpu.now() + seconds
@@ -191,10 +195,10 @@ def _device_times(gpu: Gpu, calls: dict[str, Sequence[Call]], seconds: float, le
     return {name: Samples(found[name], q.host_us, q.method, leaked.get(name, q.reason)) for name, q in queues.items()}
 
 
-def _named_queue(name: str, gpu: Gpu, turns: Sequence[Call], graph_alone: bool) -> _Queue:
+def _named_queue(name: str, gpu: Gpu, turns: Sequence[Call], graph_alone: bool, uncapturable: str | None) -> _Queue:
     """A fault of the device is nobody's answer and ends the run: it says in whose call it came."""
     try:
-        return _queue(gpu, turns, graph_alone)
+        return _queue(gpu, turns, graph_alone, uncapturable)
     except RuntimeError as error:
         raise RuntimeError(f"in a call of {name}: {error}") from error
 
@@ -210,15 +214,18 @@ def _replay_us(gpu: Gpu, calls: Sequence[Call], replays: int) -> list[float]:
     return [ms * 1e3 / len(calls) for ms in found if ms is not None]
 
 
-def _queue(gpu: Gpu, turns: Sequence[Call], graph_alone: bool) -> _Queue:
+def _queue(gpu: Gpu, turns: Sequence[Call], graph_alone: bool, uncapturable: str | None) -> _Queue:
     for call in turns:  # what compiles, plans or takes memory for itself does so before the capture, on the same stream
         call()
     call = rotate(turns)
     host_ms = _issuing_ms(gpu, call, 1 if graph_alone else 4)
-    try:
-        replay = gpu.capture(turns)
-    except Exception as error:  # noqa: BLE001  (whatever a provider raises inside a capture is its answer)
-        reason = f"not captured: {_words(error)}"
+    replay, reason = None, f"not captured: {uncapturable}"
+    if uncapturable is None:
+        try:
+            replay = gpu.capture(turns)
+        except Exception as error:  # noqa: BLE001  (whatever a provider raises inside a capture is its answer)
+            reason = f"not captured: {_words(error)}"
+    if replay is None:
         if graph_alone:
             return _Queue(None, 0, 0.0, host_ms * 1e3, GRAPH, reason)
         repeat = max(1, min(16, int(10 / max(host_ms, 1e-3))))  # a queue holds about a thousand kernels

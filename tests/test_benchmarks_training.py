@@ -38,6 +38,21 @@ def test_everyone_serves_every_recipe(recipe: training_cases.Recipe) -> None:
         assert (row["max_error"] is None) == (row["mode"] == ops.BITS)
 
 
+def test_a_seed_on_the_host_is_in_no_graph_of_a_backward_pass(monkeypatch) -> None:
+    """PyTorch's own kernels leave it there unless their forward pass is captured too: their backward pass is queued."""
+    told: list[dict] = []
+    honest = timing.kernels
+
+    def kernels(*args, uncapturable=None, **options):
+        told.append(uncapturable or {})
+        return honest(*args, **options)
+
+    monkeypatch.setattr(timing, "kernels", kernels)
+    measure.measure(task_of(DROPPED), CPU, seconds=0.0, modes=ops.MODES)
+    backward = {"SDPA", "SDPA math", "SDPA flash"} & {provider.name for provider in attention_providers.providers(CPU)}
+    assert "SDPA" in backward and told == [{}, dict.fromkeys(backward, training_cases.SEED_ON_HOST), {}]
+
+
 def dropping(rate: float, rescaled_for: float):
     """Eager attention that drops at one rate and rescales for another."""
 

@@ -187,6 +187,18 @@ def test_a_graph_or_nothing(gpu: FakeGpu) -> None:
     assert taken["B"].ms == [] and "capturing" in taken["B"].reason
 
 
+def test_what_must_not_be_captured_is_queued(gpu: FakeGpu) -> None:
+    calls = {name: [gpu.call(0.1, 0.02)] for name in ("A", "B")}
+    captured = []
+    capture, gpu.capture = gpu.capture, lambda calls: captured.append(calls) or capture(calls)
+    taken = kernels(calls, uncapturable={"B": "its seed is on the host"})
+    assert captured == [calls["A"]] and taken["A"].method == timing.GRAPH
+    assert taken["B"].method == timing.EVENTS and taken["B"].reason == "not captured: its seed is on the host"
+    assert taken["A"].ms == pytest.approx([0.02] * 5) and taken["B"].ms == pytest.approx([0.02] * 5)
+    refused = kernels(calls, uncapturable={"B": "its seed is on the host"}, graphs_alone=True)["B"]
+    assert refused.ms == [] and refused.reason == "not captured: its seed is on the host"
+
+
 def test_graphs_take_turns(gpu: FakeGpu) -> None:
     """A sample each in every round, of which each call is replayed once."""
     kernels({"A": [gpu.call(0.1, 1.0), gpu.call(0.1, 2.0)], "B": [gpu.call(0.1, 3.0)]}, least=3, most=9)
