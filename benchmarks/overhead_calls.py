@@ -23,6 +23,7 @@ from fastattn.packing import Packing
 
 PYTORCH, HUGGING_FACE = ", PyTorch", ", Hugging Face"  # behind the name of a figure that is not ours
 FEW, MANY = 2, 10  # layers
+DROPOUT = 0.1
 
 
 class Setting(NamedTuple):
@@ -100,6 +101,9 @@ def ops(setting: Setting) -> dict[str, Op]:
     return {
         "attention": Op(fastattn.attention, sdpa, heads),
         "attention with padding": Op(padded, functools.partial(sdpa, attn_mask=keep), heads),
+        "attention with dropout": Op(
+            functools.partial(padded, dropout=DROPOUT), functools.partial(sdpa, attn_mask=keep, dropout_p=DROPOUT), heads
+        ),
         "varlen_attention": Op(functools.partial(fastattn.varlen_attention, packing=packing), None, packed),
         "linear gelu": Op(functools.partial(fastattn.linear, activation="gelu"), linear_gelu, (x, w1, b1)),
         "add_layer_norm": Op(fastattn.add_layer_norm, add_layer_norm, (x, tensor(B, L, hidden), weight, b2)),
@@ -147,17 +151,18 @@ def layers(setting: Setting) -> dict[str, Case]:
 
 def figures_of_layers() -> list[tuple[str, bool]]:
     """Name, and whether it is ours."""
-    kinds = ("BERT layer", "BERT layer, padded", "BERT layer training")
+    kinds = ("BERT layer", "BERT layer, padded", "BERT layer training", "BERT layer training with dropout")
     return [(kind if ours else kind + HUGGING_FACE, ours) for kind in kinds for ours in (True, False)]
 
 
 def model(setting: Setting, figure: str, layers: int, ours: bool) -> Case:
     import transformers
 
+    dropout = DROPOUT if "dropout" in figure else 0.0
     settings: dict[str, Any] = {
         "hidden_size": setting.hidden, "num_hidden_layers": layers, "num_attention_heads": setting.H, "vocab_size": 64,
-        "intermediate_size": setting.F, "max_position_embeddings": setting.L, "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0, "attn_implementation": "sdpa",
+        "intermediate_size": setting.F, "max_position_embeddings": setting.L, "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout, "attn_implementation": "sdpa",
     }  # fmt: skip
     training = "training" in figure
     with torch.device(setting.device):

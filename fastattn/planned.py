@@ -60,10 +60,10 @@ def known(key: tuple) -> Any:
         return None
 
 
-def remember(request: Request, found: Known, precision: str | None = None, tokens: bool = False) -> None:
+def remember(request: Request, found: Known, precision: str | None = None, tokens: int = 0) -> None:
     """Let `recall` find this for calls like the one that it is for, if all tensors start at multiples of 16 bytes.
 
-    Tensors of rows are contiguous, and may have other sizes next time, but for their last; with `tokens` all tensors may be
+    Tensors of rows are contiguous, and may have other sizes next time, but for their last; the first `tokens` of all may be
     longer or shorter. `precision` is what `fp32_precision` says now.
 
     What PyTorch's compiler guards its graphs with compares types, dtypes, devices, sizes, strides, requires_grad and the
@@ -78,7 +78,7 @@ def remember(request: Request, found: Known, precision: str | None = None, token
     strides: list[Any] = [list(x.stride()) for x in tensors]
     for size, stride in zip(sizes[: len(rows)], strides, strict=False):
         size[:-1], stride[:-1] = ([None] * (len(size) - 1) for _ in range(2))
-    for size in sizes if tokens else ():
+    for size in sizes[:tokens]:
         size[0] = None
     fits = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     if fits(*tensors):  # a tensor that is there twice never does

@@ -33,8 +33,10 @@ class Counts(NamedTuple):
 LIMITS = {
     "attention": Counts(python=10, c=16, allocations=1, crossings=0),
     "attention forward + backward": Counts(python=59, c=87, allocations=6, crossings=0),
-    "attention with padding": Counts(python=10, c=17, allocations=1, crossings=0),
-    "attention with padding forward + backward": Counts(python=59, c=88, allocations=6, crossings=0),
+    "attention with padding": Counts(python=11, c=17, allocations=1, crossings=0),
+    "attention with padding forward + backward": Counts(python=60, c=88, allocations=6, crossings=0),
+    "attention with dropout": Counts(python=64, c=51, allocations=2, crossings=0),
+    "attention with dropout forward + backward": Counts(python=140, c=131, allocations=7, crossings=0),
     "varlen_attention": Counts(python=12, c=20, allocations=1, crossings=0),
     "varlen_attention forward + backward": Counts(python=70, c=112, allocations=6, crossings=0),
     "linear gelu": Counts(python=10, c=19, allocations=1, crossings=0),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastattn
-from fastattn import Packing, lowering, masks, planned
+from fastattn import Packing, biases, lowering, masks, planned
 
 pytest.importorskip("triton")
 from fastattn.kernels.triton import launch
@@ -158,7 +158,8 @@ def heads(L=6, H=2, D=16):
 
 
 SCALES = [0.5, -0.5, 0, 1, True, float("nan"), float("inf"), np.array(0.5), np.float64(0.5), "a", torch.tensor(0.5)]
-COMMON = {"backend": ["eager", "cudnn", ["cpu"], None], "bias": [1.0], "dropout": [0.5], "seed": [1]}
+RATES = [0.5, 0.25, 1, True, -0.5, float("nan"), "a", torch.tensor(0.5)]
+COMMON = {"backend": ["eager", "cudnn", ["cpu"], None], "bias": [1.0], "dropout": RATES, "seed": [1]}
 
 
 def attention_masks():
@@ -202,6 +203,68 @@ def test_attention(backend, recorded):
         ("cross causal", {**cross, "mask": masks.causal()}),
     ]
     assert_fresh(fastattn.attention, requests, recorded)
+
+
+def values(columns=2, rows=8):
+    """What T5's relative bias is looked up in."""
+    return torch.randn(rows, columns)
+
+
+def relative(table, **options):
+    return biases.relative(table, num_buckets=8, max_distance=16, **options)
+
+
+def tensor_biases():
+    for index in np.ndindex(2, 2, 2, 2):
+        yield torch.randn([full if there else 1 for there, full in zip(index, (2, 2, 6, 6), strict=True)])
+    yield from (torch.randn(6, 6), torch.randn(2, 6, 6), torch.randn(6), torch.tensor(1.0), torch.randn(2, 2, 6, 5), True)
+    yield from (torch.randn(2, 2, 6, 6).half(), torch.randn(2, 2, 6, 6).double(), torch.ones(6, 6, dtype=torch.bool))
+
+
+def distance_biases():
+    yield from (relative(values()), relative(values(), align="bottom_right"), relative(values(), bidirectional=False))
+    yield from (relative(values(3)), relative(values().half()), relative(values().double()), relative(values(4)[:, ::2]))
+    yield from (biases.relative(values(2, 10), num_buckets=10, max_distance=16), relative(offset(values())))
+    slopes = torch.rand(2, 2)
+    yield from (biases.alibi(slopes), biases.alibi(slopes[0]), biases.alibi(slopes[0], "top_left"), biases.alibi(slopes[:1]))
+    yield from (biases.alibi(torch.rand(3)), biases.alibi(torch.rand(3, 2)))
+
+
+SEEDS = [7, None, 2**64, torch.tensor([3]), torch.tensor(3), torch.tensor([3, 4]), torch.tensor([3], dtype=torch.int32), True]
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("backend", BOTH)
+def test_attention_with_bias_and_dropout(backend, recorded):
+    """In pairs, so that each is there with and without the other."""
+    request = {"q": heads(), "k": heads(), "v": heads(), "mask": masks.padding([3, 6]), "bias": None, "backend": backend}
+    given = [*tensor_biases(), *distance_biases()]
+    both = {**request, "dropout": 0.5, "seed": 3}
+    requests = list(others({**request, "bias": torch.randn(2, 1, 6)}, bias=given, return_lse=[True]))
+    requests += [(f"dropped: {name}", other) for name, other in others(both, bias=given, seed=SEEDS, dropout=RATES)]
+    requests += [(f"causal: {name}", {**other, "mask": masks.causal()}) for name, other in others(both, bias=given)]
+    longer = {**both, "q": heads(9), "bias": relative(values(), align="bottom_right")}
+    requests += [("longer", longer), ("longer, top left", {**longer, "bias": relative(values())})]
+    assert_fresh(fastattn.attention, requests, recorded)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("backend", BOTH)
+def test_varlen_attention_with_bias_and_dropout(backend, recorded):
+    def of(*lengths, longest=6, **options):
+        return Packing.from_lengths(torch.tensor(lengths), longest, **options)
+
+    packings = [of(2, 5), of(5, 2), of(1, 1, 5), of(6, 3), of(2, 5, longest=40), of(2, 5, longest=8)]
+    given = [*tensor_biases(), torch.randn(2, 2, 40, 40), torch.randn(1, 2, 8, 8), *distance_biases()]
+    requests = []
+    for packing in packings:
+        rows = int(packing.lengths.sum())
+        request = {name: torch.randn(rows, 2, 16) for name in "qkv"} | {"packing": packing, "mask": None, "backend": backend}
+        requests += [(f"{rows} rows: {name}", other) for name, other in others({**request, "bias": given[0]}, bias=given)]
+        both = {**request, "dropout": 0.5, "seed": 3, "bias": None}
+        some = {"bias": given, "seed": SEEDS, "dropout": RATES, "key_packing": packings}
+        requests += [(f"dropped, {rows} rows: {name}", other) for name, other in others(both, **some)]
+    assert_fresh(fastattn.varlen_attention, requests, recorded)
 
 
 @pytest.mark.parametrize("recorded", [False, True])

@@ -17,7 +17,7 @@ from fastattn import planned
 from fastattn.dropout import rescale
 from fastattn.integrations.accelerate_layers import Batch, Family, Parts
 from fastattn.integrations.accelerate_plans import Numbers, Weights, numbers_of, prepared_mask
-from fastattn.lowering import NO_EXTRAS, Extras, Prepared, batched, three
+from fastattn.lowering import NO_EXTRAS, Extras, Prepared, three
 from fastattn.ops import attention, attention_plans, dispatch, ffn, norm
 from fastattn.ops.attention_extras import extras_of
 
@@ -118,7 +118,7 @@ def _attended(x: Tensor, shape, mask: Prepared, n: Numbers, run: Callable, weigh
     q, k, v = three(qkv, _heads(shape, qkv, n))
     drawn, bits = {}, None
     if n.attention_dropout:
-        extras = extras_of(None, n.attention_dropout, None, batched(q), batched(k), mask.fields, BACKEND)
+        extras = extras_of(None, n.attention_dropout, None, q, k, mask, BACKEND)
         drawn, bits = {"extras": extras}, extras.kept
     out, lse = run("attention", attention_plans.plan_of, (q, k, v, mask), n.scale, BACKEND, attention_plans.SAVED, **drawn)
     return qkv, out, lse, F.linear(_tokens(out), weights[6], weights[7]), bits

@@ -20,7 +20,7 @@ from fastattn.dropout import check_rate
 from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask, Prepared, side_by_side
 from fastattn.masks import Mask
 from fastattn.ops import dispatch
-from fastattn.ops.attention_extras import bias_extras, extras_of
+from fastattn.ops.attention_extras import bias_extras, extras_of, kind_of
 from fastattn.ops.attention_plans import (
     BACKENDS,
     DTYPES,
@@ -178,19 +178,20 @@ def gradients(
     With `bias_grad` that of the bias or the table comes last."""
     given = dout, dlse, q, k, v, out, lse
     if not torch.is_grad_enabled() and not observed():
+        name: tuple = "attention backward", mask.key, scale, backend, joined, dlse is None
+        tensors: tuple = (dout, q, k, v, out, lse) if dlse is None else given
+        added: tuple = ()
         if extras is not NO_EXTRAS:
-            if not watched() and plain_types(*given, *extras.tensors):
-                return backward_plan_of(*given, mask, scale, backend, joined, extras, bias_grad)(*given, mask, extras)
-        else:
-            name = "attention backward", mask.key, scale, backend, joined, dlse is None
-            tensors = (dout, q, k, v, out, lse) if dlse is None else given
-            found = recall(name, (), tensors)
-            if found is None and not watched() and plain_types(*given):
-                found = backward_plan_of(*given, mask, scale, backend, joined), False
-                if not mask.packed:
-                    remember((name, (), tensors), found, fp32_precision(q.dtype))
-            if found is not None:
-                return found[0](*given, mask)
+            added = extras.tensors
+            name = *name, tuple(x is not None for x in added), extras.bottom_right, extras.dropout, bias_grad
+            tensors = *tensors, *(x for x in added if x is not None)
+        found = recall(name, (), tensors)
+        if found is None and not watched() and plain_types(*given, *added):
+            found = backward_plan_of(*given, mask, scale, backend, joined, extras, bias_grad), False
+            if not mask.packed:
+                remember((name, (), tensors), found, fp32_precision(q.dtype))
+        if found is not None:
+            return found[0](*given, mask) if extras is NO_EXTRAS else found[0](*given, mask, extras)
     *grads, dbias = dispatch.call_backward(_BACKWARD, *as_one_sequence(*given), *mask.fields, *extras, scale, backend, bias_grad)
     last = (dbias,) if bias_grad else ()
     if joined:
@@ -204,9 +205,7 @@ def direct(q, k, v, mask: Any, scale: float | None, backend: str, return_lse: bo
     if mask is None:
         mask = NO_MASK
     elif type(mask) is not Prepared:
-        if type(mask) is not Mask or type(q) not in PLAIN or type(k) not in PLAIN:
-            return None
-        mask = mask.prepared.get((q.shape, k.shape, q.device))
+        mask = _prepared(q, k, mask)
         if mask is None:
             return None
     name = "attention", mask.key, scale, backend, return_lse, torch.is_grad_enabled()
@@ -226,6 +225,13 @@ def direct(q, k, v, mask: Any, scale: float | None, backend: str, return_lse: bo
     return result if return_lse else result[0]
 
 
+def _prepared(q, k, mask: Any) -> Prepared | None:
+    """The mask as it was prepared for a call like this one."""
+    if type(mask) is not Mask or type(q) not in PLAIN or type(k) not in PLAIN:
+        return None
+    return mask.prepared.get((q.shape, k.shape, q.device))
+
+
 def _looked_up(given: tuple, mask: Prepared, name: tuple, checked: bool) -> Known | None:
     """The plan by the key of the call, and whether a gradient is wanted."""
     if watched() or any(x is None for x in given) or not plain(*given):
@@ -237,16 +243,46 @@ def _looked_up(given: tuple, mask: Prepared, name: tuple, checked: bool) -> Know
     plan = look_up(key, lambda: forward_plan(q, k, v, mask, float(_scale(q, scale)), backend, lse), checked)
     if plan is None:
         return None
-    remember((name, (), given), (plan, recorded), fp32_precision(given[0].dtype), tokens=mask.packed)
+    remember((name, (), given), (plan, recorded), fp32_precision(given[0].dtype), tokens=3 if mask.packed else 0)
     return plan, recorded
 
 
-def direct_with(q, k, v, mask: Prepared, extras: Extras, scale: float, backend: str, return_lse: bool) -> Any:
-    """The same for a call with extras, all of which was checked and is plain, while nothing watches."""
+def direct_again(q, k, v, mask: Any, bias, dropout, seed, scale: float | None, backend: str, return_lse: bool) -> Any:
+    """`direct` for a call with extras. None where `direct_with` served none like it; nothing is `observed`."""
+    mask = NO_MASK if mask is None else mask if type(mask) is Prepared else _prepared(q, k, mask)
+    kind = None if mask is None else kind_of(bias, mask.packed)
+    if mask is None or kind is None:
+        return None
+    name = _extended_name(mask, scale, backend, return_lse, kind[0], dropout)
+    try:
+        found = recall(name, (), (q, k, v, *kind[1]))
+    except (RuntimeError, TypeError):  # as in `direct`
+        return None
+    if found is None:
+        return None
+    extras = extras_of(bias, dropout, seed, q, k, mask, backend, checked=True)
+    return _extended(found, q, k, v, mask, extras, float(_scale(q, scale)), backend, return_lse)
+
+
+def direct_with(q, k, v, mask: Prepared, bias, extras: Extras, scale: float | None, backend: str, return_lse: bool) -> Any:
+    """The same for a call that was checked and is plain, and for which its extras are made, while nothing watches."""
     given = q, k, v, extras.learned
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    lse = EXACT if return_lse else SAVED if recorded else UNWANTED
-    plan = plan_of(q, k, v, mask, scale, backend, lse, extras)
+    lse, number = EXACT if return_lse else SAVED if recorded else UNWANTED, float(_scale(q, scale))
+    found = plan_of(q, k, v, mask, number, backend, lse, extras), recorded
+    kind = kind_of(bias, mask.packed)
+    if kind is not None:
+        name = _extended_name(mask, scale, backend, return_lse, kind[0], extras.dropout)
+        remember((name, (), (q, k, v, *kind[1])), found, fp32_precision(q.dtype), tokens=3 if mask.packed else 0)
+    return _extended(found, q, k, v, mask, extras, number, backend, return_lse)
+
+
+def _extended_name(mask: Prepared, *rest) -> tuple:
+    return "attention and more", mask.key, torch.is_grad_enabled(), *rest
+
+
+def _extended(found: Known, q, k, v, mask: Prepared, extras: Extras, scale: float, backend: str, return_lse: bool) -> Any:
+    plan, recorded = found
     if recorded:
         return _record(q, k, v, mask, scale, backend, return_lse, plan, extras, extras.learned)
     result = plan(q, k, v, mask, extras=extras)
@@ -313,9 +349,13 @@ def attention(
 
     The algorithm is the online softmax of FlashAttention (Dao et al., 2022, arXiv:2205.14135).
     """
-    quiet = bias is None and dropout == 0.0 and seed is None and not observed()
-    if quiet and (found := direct(q, k, v, mask, scale, backend, return_lse)) is not None:
-        return found
+    if not observed():
+        if bias is None and dropout == 0.0 and seed is None:
+            found = direct(q, k, v, mask, scale, backend, return_lse)
+        else:
+            found = direct_again(q, k, v, mask, bias, dropout, seed, scale, backend, return_lse)
+        if found is not None:
+            return found
     q, k, v, lowered, checked_scale = checked(q, k, v, mask, scale, backend)
     extras = extras_of(bias, dropout, seed, q, k, lowered, backend)
     if not observed() and not watched() and plain(q, k, v, *lowered.tensors, *extras.tensors) and isinstance(scale, SCALES):
@@ -324,7 +364,7 @@ def attention(
             mask.keep_prepared((q.shape, k.shape, q.device), prepared)
         if extras is NO_EXTRAS:
             return direct(q, k, v, prepared, scale, backend, return_lse, True)
-        return direct_with(q, k, v, prepared, extras, float(checked_scale), backend, return_lse)
+        return direct_with(q, k, v, prepared, bias, extras, scale, backend, return_lse)
     out, lse = forward_autograd(q, k, v, *lowered, *extras, checked_scale, backend, return_lse)
     return (out, lse) if return_lse else out
 

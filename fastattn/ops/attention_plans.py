@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask, Prepared, batched, side_by_side
 from fastattn.ops import dispatch
-from fastattn.planned import PLANS, fp32_precision, keep, layout, unaligned, without_memory
+from fastattn.planned import PLANS, fp32_precision, keep, unaligned, without_memory
 
 # In order of preference. On an H100 `triton` is faster than `cuda` on every shape that was timed, from 50 keys to 1,024, forward
 # and backward (benchmarks/results/h100: a test holds the order to it), although `cuda` moves fewer bytes up to 288 keys. No other
@@ -97,11 +97,10 @@ def plan_of(q, k, v, mask: Prepared, scale: float, backend: str, lse: int, extra
 def extras_key(extras: Extras) -> tuple:
     """What plans depend on. Of packed sequences the kept bits have as many rows as q."""
     bias, table, buckets, slopes, bottom_right, kept, dropout = extras
-    tensors = bias, table, buckets, slopes, kept
+    lie = tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.is_neg()) for x in extras[:4])
     return (
-        None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device, bias.is_neg()),
-        layout(table), layout(buckets), layout(slopes), bottom_right, None if kept is None else (kept.dim(), kept.shape[-1]),
-        dropout, unaligned(*tensors),
+        lie, bottom_right, None if kept is None else (kept.dim(), kept.shape[-1]), dropout,
+        unaligned(bias, table, buckets, slopes, kept),
     )  # fmt: skip
 
 
@@ -217,7 +216,9 @@ def as_one_sequence(dout, dlse, q, k, v, out, lse) -> tuple:
 
 def _unit_stride(x: Tensor) -> Tensor:
     """Kernels take any strides but read the last dimension as adjacent elements. (Of one element any stride is right, but
-    PyTorch's CPU kernel lays its output out by it.)"""
+    PyTorch's CPU kernel lays its output out by it.) A copy lies as tokens do, so that no step depends on how many there are."""
     if x.stride(-1) == 1:
         return x
-    return x.resolve_neg().as_strided(x.shape, (*x.stride()[:-1], 1)) if x.shape[-1] == 1 else x.contiguous()
+    if x.shape[-1] == 1:
+        return x.resolve_neg().as_strided(x.shape, (*x.stride()[:-1], 1))
+    return x.contiguous() if x.dim() == 3 else x.transpose(1, 2).contiguous().transpose(1, 2)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 from torch import Tensor
 
 from fastattn.biases import Bias
 from fastattn.lowering import NO_EXTRAS, LoweredMask, Prepared, batched
 from fastattn.masks import Mask, packed_fields
-from fastattn.ops.attention import SCALES, as_mask, checked, direct, direct_with, forward_autograd
+from fastattn.ops.attention import SCALES, as_mask, checked, direct, direct_again, direct_with, forward_autograd
 from fastattn.ops.attention_extras import extras_of
 from fastattn.packing import Packing
 from fastattn.planned import PLAIN, observed, plain, watched
@@ -65,9 +65,13 @@ def varlen_attention(
     Raises:
         As `attention` does.
     """
-    quiet = bias is None and dropout == 0.0 and seed is None and not observed()
-    if quiet and (found := _direct(q, k, v, packing, mask, key_packing, scale, backend, return_lse)) is not None:
-        return found
+    if not observed() and (prepared := _known(q, k, v, packing, mask, key_packing)) is not None:
+        if bias is None and dropout == 0.0 and seed is None:
+            found = direct(q, k, v, prepared, scale, backend, return_lse)
+        else:
+            found = direct_again(q, k, v, prepared, bias, dropout, seed, scale, backend, return_lse)
+        if found is not None:
+            return found
     if key_packing is None:
         key_packing = packing
     _check_packings(q, k, v, packing, key_packing)
@@ -82,7 +86,7 @@ def varlen_attention(
             mask.keep_prepared((packing, key_packing, q.shape[1]), prepared)
         if extras is NO_EXTRAS:
             return direct(q, k, v, prepared, scale, backend, return_lse, True)
-        return direct_with(q, k, v, prepared, extras, float(checked_scale), backend, return_lse)
+        return direct_with(q, k, v, prepared, bias, extras, scale, backend, return_lse)
     out, lse = forward_autograd(*four, *lowered, *extras, checked_scale, backend, return_lse)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
@@ -99,8 +103,8 @@ def prepared_of(packing: Packing, mask: Mask | None, H: int) -> Prepared:
     return Prepared(_lowered(packing, packing, mask, H))
 
 
-def _direct(q, k, v, packing, mask, key_packing, scale, backend, return_lse) -> Any:
-    """As `direct`, once the rows are as many as the packings say, which no plan knows."""
+def _known(q, k, v, packing, mask, key_packing) -> Prepared | None:
+    """The packing and the mask as they were prepared, once the rows are as many as the packings say, which no plan knows."""
     if key_packing is None:
         key_packing = packing
     if type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN or not q.dim() == k.dim() == v.dim() == 3:
@@ -115,7 +119,7 @@ def _direct(q, k, v, packing, mask, key_packing, scale, backend, return_lse) -> 
         return None
     if key_packing.trusted and k.shape[0] != key_packing.capacity:
         return None
-    return direct(q, k, v, prepared, scale, backend, return_lse)
+    return prepared
 
 
 def _check_packings(q: Tensor, k: Tensor, v: Tensor, packing: Packing, key_packing: Packing) -> None:
