@@ -27,7 +27,8 @@ GATE = "without dropout the accuracy rule; with it, the mean and the variance of
 
 @dataclass(frozen=True)
 class Recipe:
-    """Attention of one layer in training. batch and cpu_batch: sequences on a GPU and on a CPU."""
+    """Attention of one layer in training. batch and cpu_batch: sequences on a GPU and on a CPU. `padded` ones are given their
+    lengths even where no token is padding, as a training pipeline gives its mask: which sequences are full is known to nobody."""
 
     name: str
     H: int = 12
@@ -39,6 +40,7 @@ class Recipe:
     fill: float = 1.0
     bias: str | None = None
     dropout: float = DROPOUT
+    padded: bool = True
     rows: bool = False  # text and then an image, under `masks.rows`
 
     def small(self) -> Recipe:
@@ -49,7 +51,7 @@ class Recipe:
         structure = None
         if self.rows:
             structure = cases(FULL if self.S == FULL.S else TINY, B, device)[0]
-        lengths = shapes.ragged_lengths(B, self.S, self.fill).to(device) if self.fill < 1 else None
+        lengths = shapes.ragged_lengths(B, self.S, self.fill).to(device) if self.padded else None
         return Request(B, self.H, self.S, self.D, self.causal, lengths, device, self.bias, self.dropout, SEED, structure)
 
     def learned(self) -> tuple[int, ...] | None:
@@ -60,12 +62,13 @@ class Recipe:
 RECIPES = (
     Recipe("bert-base-512, dropout"),
     Recipe("bert-base-512, dropout", fill=0.5),
+    Recipe("bert-base-512, dropout, no mask", padded=False),
     Recipe("bert-base-128, dropout", S=128, cpu_batch=8),
     Recipe("bert-base-128, dropout", S=128, cpu_batch=8, fill=0.5),
     Recipe("t5-base-512, learned table, dropout", fill=0.5, bias=TABLE),
     Recipe("t5-base-512, learned bias, dropout", fill=0.5, bias=TENSOR),
-    Recipe("clip-text-77", H=8, S=77, cpu_batch=8, causal=True, dropout=0.0),
-    Recipe("axial, rows of 32 × 32, dropout", S=FULL.S, rows=True),
+    Recipe("clip-text-77", H=8, S=77, cpu_batch=8, causal=True, dropout=0.0, padded=False),
+    Recipe("axial, rows of 32 × 32, dropout", S=FULL.S, rows=True, padded=False),
 )
 
 

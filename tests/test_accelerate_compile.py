@@ -1,13 +1,10 @@
 """`accelerate` under torch.compile, export and tracing, with a static capacity, and in DDP."""
 
 import copy
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_by_two_ranks
 from test_accelerate import Doubled, assert_same, build, result, text
 from torch import nn
 
@@ -115,14 +112,7 @@ def test_capacity_in_eager():
 def test_distributed_data_parallel(tmp_path):
     """Two processes train as one does on both halves of the batch."""
     program = """
-        import copy, os, sys
-        import torch, torch.distributed as dist
-        sys.path.insert(0, sys.argv[3])
-        import fastattn
         from test_accelerate import build, text
-        rank = int(sys.argv[1])
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
         plain = build("bert")
         ours = copy.deepcopy(plain)
         fastattn.accelerate(ours, strict=True)
@@ -134,17 +124,5 @@ def test_distributed_data_parallel(tmp_path):
         for (name, p), q in zip(plain.named_parameters(), ours.parameters()):
             if p.grad is not None:
                 assert (p.grad - q.grad).abs().max() <= 2e-5 * p.grad.abs().max().clamp(min=1), name
-        print("equal")
     """
-    path = tmp_path / "train.py"
-    path.write_text(textwrap.dedent(program))
-    arguments = [str(tmp_path / "rendezvous"), str(Path(__file__).parent)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(path), str(rank), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        out, error = process.communicate(timeout=120)
-        assert process.returncode == 0 and "equal" in out, error[-2000:]
+    run_by_two_ranks(program, tmp_path)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from ranks import run_by_two_ranks
 from replayed import recorded, replayed
 
 import fastattn
@@ -188,3 +189,27 @@ def test_everything_is_dropped():
     out = result(ours, text())
     gradients(ours, out)
     assert out.isfinite().all() and all(p.grad.isfinite().all() for p in ours.parameters() if p.grad is not None)
+
+
+def test_distributed_ranks_draw_their_own(tmp_path):
+    """Each by its default generator, as `nn.Dropout` does: two seeded differently train as one process with both in turn."""
+    program = """
+        from test_accelerate_dropout import build, result, text
+        model, one = build("bert")
+        two = copy.deepcopy(one)
+        for m in (one, two):
+            fastattn.accelerate(m, strict=True)
+        parallel = torch.nn.parallel.DistributedDataParallel(two, find_unused_parameters=True)
+        given, losses = text(lengths=(24, 7)), []
+        torch.manual_seed(7 + rank)
+        result(parallel, given).square().sum().backward()
+        for seed in (7, 8):
+            torch.manual_seed(seed)
+            losses.append(result(one, given).square().sum())
+        (sum(losses) / 2).backward()
+        assert (losses[0] - losses[1]).abs() > 1e-3 * losses[0]
+        for (name, p), q in zip(one.named_parameters(), two.parameters()):
+            if p.grad is not None:
+                assert (p.grad - q.grad).abs().max() <= 2e-5 * p.grad.abs().max().clamp(min=1), name
+    """
+    run_by_two_ranks(program, tmp_path)

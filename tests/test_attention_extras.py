@@ -45,6 +45,10 @@ def product(count, seed):
     return found
 
 
+def interpreted(backend):
+    return backend == "triton" and device_of(backend) == "cpu"
+
+
 def named(case):
     (M, N), dtype, mask, bias, dropout, Hkv = case
     return f"{M}x{N}-{str(dtype)[6:]}-{mask}-{bias}-{dropout}-{Hkv}"
@@ -55,6 +59,8 @@ def named(case):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_bias_with_and_without_dropout(backend, bias):
     for i, (mask, dropout) in enumerate(itertools.product(("none", "causal_padding"), (0.0, 0.1))):
+        if interpreted(backend) and (i % 3 == 0) == (list(BIASES).index(bias) % 2):  # with and without dropout, one mask each
+            continue
         M, N = [(33, 33), (40, 66)][i % 2]
         check(backend, M, N, dtype_of(backend), mask, bias, dropout, dlse=i % 3 == 0)
 
@@ -86,7 +92,10 @@ def test_random_combinations_by_triton(backend, case):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_equals_padded(backend, bias):
     dtype, lengths = dtype_of(backend), torch.tensor([41, 7, 66], device=device_of(backend))
-    for mask, dropout in (("none", 0.2), ("causal", 0.0), ("window", 0.1)):
+    cases = [("none", 0.2), ("causal", 0.0), ("window", 0.1)]
+    if interpreted(backend):  # one of them takes five seconds
+        cases = [cases[list(BIASES).index(bias) % len(cases)]]
+    for mask, dropout in cases:
         x = attention_inputs(3, 2, 66, 66, 16, dtype, device_of(backend), mask=mask, bias=bias, dropout=dropout, Hkv=1)
         padding = masks.padding(lengths, lengths)
         padded = attention_inputs(3, 2, 66, 66, 16, dtype, device_of(backend), mask=mask, bias=bias, dropout=dropout, Hkv=1)

@@ -74,6 +74,15 @@ def equal(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@OPS
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rate_too_small_for_16_bits_keeps_everything(backend, op):
+    leaves, call = leaves_and_call(op, backend, dropout=1e-6, seed=4)
+    plain = leaves_and_call(op, backend, dropout=0.0)[1]
+    for found, expected in zip(gradients(call, leaves), gradients(plain, leaves), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.usefixtures("poisoned")
 @RMS
 @pytest.mark.parametrize("given", GIVEN)

@@ -71,8 +71,7 @@ SPILLS = {
     ("attention_forward_kernel", "float16 D=32 padding extras=dropout"): 8,
     ("attention_forward_kernel", "float16 D=64 padding extras=relative+dropout"): 24,
     # the draw of dropout, beside a tile
-    ("linear_dgrad_kernel", "bfloat16 gelu large dropout"): 16,
-    ("norm_backward_kernel", "float32 width=8192 layer dropout"): 8,
+    ("linear_dgrad_kernel", "bfloat16 gelu large dropout"): 40,
 }
 
 

@@ -54,17 +54,21 @@ def _attention_bits_kernel(
     begin, _ = key_interval(m0, bounds)  # neither end moves back from query to query
     _, end = key_interval(m1 - 1, bounds)
     begin = begin // 32
-    width = tl.maximum(tl.cdiv(end, 32) - begin, 1).to(tl.uint32)
-    left = tl.where((m0 < m1) & (end > begin * 32), (m1 - m0) * width.to(tl.int32), 0)
+    last = tl.maximum(tl.cdiv(end, 32), begin + 1)
+    width = last - begin
+    left = tl.where((m0 < m1) & (end > begin * 32), (m1 - m0) * width, 0)
     k0, k1 = key_of(seed)
     bits += place * words
-    for start in range(0, left, BLOCK_N):
-        index = (start + tl.arange(0, BLOCK_N)).to(tl.uint32)
-        i, word = m0 + (index // width).to(tl.int32), begin + (index % width).to(tl.int32)
+    i, word = m0 + tl.arange(0, BLOCK_N) // width, begin + tl.arange(0, BLOCK_N) % width
+    for _ in range(0, left, BLOCK_N):
         c1 = i.to(tl.uint32)
         c2, c3 = (c1 & 0) + h.to(tl.uint32), (c1 & 0) + b.to(tl.uint32)
         drawn = kept_words(k0, k1, word.to(tl.uint32), c1, c2, c3, threshold.to(tl.uint32))
-        tl.store(bits + (i.to(tl.int64) * words + word), drawn, mask=index < left.to(tl.uint32))
+        tl.store(bits + (i.to(tl.int64) * words + word), drawn, mask=i < m1)
+        word += BLOCK_N % width  # without a division for each
+        over = word >= last
+        i += tl.where(over, BLOCK_N // width + 1, BLOCK_N // width)
+        word = tl.where(over, word - width, word)
 
 
 settle_keys(primitives, tiles, philox, sys.modules[__name__])
@@ -80,17 +84,23 @@ def unsupported(problem) -> list[str]:
 
 def attention_bits_plan(seed: Tensor, rows: int, B: int, H: int, M: int, N: int, mask: Prepared):
     """For calls like this one: (seed, rows, B, H, M, N, p, mask) -> bits, of which only what the bounds leave is written."""
-    shape = _shape(rows, B, H, M, N, mask.packed)
-    launch = attention_bits_launch(seed, seed.new_empty(shape, device="meta", dtype=torch.int32), H, M, N, 0.0, mask.fields)
+
+    def make(like: Tensor, rows: int, B: int, H: int, M: int, N: int) -> Tensor:
+        words = -(-N // 32)
+        return like.new_empty((H, rows, words) if packed else (B, H, M, words), dtype=torch.int32)
+
+    packed = mask.packed
+    launch = attention_bits_launch(seed, make(seed.to("meta"), rows, B, H, M, N), H, M, N, 0.0, mask.fields)
     start, handle, values = ready(launch)
     constants = values[VARYING:]
 
     def call(seed: Tensor, rows: int, B: int, H: int, M: int, N: int, p: float, mask: Prepared) -> Tensor:
-        bits = seed.new_empty(_shape(rows, B, H, M, N, mask.packed), dtype=torch.int32)
+        bits = make(seed, rows, B, H, M, N)
         programs = B * H * -(-M // CONFIG.BLOCK_M)
-        if bits.numel() and programs:
-            fields = (getattr(mask.fields, name) for name in MASK_TENSORS)
-            tensors = handle(seed), handle(bits), *(None if x is None else handle(x) for x in fields)
+        if programs and bits.numel():
+            f = mask.fields
+            fields = f.prefix, f.key_begin, f.key_end, f.query_end, f.query_starts, f.key_starts  # MASK_TENSORS
+            tensors = [None if x is None else handle(x) for x in (seed, bits, *fields)]
             start(programs, (*tensors, rows, H, M, N, bits.shape[-1], threshold(p), *constants))
         return bits
 
@@ -104,7 +114,3 @@ def attention_bits_launch(seed: Tensor, bits: Tensor, H: int, M: int, N: int, p:
     arguments: dict[str, Any] = {name: given[name] for name in (*MASK_TENSORS, "low", "high", "prefix_high")}
     arguments.update(seed=seed, bits=bits, total=bits.shape[-2], H=H, M=M, N=N, words=bits.shape[-1], threshold=threshold(p))
     return Launch(_attention_bits_kernel, B * H * triton.cdiv(M, CONFIG.BLOCK_M), arguments, CONFIG)
-
-
-def _shape(rows: int, B: int, H: int, M: int, N: int, packed: bool) -> tuple[int, ...]:
-    return (H, rows, -(-N // 32)) if packed else (B, H, M, -(-N // 32))
