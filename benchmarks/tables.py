@@ -62,6 +62,7 @@ MODELS = (Baseline("Hugging Face SDPA", "ratio_vs_sdpa"), Baseline("reference SD
 BASELINES = {  # suite -> the first that stands among a case's providers
     "models": MODELS,
     "highlights": MODELS,
+    "finetune": MODELS,
     "ops": (SDPA, EAGER),  # eager is what everybody has of an FFN and a norm
     "masks": (SDPA,),
     "training": (SDPA,),

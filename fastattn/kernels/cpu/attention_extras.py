@@ -27,7 +27,9 @@ from fastattn.lowering import LEAST_SCORE, Extras, LoweredMask
 from fastattn.reference import compute_dtype
 
 INF = float("inf")
-PAIRS = 2**17  # scores of a block: with P, the gradients and what dropout keeps 2 MB in fp32
+# Scores of a block, with P, the gradients and what dropout keeps 2 to 8 MB in fp32. Large ones multiply faster, up to a half where
+# sequences are long; smaller ones are made where there would be fewer than two for each thread.
+LEAST_PAIRS, PAIRS = 2**17, 2**19
 SHARED = 2**21  # multiply-adds of q k^T from which threads are woken
 SPLITS = 4  # pieces of a sequence's heads, or sums, in which the gradient of a bias is made
 ROWS = 64  # queries of a block where a mask leaves each other keys, and the least of any
@@ -55,6 +57,11 @@ class Piece(NamedTuple):
     def pairs(self) -> int:
         return self.count * (self.query_heads.stop - self.query_heads.start) * self.rows * (self.end - self.begin)
 
+    @property
+    def bounded(self) -> bool:
+        """Whether some queries see other keys than others do."""
+        return any(x is not None for x in (self.mask.low, self.mask.high, self.mask.prefix, self.mask.ids, self.mask.bits))
+
     def queries(self, x: Tensor, rows: slice | None = None) -> Tensor:
         """(sequences, query heads, rows, ...) of (B, H, M, ...), or packed (1, H, T, ...): a view."""
         x = x if self.run is None else self.run.queries(x)
@@ -80,10 +87,8 @@ class Piece(NamedTuple):
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor | None]]:
         """Queries, the keys that one of them may see, and which they see, bool (sequences or 1, heads or 1, rows, keys), or None
         where all see all."""
-        mask = self.mask
-        bounded = any(x is not None for x in (mask.low, mask.high, mask.prefix, mask.ids, mask.bits))
-        step = max(ROWS, PAIRS * self.rows // max(1, self.pairs))
-        step = ROWS if bounded else step
+        mask, bounded = self.mask, self.bounded
+        step = ROWS if bounded else max(ROWS, PAIRS * self.rows // max(1, self.pairs))
         for first in range(0, self.rows, step):
             rows = slice(first, min(first + step, self.rows))
             begin, end = self._seen(rows)
@@ -310,7 +315,10 @@ def _pieces(mask: LoweredMask, extras: Extras, q: Tensor, k: Tensor, dbias: Tens
         return []
     group = H // Hkv
     spans = list(_spans(mask, extras, q, k))
-    shares = [max(1, PAIRS // (group * span.rows * (span.end - span.begin))) for span in spans]
+    block = sum(span.pairs for span in spans) // (2 * torch.get_num_threads())
+    block = min(max(block, LEAST_PAIRS), PAIRS)
+    rows = [min(span.rows, ROWS) if span.bounded else span.rows for span in spans]  # of a block
+    shares = [max(1, block // (group * n * (span.end - span.begin))) for n, span in zip(rows, spans, strict=True)]
     most = Hkv if dbias is None else min([-(-Hkv // SPLITS), *shares])
     return [piece for span, share in zip(spans, shares, strict=True) for piece in _cut(span, share, min(share, most), group)]
 
