@@ -28,7 +28,7 @@ GATE = "without dropout the accuracy rule; with it, the mean and the variance of
 @dataclass(frozen=True)
 class Recipe:
     """Attention of one layer in training. batch and cpu_batch: sequences on a GPU and on a CPU. `padded` ones are given their
-    lengths even where no token is padding, as a training pipeline gives its mask: which sequences are full is known to nobody."""
+    lengths though no token be padding, as a pipeline gives the mask of every batch."""
 
     name: str
     H: int = 12
@@ -60,9 +60,9 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe("bert-base-512, dropout"),
+    Recipe("bert-base-512, dropout", padded=False),
+    Recipe("bert-base-512, padding mask, dropout"),
     Recipe("bert-base-512, dropout", fill=0.5),
-    Recipe("bert-base-512, dropout, no mask", padded=False),
     Recipe("bert-base-128, dropout", S=128, cpu_batch=8),
     Recipe("bert-base-128, dropout", S=128, cpu_batch=8, fill=0.5),
     Recipe("t5-base-512, learned table, dropout", fill=0.5, bias=TABLE),

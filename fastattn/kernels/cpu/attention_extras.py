@@ -27,8 +27,8 @@ from fastattn.lowering import LEAST_SCORE, Extras, LoweredMask
 from fastattn.reference import compute_dtype
 
 INF = float("inf")
-# Scores of a block, with P, the gradients and what dropout keeps 2 to 8 MB in fp32. Large ones multiply faster, up to a half where
-# sequences are long; smaller ones are made where there would be fewer than two for each thread.
+# Scores of a block: with P, the gradients and what dropout keeps 2 to 8 MB in fp32. Large ones multiply faster, by up to a half
+# where sequences are long; smaller ones are made where there would be fewer than two for each thread.
 LEAST_PAIRS, PAIRS = 2**17, 2**19
 SHARED = 2**21  # multiply-adds of q k^T from which threads are woken
 SPLITS = 4  # pieces of a sequence's heads, or sums, in which the gradient of a bias is made
