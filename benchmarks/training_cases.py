@@ -86,18 +86,22 @@ def check_rate(run: Run, x: AttentionInputs, real: Tensor) -> None:
     """Raise AssertionError unless a random dropout keeps weights at the rate asked for, and rescales them.
 
     With v = 1 a row of the result is the sum of its kept weights, P K / (1 - p): its mean is 1, its variance p / (1 - p) times
-    the sum of P^2. real: (B, 1, S, 1), queries that are no padding.
+    the sum of P^2, and how far the squares of that spread follows from the sum of P^4. real: (B, 1, S, 1), queries that are no
+    padding.
     """
     biased = dataclasses.replace(x, dropout=0.0).extras(double=True)
     learned = () if x.learned is None else (x.learned,)
     with torch.no_grad():
         sums = run(x.q, x.k, torch.ones_like(x.v), *learned)[..., 0].double()
         s, _ = reference.scores(x.q.double(), x.k.double(), x.lowered(), x.scale, biased)
-        squares = torch.softmax(s, -1).square().sum(-1)
-    rows = real[..., 0].expand_as(sums)
-    off, variance = (sums - 1)[rows], squares[rows] * x.dropout / (1 - x.dropout)
+        squares = torch.softmax(s, -1).square()
+    rows, odds = real[..., 0].expand_as(sums), x.dropout / (1 - x.dropout)
+    off, variance, fourths = (sums - 1)[rows], squares.sum(-1)[rows] * odds, squares.square().sum(-1)[rows]
     n = off.numel()
     mean, bound = abs(float(off.mean())), SIGMAS * float(variance.sum().sqrt()) / n + UNIT[x.q.dtype]
     assert mean <= bound, f"dropout: rows sum to 1 + {mean:.2e} on average, over {bound:.2e}"
-    ratio, most = float(off.square().sum() / variance.sum()), max(0.1, SIGMAS * (3 / n) ** 0.5)
+    fourth = x.dropout + (1 - x.dropout) * odds**4  # moment of K / (1 - p) - 1
+    spread = 2 * variance.square() + fourths * (fourth - 3 * odds**2)  # of off^2, a row's fourth moment less its variance^2
+    ratio = float(off.square().sum() / variance.sum())
+    most = SIGMAS * float(spread.sum().sqrt() / variance.sum()) + UNIT[x.q.dtype]
     assert abs(ratio - 1) <= most, f"dropout: the variance of rows' sums is {ratio:.2f} of that at the rate asked for"
