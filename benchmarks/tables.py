@@ -114,7 +114,7 @@ def notes_on(suite: str, content: dict, records: list[dict]) -> list[str]:
         notes.append(MASKS_CPU_NOTE)
     if suite == "training":
         notes.append(TRAINING_NOTE)
-    if any(row["mode"] == "train" and not row.get("dropout") for row in records):
+    if suite != "highlights" and any(row["mode"] == "train" and not row.get("dropout") for row in records):
         notes.append(TRAIN_NOTE if content["command"].startswith("python -m benchmarks.models") else OTHER_TRAIN_NOTE)
     if any(map(results.was_captured, records)):
         notes.append(CAPTURED_NOTE)

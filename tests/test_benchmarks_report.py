@@ -251,8 +251,12 @@ def test_a_quick_result_never_enters_the_readme(readme, tmp_path) -> None:
 
 def test_training_says_what_dropout_it_had(tmp_path) -> None:
     path = written([timed(SDPA, 20.0, mode="train")], "models", tmp_path)
-    for suite in ("models", "highlights"):
-        assert tables.TRAIN_NOTE in report.table(suite, "cpu", tmp_path)
+    assert tables.TRAIN_NOTE in report.table("models", "cpu", tmp_path)
+    assert tables.TRAIN_NOTE not in report.table("highlights", "cpu", tmp_path)  # the README says it once for all of them
+    assert "Training steps have no dropout here" in (report.DOCS.parent / "README.md").read_text()
+    written([timed(SDPA, 20.0, mode="train", dropout=0.1)], "finetune", tmp_path)
+    text = report.table("finetune", "cpu", tmp_path)
+    assert "no dropout" not in text and "1.00x" in text
     path.write_text(path.read_text().replace("python -m benchmarks.models", "by another script"))
     text = report.table("models", "cpu", tmp_path)
     assert tables.OTHER_TRAIN_NOTE in text and tables.TRAIN_NOTE not in text
