@@ -11,7 +11,7 @@ from fastattn.dropout import draw_seed, kept_bits
 from fastattn.kernels.cpu import attention as cpu
 from fastattn.kernels.cpu import attention_extras
 from fastattn.kernels.eager import attention as eager
-from fastattn.lowering import Extras, LoweredMask
+from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask
 from fastattn.testing import HOT, MASKS, Yardstick, assert_accurate, attention_inputs
 
 NONE = float("-inf")
@@ -223,6 +223,20 @@ def test_pieces_of_any_size(monkeypatch, threads, pairs, mask, bias):
         once, again = (computed(cpu, x, lowered, extras) for _ in range(2))
     for name, tensor in once.items():
         assert torch.equal(tensor, again[name]), name
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "window", "documents"])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_there_are_pieces_for_all_threads(mask, threads):
+    """Also where a mask cuts blocks short; and no block is larger than it may be."""
+    (_, _, q, k, _), lowered = inputs(2, 12, 512, 512, 8, torch.float32, mask=mask)
+    with number_of_threads(threads):
+        pieces = attention_extras._pieces(lowered, NO_EXTRAS, q, k)
+    assert len(pieces) >= 2 * threads
+    for piece in pieces:
+        for rows, keys, _ in piece.blocks():
+            heads = piece.query_heads.stop - piece.query_heads.start
+            assert piece.count * heads * (rows.stop - rows.start) * (keys.stop - keys.start) <= attention_extras.PAIRS
 
 
 class Attention(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastattn
 from fastattn import Packing, biases, lowering, masks, planned
+from fastattn.ops import attention
 
 pytest.importorskip("triton")
 from fastattn.kernels.triton import launch
@@ -443,6 +444,32 @@ def test_nothing_is_kept_of_the_memory_of_a_capture(monkeypatch):
         mask._keep(("key",), "bits", [there])
         kept = mask.prepared, mask._bits, packing.prepared(packing)
         assert kept == (({}, {}, None) if capturing else ({("key",): prepared}, {("key",): "bits"}, prepared))
+
+
+@pytest.mark.parametrize("extras", [{}, {"dropout": 0.5}, {"bias": torch.zeros(6, 6), "dropout": 0.5}])
+def test_a_kind_of_call_is_remembered_once(extras):
+    """However many masks and packings there are of it; there are few places for other kinds."""
+    q, x = heads(), torch.randn(7, 2, 16)
+    for n in range(20):
+        fastattn.attention(q, heads(), heads(), masks.padding([3, n % 6]), **extras)
+        if "bias" not in extras:
+            fastattn.varlen_attention(x, torch.randn(7, 2, 16), torch.randn(7, 2, 16), Packing.from_lengths([2, 5], 6), **extras)
+    assert {len(kinds) for kinds in planned.PLANS.values() if isinstance(kinds, list)} == {1}
+
+
+@pytest.mark.parametrize("extras", [{}, {"dropout": 0.5}])
+def test_no_mask_is_known_when_keys_are_dropped(monkeypatch, extras):
+    monkeypatch.setattr(lowering, "MOST_KEYS", 3)
+    monkeypatch.setattr(lowering, "_KEYS", {})
+    q, k, v = heads(), heads(), heads()
+    for n in range(5):
+        fastattn.attention(q, k, v, masks.window(n, None))
+    seen = []
+    checked = attention.checked
+    monkeypatch.setattr(attention, "checked", lambda *given: seen.append(given) or checked(*given))
+    for _ in range(3):
+        fastattn.attention(q, k, v, **extras)
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("what", ["plans", "masks"])

@@ -266,14 +266,17 @@ def direct_again(q, k, v, mask: Any, bias, dropout, seed, scale: float | None, b
 
 def direct_with(q, k, v, mask: Prepared, bias, extras: Extras, scale: float | None, backend: str, return_lse: bool) -> Any:
     """The same for a call that was checked and is plain, and for which its extras are made, while nothing watches."""
-    given = q, k, v, extras.learned
-    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    lse, number = EXACT if return_lse else SAVED if recorded else UNWANTED, float(_scale(q, scale))
-    found = plan_of(q, k, v, mask, number, backend, lse, extras), recorded
+    number, given, found = float(_scale(q, scale)), (q, k, v, extras.learned), None
     kind = kind_of(bias, mask.packed)
     if kind is not None:
-        name = _extended_name(mask, scale, backend, return_lse, kind[0], extras.dropout)
-        remember((name, (), (q, k, v, *kind[1])), found, fp32_precision(q.dtype), tokens=3 if mask.packed else 0)
+        name, tensors = _extended_name(mask, scale, backend, return_lse, kind[0], extras.dropout), (q, k, v, *kind[1])
+        found = recall(name, (), tensors)  # it may be another mask or packing of a kind that is known
+    if found is None:
+        recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+        lse = EXACT if return_lse else SAVED if recorded else UNWANTED
+        found = plan_of(q, k, v, mask, number, backend, lse, extras), recorded
+        if kind is not None:
+            remember((name, (), tensors), found, fp32_precision(q.dtype), tokens=3 if mask.packed else 0)
     return _extended(found, q, k, v, mask, extras, number, backend, return_lse)
 
 
@@ -359,7 +362,7 @@ def attention(
     q, k, v, lowered, checked_scale = checked(q, k, v, mask, scale, backend)
     extras = extras_of(bias, dropout, seed, q, k, lowered, backend)
     if not observed() and not watched() and plain(q, k, v, *lowered.tensors, *extras.tensors) and isinstance(scale, SCALES):
-        prepared = Prepared(lowered)
+        prepared = NO_MASK if mask is None else Prepared(lowered)
         if type(mask) is Mask:
             mask.keep_prepared((q.shape, k.shape, q.device), prepared)
         if extras is NO_EXTRAS:

@@ -315,10 +315,12 @@ def _pieces(mask: LoweredMask, extras: Extras, q: Tensor, k: Tensor, dbias: Tens
         return []
     group = H // Hkv
     spans = list(_spans(mask, extras, q, k))
-    block = sum(span.pairs for span in spans) // (2 * torch.get_num_threads())
-    block = min(max(block, LEAST_PAIRS), PAIRS)
-    rows = [min(span.rows, ROWS) if span.bounded else span.rows for span in spans]  # of a block
-    shares = [max(1, block // (group * n * (span.end - span.begin))) for n, span in zip(rows, spans, strict=True)]
+    most_pairs = sum(span.pairs for span in spans) // (2 * torch.get_num_threads())
+    shares = []
+    for span in spans:
+        keys = group * (span.end - span.begin)
+        whole, block = keys * span.rows, keys * (min(span.rows, ROWS) if span.bounded else span.rows)  # of a head of k
+        shares.append(max(1, min(PAIRS // block, max(most_pairs, LEAST_PAIRS) // whole)))
     most = Hkv if dbias is None else min([-(-Hkv // SPLITS), *shares])
     return [piece for span, share in zip(spans, shares, strict=True) for piece in _cut(span, share, min(share, most), group)]
 
