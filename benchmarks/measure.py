@@ -36,7 +36,7 @@ class Contender(NamedTuple):
     slow: bool = False
     gate: Callable[[Callable[..., Tensor]], dict[str, float]] | None = None
     gate_words: str = ""
-    uncapturable: str | None = None
+    uncapturable: str = ""
 
 
 class Part(NamedTuple):
@@ -170,8 +170,8 @@ def _time(
         else:
             failed = is_failure(contender.ours, refusal)
             rows.append(_row(task, name, device, mode, **{"wrong" if failed else "refusal": refusal}))
-    alone = {name: contender.uncapturable for name, (contender, _, _) in accepted.items() if mode == "backward"}
-    uncapturable = {name: why for name, why in alone.items() if why is not None}
+    served = accepted.items() if mode == "backward" else ()
+    uncapturable = {name: one.contender.uncapturable for name, one in served if one.contender.uncapturable}
     samples = timing.kernels(dict(turns), device, seconds=seconds, uncapturable=uncapturable)
     for name, taken in samples.items():
         how = {"method": taken.method, "method_reason": taken.reason, "host_us": taken.host_us}

@@ -141,7 +141,7 @@ def training_task(recipe: training_cases.Recipe, B: int, dtype: torch.dtype, dev
     for index, provider in enumerate(attention_providers.providers(device)):
         if not provider.ours:
             gate = functools.partial(random_gate, provider)
-            seed_on_host = None if provider.name == "eager" else training_cases.SEED_ON_HOST
+            seed_on_host = "" if provider.name == "eager" else training_cases.SEED_ON_HOST
             contenders[index] = contenders[index]._replace(gate=gate, gate_words=training_cases.GATE, uncapturable=seed_on_host)
     return task._replace(contenders=contenders, parts=_bits_parts(request))
 

@@ -20,7 +20,7 @@ from fastattn.testing import UNIT, AttentionInputs
 
 DROPOUT, SEED = 0.1, 2**40 + 3
 SIGMAS = 6
-# PyTorch's memory-efficient kernel then takes a host's address for a device's: an illegal access when the graph is replayed.
+# PyTorch's memory-efficient kernel, by its source, then takes a host's address for a device's: an illegal access in the replay.
 SEED_ON_HOST = "a forward pass outside of the capture may keep its dropout's seed on the host, where no graph can read it"
 GATE = "without dropout the accuracy rule; with it, the mean and the variance of the sums of kept weights"
 

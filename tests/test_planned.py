@@ -52,17 +52,6 @@ def heads(backend, H=2, L=19, B=2):
     return normal(B, L, H, head_dim_of(backend), backend=backend).transpose(1, 2)
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpu", TRITON])
-def test_rows_of_a_copy_lie_alike_however_many_there_are(backend):
-    """Packed tokens whose elements are not adjacent are copied; the op that something watches has one plan for all batches."""
-    for lengths in ([2, 5], [4, 5], [1, 6]):
-        packing = Packing.from_lengths(torch.tensor(lengths, device=device_of(backend)), 6)
-        tensors = [normal(sum(lengths), 2, 2 * head_dim_of(backend), backend=backend)[..., ::2] for _ in range(3)]
-        expected = fastattn.varlen_attention(*(x.contiguous() for x in tensors), packing, backend=backend)
-        with Watching():
-            assert torch.equal(fastattn.varlen_attention(*tensors, packing, backend=backend), expected)
-
-
 LENGTHS = (11, 19)
 MASKS = ("none", "padding", "causal", "keys", "documents", "dense", "all")
 

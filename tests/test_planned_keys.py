@@ -206,6 +206,17 @@ def test_attention(backend, recorded):
     assert_fresh(fastattn.attention, requests, recorded)
 
 
+def of(*lengths, longest=6, **options):
+    return Packing.from_lengths(torch.tensor(lengths), longest, **options)
+
+
+def tokens(packing, backend):
+    """A request for packed sequences."""
+    return {name: torch.randn(int(packing.lengths.sum()), 2, 16) for name in "qkv"} | {
+        "packing": packing, "mask": None, "backend": backend
+    }  # fmt: skip
+
+
 def values(columns=2, rows=8):
     """What T5's relative bias is looked up in."""
     return torch.randn(rows, columns)
@@ -252,15 +263,11 @@ def test_attention_with_bias_and_dropout(backend, recorded):
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("backend", BOTH)
 def test_varlen_attention_with_bias_and_dropout(backend, recorded):
-    def of(*lengths, longest=6, **options):
-        return Packing.from_lengths(torch.tensor(lengths), longest, **options)
-
     packings = [of(2, 5), of(6, 3), of(1, 1, 5), of(2, 5, longest=40), of(5, 2), of(2, 5, longest=8)]
     given = [*tensor_biases(), torch.randn(2, 2, 40, 40), torch.randn(1, 2, 8, 8), *distance_biases()]
     requests = []
     for packing in packings[:4]:
-        rows = int(packing.lengths.sum())
-        request = {name: torch.randn(rows, 2, 16) for name in "qkv"} | {"packing": packing, "mask": None, "backend": backend}
+        request, rows = tokens(packing, backend), int(packing.lengths.sum())
         requests += [(f"{rows} rows: {name}", other) for name, other in others({**request, "bias": given[0]}, bias=given)]
         both = {**request, "dropout": 0.5, "seed": 3, "bias": None}
         some = {"bias": given, "seed": SEEDS, "dropout": RATES, "key_packing": packings}
@@ -273,14 +280,11 @@ def test_varlen_attention_with_bias_and_dropout(backend, recorded):
 def test_varlen_attention(backend, recorded):
     """Rows are no part of a key, so each of these must be looked at in every call."""
 
-    def of(*lengths, longest=6, **options):
-        return Packing.from_lengths(torch.tensor(lengths), longest, **options)
-
     def unchecked(*cu):
         return Packing.from_cu_seqlens(torch.tensor(cu), 6, validate=False)
 
     packing, longer = of(2, 5), of(6, 3)
-    request = {name: torch.randn(7, 2, 16) for name in "qkv"} | {"packing": packing, "mask": None, "backend": backend}
+    request = tokens(packing, backend)
     packings = [of(5, 2), of(1, 1, 5), longer, of(2, 5, longest=40), of(2, 5, capacity=7), of(2, 5, capacity=9), "packing", None]
     options = {
         "packing": packings,

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from backends import BACKENDS, TRITON, device_of, dtype_of, head_dim_of
+from torch.overrides import BaseTorchFunctionMode
 
 import fastattn
 from fastattn import Packing, masks
@@ -223,3 +224,15 @@ def test_made_and_first_used_in_inference_mode_they_serve_training(backend, name
     results = [torch.autograd.grad(attend(*given).square().sum(), leaves) for given in (first, made())]
     for grad, expected in zip(*results, strict=True):
         assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu", TRITON])
+def test_rows_of_a_copy_lie_alike_however_many_there_are(backend):
+    """Tokens whose elements are not adjacent are copied; the op that something watches has one plan for all batches."""
+    width, device = 2 * head_dim_of(backend), device_of(backend)
+    for lengths in ([2, 5], [4, 5], [1, 6]):
+        packing = Packing.from_lengths(torch.tensor(lengths, device=device), 6)
+        tensors = [torch.randn(sum(lengths), 2, width).to(device, dtype_of(backend))[..., ::2] for _ in range(3)]
+        expected = fastattn.varlen_attention(*(x.contiguous() for x in tensors), packing, backend=backend)
+        with BaseTorchFunctionMode():
+            assert torch.equal(fastattn.varlen_attention(*tensors, packing, backend=backend), expected)

@@ -199,15 +199,29 @@ def gradients(
     return (*(grads if q.dim() == 4 else (grad[0].transpose(0, 1) for grad in grads)), *last)
 
 
-def direct(q, k, v, mask: Any, scale: float | None, backend: str, return_lse: bool, checked: bool = False) -> Any:
+def direct(
+    q,
+    k,
+    v,
+    mask: Any,
+    scale: float | None,
+    backend: str,
+    return_lse: bool,
+    checked: bool = False,
+    more: tuple[Any, Any, Any] | None = None,
+) -> Any:
     """out, or (out, lse), without the dispatcher; nothing is `observed`. None where no such call was checked before and this one
-    was not `checked` either, where a tensor is not plain, and where something watches."""
+    was not `checked` either, where a tensor is not plain, and where something watches. more: (bias, dropout, seed), if any."""
     if mask is None:
         mask = NO_MASK
     elif type(mask) is not Prepared:
-        mask = _prepared(q, k, mask)
+        if type(mask) is not Mask or type(q) not in PLAIN or type(k) not in PLAIN:
+            return None
+        mask = mask.prepared.get((q.shape, k.shape, q.device))
         if mask is None:
             return None
+    if more is not None:
+        return _direct_again(q, k, v, mask, *more, scale, backend, return_lse)
     name = "attention", mask.key, scale, backend, return_lse, torch.is_grad_enabled()
     given = q, k, v
     try:
@@ -225,13 +239,6 @@ def direct(q, k, v, mask: Any, scale: float | None, backend: str, return_lse: bo
     return result if return_lse else result[0]
 
 
-def _prepared(q, k, mask: Any) -> Prepared | None:
-    """The mask as it was prepared for a call like this one."""
-    if type(mask) is not Mask or type(q) not in PLAIN or type(k) not in PLAIN:
-        return None
-    return mask.prepared.get((q.shape, k.shape, q.device))
-
-
 def _looked_up(given: tuple, mask: Prepared, name: tuple, checked: bool) -> Known | None:
     """The plan by the key of the call, and whether a gradient is wanted."""
     if watched() or any(x is None for x in given) or not plain(*given):
@@ -247,11 +254,10 @@ def _looked_up(given: tuple, mask: Prepared, name: tuple, checked: bool) -> Know
     return plan, recorded
 
 
-def direct_again(q, k, v, mask: Any, bias, dropout, seed, scale: float | None, backend: str, return_lse: bool) -> Any:
-    """`direct` for a call with extras. None where `direct_with` served none like it; nothing is `observed`."""
-    mask = NO_MASK if mask is None else mask if type(mask) is Prepared else _prepared(q, k, mask)
-    kind = None if mask is None else kind_of(bias, mask.packed)
-    if mask is None or kind is None:
+def _direct_again(q, k, v, mask: Prepared, bias, dropout, seed, scale: float | None, backend: str, return_lse: bool) -> Any:
+    """`direct` for a call with extras. None where `direct_with` served none like it."""
+    kind = kind_of(bias, mask.packed)
+    if kind is None:
         return None
     name = _extended_name(mask, scale, backend, return_lse, kind[0], dropout)
     try:
@@ -353,11 +359,8 @@ def attention(
     The algorithm is the online softmax of FlashAttention (Dao et al., 2022, arXiv:2205.14135).
     """
     if not observed():
-        if bias is None and dropout == 0.0 and seed is None:
-            found = direct(q, k, v, mask, scale, backend, return_lse)
-        else:
-            found = direct_again(q, k, v, mask, bias, dropout, seed, scale, backend, return_lse)
-        if found is not None:
+        more = None if bias is None and dropout == 0.0 and seed is None else (bias, dropout, seed)
+        if (found := direct(q, k, v, mask, scale, backend, return_lse, False, more)) is not None:
             return found
     q, k, v, lowered, checked_scale = checked(q, k, v, mask, scale, backend)
     extras = extras_of(bias, dropout, seed, q, k, lowered, backend)

@@ -39,15 +39,10 @@ class BitsProblem(NamedTuple):
 def attention_bits(
     seed: Tensor, rows: int, B: int, H: int, M: int, N: int, p: float, mask: LoweredMask | Prepared, backend: str = "auto"
 ) -> Tensor:
-    if isinstance(mask, Prepared):  # for a call whose tensors were looked at
-        if not watched() and plain(seed):
-            return _by_plan(seed, rows, B, H, M, N, p, mask, backend)
-        fields = mask.fields
-    else:
-        fields = mask
-        if not watched() and plain(seed, *fields.tensors):
-            bounds = _bounds(M, N, *(getattr(fields, name) for name in BOUNDS))
-            return _by_plan(seed, rows, B, H, M, N, p, bounds, backend)
+    fields, unseen = (mask.fields, []) if isinstance(mask, Prepared) else (mask, mask.tensors)
+    if not watched() and plain(seed, *unseen):
+        mask = mask if isinstance(mask, Prepared) else _bounds(M, N, *(getattr(mask, name) for name in BOUNDS))
+        return _by_plan(seed, rows, B, H, M, N, p, mask, backend)
     return _BITS(seed, rows, B, H, M, N, p, *(getattr(fields, name) for name in BOUNDS), backend)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastattn.biases import Bias
 from fastattn.lowering import NO_EXTRAS, LoweredMask, Prepared, batched
 from fastattn.masks import Mask, packed_fields
-from fastattn.ops.attention import SCALES, as_mask, checked, direct, direct_again, direct_with, forward_autograd
+from fastattn.ops.attention import SCALES, as_mask, checked, direct, direct_with, forward_autograd
 from fastattn.ops.attention_extras import extras_of
 from fastattn.packing import Packing
 from fastattn.planned import PLAIN, observed, plain, watched
@@ -66,11 +66,8 @@ def varlen_attention(
         As `attention` does.
     """
     if not observed() and (prepared := _known(q, k, v, packing, mask, key_packing)) is not None:
-        if bias is None and dropout == 0.0 and seed is None:
-            found = direct(q, k, v, prepared, scale, backend, return_lse)
-        else:
-            found = direct_again(q, k, v, prepared, bias, dropout, seed, scale, backend, return_lse)
-        if found is not None:
+        more = None if bias is None and dropout == 0.0 and seed is None else (bias, dropout, seed)
+        if (found := direct(q, k, v, prepared, scale, backend, return_lse, False, more)) is not None:
             return found
     if key_packing is None:
         key_packing = packing
