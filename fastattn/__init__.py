@@ -2,12 +2,13 @@
 
 import torch
 
-from fastattn import batching, biases, graphs, masks
+from fastattn import batching, biases, graphs, masks, nn
 from fastattn.dropout import dropout_mask
 from fastattn.integrations.accelerate import accelerate, restore
 from fastattn.integrations.torch_sdpa import sdpa_override
 from fastattn.kept import clear_packed
 from fastattn.ops.attention import attention, explain
+from fastattn.ops.attention_qkv import attention_qkv
 from fastattn.ops.attention_weights import attention_weights
 from fastattn.ops.ffn import ffn
 from fastattn.ops.linear import explain_linear, linear
@@ -24,6 +25,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_qkv",
     "attention_weights",
     "batching",
     "biases",
@@ -35,6 +37,7 @@ __all__ = [
     "graphs",
     "linear",
     "masks",
+    "nn",
     "restore",
     "scaled_dot_product_attention",
     "sdpa_override",

@@ -7,7 +7,7 @@ Function around it) -> the same plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -209,9 +209,11 @@ def direct(
     return_lse: bool,
     checked: bool = False,
     more: tuple[Any, Any, Any] | None = None,
+    record: Callable | None = None,
 ) -> Any:
     """out, or (out, lse), without the dispatcher; nothing is `observed`. None where no such call was checked before and this one
-    was not `checked` either, where a tensor is not plain, and where something watches. more: (bias, dropout, seed), if any."""
+    was not `checked` either, where a tensor is not plain, and where something watches. more: (bias, dropout, seed), if any.
+    record: what is recorded for a backward pass, in the place of `_Attention`."""
     if mask is None:
         mask = NO_MASK
     elif type(mask) is not Prepared:
@@ -221,7 +223,7 @@ def direct(
         if mask is None:
             return None
     if more is not None:
-        return _direct_again(q, k, v, mask, *more, scale, backend, return_lse)
+        return _direct_again(q, k, v, mask, *more, scale, backend, return_lse, record)
     name = "attention", mask.key, scale, backend, return_lse, torch.is_grad_enabled()
     given = q, k, v
     try:
@@ -234,7 +236,8 @@ def direct(
         return None
     plan, recorded = found
     if recorded:
-        return _record(q, k, v, mask, float(_scale(q, scale)), backend, return_lse, plan, NO_EXTRAS, None)
+        record = record or _record
+        return record(q, k, v, mask, float(_scale(q, scale)), backend, return_lse, plan, NO_EXTRAS, None)
     result = plan(q, k, v, mask)
     return result if return_lse else result[0]
 
@@ -254,7 +257,9 @@ def _looked_up(given: tuple, mask: Prepared, name: tuple, checked: bool) -> Know
     return plan, recorded
 
 
-def _direct_again(q, k, v, mask: Prepared, bias, dropout, seed, scale: float | None, backend: str, return_lse: bool) -> Any:
+def _direct_again(
+    q, k, v, mask: Prepared, bias, dropout, seed, scale: float | None, backend: str, return_lse: bool, record: Callable | None
+) -> Any:
     """`direct` for a call with extras. None where `direct_with` served none like it."""
     kind = kind_of(bias, mask.packed)
     if kind is None:
@@ -267,7 +272,7 @@ def _direct_again(q, k, v, mask: Prepared, bias, dropout, seed, scale: float | N
     if found is None:
         return None
     extras = extras_of(bias, dropout, seed, q, k, mask, backend, checked=True)
-    return _extended(found, q, k, v, mask, extras, float(_scale(q, scale)), backend, return_lse)
+    return _extended(found, q, k, v, mask, extras, float(_scale(q, scale)), backend, return_lse, record or _record)
 
 
 def direct_with(q, k, v, mask: Prepared, bias, extras: Extras, scale: float | None, backend: str, return_lse: bool) -> Any:
@@ -283,17 +288,19 @@ def direct_with(q, k, v, mask: Prepared, bias, extras: Extras, scale: float | No
         found = plan_of(q, k, v, mask, number, backend, lse, extras), recorded
         if kind is not None:
             remember((name, (), tensors), found, fp32_precision(q.dtype), tokens=3 if mask.packed else 0)
-    return _extended(found, q, k, v, mask, extras, number, backend, return_lse)
+    return _extended(found, q, k, v, mask, extras, number, backend, return_lse, _record)
 
 
 def _extended_name(mask: Prepared, *rest) -> tuple:
     return "attention and more", mask.key, torch.is_grad_enabled(), *rest
 
 
-def _extended(found: Known, q, k, v, mask: Prepared, extras: Extras, scale: float, backend: str, return_lse: bool) -> Any:
+def _extended(
+    found: Known, q, k, v, mask: Prepared, extras: Extras, scale: float, backend: str, return_lse: bool, record: Callable
+) -> Any:
     plan, recorded = found
     if recorded:
-        return _record(q, k, v, mask, scale, backend, return_lse, plan, extras, extras.learned)
+        return record(q, k, v, mask, scale, backend, return_lse, plan, extras, extras.learned)
     result = plan(q, k, v, mask, extras=extras)
     return result if return_lse else result[0]
 

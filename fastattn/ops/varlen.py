@@ -65,7 +65,7 @@ def varlen_attention(
     Raises:
         As `attention` does.
     """
-    if not observed() and (prepared := _known(q, k, v, packing, mask, key_packing)) is not None:
+    if not observed() and (prepared := known(q, k, v, packing, mask, key_packing)) is not None:
         more = None if bias is None and dropout == 0.0 and seed is None else (bias, dropout, seed)
         if (found := direct(q, k, v, prepared, scale, backend, return_lse, False, more)) is not None:
             return found
@@ -100,7 +100,7 @@ def prepared_of(packing: Packing, mask: Mask | None, H: int) -> Prepared:
     return Prepared(_lowered(packing, packing, mask, H))
 
 
-def _known(q, k, v, packing, mask, key_packing) -> Prepared | None:
+def known(q, k, v, packing, mask, key_packing) -> Prepared | None:
     """The packing and the mask as they were prepared, once the rows are as many as the packings say, which no plan knows."""
     if key_packing is None:
         key_packing = packing

@@ -1,0 +1,215 @@
+"""`EncoderLayer` and `Encoder`: torch.nn's TransformerEncoderLayer and TransformerEncoder, by fastattn's ops, without padding.
+
+B, L, E, T: sequences, padded length, features, packed tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn import masks
+from fastattn.biases import Bias
+from fastattn.masks import Mask
+from fastattn.nn.attention import MultiHeadAttention, joined_bias
+from fastattn.nn.feed_forward import activation_name, feed_forward, first_rows, rate
+from fastattn.nn.masking import causal_by_looks, real_tokens, translated
+from fastattn.ops.norm import add_layer_norm
+from fastattn.packing import Packing
+from fastattn.planned import PLAIN
+
+NAMES = "src_key_padding_mask", "mask"
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and a feed-forward block, each with dropout, a residual sum and a LayerNorm.
+
+    norm_first=False: x = LN(x + attention(x)), LN(x + ffn(x)); True: x = x + attention(LN(x)), x + ffn(LN(x)).
+
+    Args:
+        d_model, nhead, dim_feedforward, dropout, layer_norm_eps, batch_first, norm_first, bias, device, dtype: as of
+            torch.nn.TransformerEncoderLayer, and so is the state dict.
+        activation: as of `FeedForward`: a name, gated ones too, or PyTorch's relu, gelu or silu.
+        num_kv_heads, alibi, backend: as of `MultiHeadAttention`.
+
+    Raises:
+        ValueError: an argument does not fit.
+
+    >>> layer = fastattn.nn.EncoderLayer(32, 4, 64, batch_first=True)
+    >>> layer(torch.randn(2, 7, 32)).shape
+    torch.Size([2, 7, 32])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_kv_heads: int | None = None,
+        alibi: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "alibi": alibi, "backend": backend}
+        self.self_attn = MultiHeadAttention(d_model, nhead, dropout, bias, batch_first=batch_first, **options, **like)
+        self.activation, self.norm_first, self.backend = activation_name(activation), norm_first, backend
+        self.linear1 = nn.Linear(d_model, first_rows(dim_feedforward, self.activation), bias=bias, **like)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(dim_feedforward, d_model, bias=bias, **like)
+        self.norm1 = nn.LayerNorm(d_model, layer_norm_eps, bias=bias, **like)
+        self.norm2 = nn.LayerNorm(d_model, layer_norm_eps, bias=bias, **like)
+        self.dropout1, self.dropout2 = nn.Dropout(dropout), nn.Dropout(dropout)
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        mask: Mask | Tensor | None = None,
+        bias: Tensor | Bias | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """src (L, B, E), with batch_first (B, L, E), of one sequence (L, E), or with a packing (T, E); the result likewise.
+
+        src_mask, src_key_padding_mask, is_causal: torch.nn's; mask, bias, packing: fastattn's, as of `MultiHeadAttention`.
+        Padding is computed here, where nothing else is asked for: `Encoder` takes it out, or `packing` does.
+        """
+        given: dict[str, Any] = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
+        given |= {"mask": mask, "bias": bias, "packing": packing, "need_weights": False}
+        if self.norm_first:
+            normal = norm_of(self.norm1, src, self.backend)
+            attended = self.self_attn(normal, normal, normal, **given)[0]
+            normal, total = norm_of_sum(self.norm2, attended, src, self.dropout1, self.backend, return_sum=True)
+            return total + self.dropout2(self._ffn(normal))
+        attended = self.self_attn(src, src, src, **given)[0]
+        x = norm_of_sum(self.norm1, attended, src, self.dropout1, self.backend)
+        return norm_of_sum(self.norm2, self._ffn(x), x, self.dropout2, self.backend)
+
+    def _ffn(self, x: Tensor) -> Tensor:
+        return feed_forward(x, self.linear1, self.linear2, self.activation, self.dropout, self.backend)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, norm_first={self.norm_first}"
+
+
+class Encoder(nn.Module):
+    """A stack of copies of a layer, which computes no padding: real tokens are laid end to end once for all layers.
+
+    Args:
+        encoder_layer: an `EncoderLayer`, of which each layer is a copy.
+        num_layers, norm: as of torch.nn.TransformerEncoder, and so is the state dict.
+        enable_nested_tensor: take padding out, as torch.nn does for some inference: here in training too, on any side, and in
+            holes. False: leave it in.
+
+    >>> encoder = fastattn.nn.Encoder(fastattn.nn.EncoderLayer(32, 4, 64, batch_first=True), num_layers=2)
+    >>> padding = torch.arange(7) >= torch.tensor([[7], [5]])
+    >>> encoder(torch.randn(2, 7, 32), src_key_padding_mask=padding)[1, 5:].abs().max().item()
+    0.0
+    """
+
+    def __init__(
+        self, encoder_layer: EncoderLayer, num_layers: int, norm: nn.Module | None = None, enable_nested_tensor: bool = True
+    ) -> None:
+        super().__init__()
+        if not isinstance(encoder_layer, EncoderLayer):
+            raise TypeError(f"encoder_layer must be a fastattn.nn.EncoderLayer, got {type(encoder_layer).__name__}")
+        self.layers = nn.ModuleList([copy.deepcopy(encoder_layer) for _ in range(num_layers)])
+        self.num_layers, self.norm, self.enable_nested_tensor = num_layers, norm, enable_nested_tensor
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | Mask | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+        *,
+        bias: Tensor | Bias | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """src (L, B, E), with batch_first (B, L, E), of one sequence (L, E), or with a packing (T, E); the result likewise.
+
+        Args:
+            mask: torch.nn's, (L, L) or (B H, L, L), bool with True = hidden, or float; or one of `fastattn.masks`.
+            src_key_padding_mask: (B, L), bool with True = padding, or float. Where padding is taken out, results there are 0.
+            is_causal: whether `mask` is the causal one; None: by its values, which the host then reads.
+            bias, packing: as of `MultiHeadAttention`.
+
+        Padding is taken out unless something else than it and causality says what is seen, a `bias`, or ALiBi, whose distances
+        it may change, and while the call is traced, since the number of tokens is read on the host.
+        """
+        visible, attn_mask = (mask, None) if isinstance(mask, Mask) else (None, mask)
+        is_causal = causal_by_looks(attn_mask, is_causal)
+        if src.dim() != 3 or packing is not None:
+            given = attn_mask, src_key_padding_mask, is_causal
+            return self._run(src, *given, mask=visible, bias=bias, packing=packing)
+        nothing_else = visible is None and bias is None and (attn_mask is None or is_causal)
+        if src_key_padding_mask is not None and nothing_else and self._may_unpad(src):
+            keep = real_tokens(src_key_padding_mask, NAMES[0])
+            if keep is not None:
+                return self._unpadded(src, keep, masks.causal() if is_causal else None)
+        (B, L), heads = src.shape[:2] if self._batch_first else src.shape[1::-1], self._first.num_heads
+        given = src_key_padding_mask, attn_mask, is_causal, visible, (B, heads, L, L), src.dtype, NAMES
+        visible, floats = translated(*given)  # once for all layers
+        return self._run(src, mask=visible, bias=joined_bias(bias, floats))
+
+    def _unpadded(self, src: Tensor, keep: Tensor, mask: Mask | None) -> Tensor:
+        """keep: bool (B, L), the real tokens."""
+        batches = src if self._batch_first else src.transpose(0, 1)
+        if keep.shape != batches.shape[:2]:
+            raise ValueError(f"{NAMES[0]} must have the shape {tuple(batches.shape[:2])}, got {tuple(keep.shape)}")
+        packing = Packing.from_mask(keep)
+        if packing.known_total == keep.numel():
+            return self._run(src, mask=mask)
+        out = packing.unpack(self._run(packing.pack(batches), mask=mask, packing=packing))
+        return out if self._batch_first else out.transpose(0, 1).contiguous()
+
+    def _run(self, x: Tensor, *given: Any, **options: Any) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, *given, **options)
+        return x if self.norm is None else self.norm(x)
+
+    def _may_unpad(self, src: Tensor) -> bool:
+        """Whether the host may read how many tokens there are, and nothing counts places between them."""
+        if not self.enable_nested_tensor or self._first.alibi_slopes is not None or type(src) not in PLAIN:
+            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+            return False
+        return not (src.is_cuda and torch.cuda.is_current_stream_capturing()) and src.device.type != "meta"
+
+    @property
+    def _first(self) -> Any:
+        """The attention of the first layer, like which are all."""
+        first: Any = self.layers[0]
+        return first.self_attn
+
+    @property
+    def _batch_first(self) -> bool:
+        return self._first.batch_first
+
+
+def norm_of(norm: nn.LayerNorm, x: Tensor, backend: str) -> Any:
+    return add_layer_norm(x, None, norm.weight, norm.bias, eps=norm.eps, backend=backend)
+
+
+def norm_of_sum(norm: nn.LayerNorm, y: Tensor, x: Tensor, dropout: nn.Dropout, backend: str, return_sum: bool = False) -> Any:
+    """LayerNorm of dropout(y) + x, and with `return_sum` that sum, in the wider of their dtypes, as PyTorch's sum is."""
+    y = y.to(torch.promote_types(x.dtype, y.dtype))
+    options: dict[str, Any] = {"eps": norm.eps, "dropout": rate(dropout), "return_sum": return_sum, "backend": backend}
+    return add_layer_norm(y, x, norm.weight, norm.bias, **options)

@@ -1,0 +1,129 @@
+"""`attention_qkv`: self-attention of one tensor that holds q, k and v, which is read where it lies, and has one gradient."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.biases import Bias
+from fastattn.lowering import NO_EXTRAS
+from fastattn.masks import Mask
+from fastattn.ops import dispatch
+from fastattn.ops.attention import attention, direct, gradients
+from fastattn.ops.varlen import known, varlen_attention
+from fastattn.packing import Packing
+from fastattn.planned import observed
+
+
+class _Joined(torch.autograd.Function):
+    """qkv -> out, lse by a plan of `attention`'s; its gradient is written once, in its own layout.
+
+    The rest is as of `attention`'s own Function; `learned` is the tensor of the extras that may get a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, mask, scale, backend, exact_lse, plan, extras, learned):
+        ctx.set_materialize_grads(False)
+        q, k, v = _parts(qkv)
+        out, lse = plan(q, k, v, mask) if extras is NO_EXTRAS else plan(q, k, v, mask, extras=extras)
+        ctx.save_for_backward(qkv, out, lse, *extras.tensors, *mask.tensors)
+        ctx.request = mask, scale, backend, extras.bare
+        return (out, lse) if exact_lse else out
+
+    @staticmethod
+    def backward(ctx, dout, dlse=None):
+        qkv, out, lse, *tensors = ctx.saved_tensors
+        mask, scale, backend, extras = ctx.request
+        if extras is not NO_EXTRAS:
+            _, extras = extras.filled(tensors)
+        given = torch.zeros_like(out) if dout is None else dout, dlse, *_parts(qkv), out, lse
+        bias_grad = ctx.needs_input_grad[7]
+        grads = gradients(*given, mask, scale, backend, joined=True, extras=extras, bias_grad=bias_grad)
+        dqkv, dbias = grads if bias_grad else (grads, None)
+        return dqkv.view(qkv.shape), None, None, None, None, None, None, dbias
+
+
+_record = super(torch.autograd.Function, _Joined).apply  # less what transforms need, for which nothing is direct
+
+
+def _record_joined(qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, *request: Any) -> Any:
+    return _record(qkv, *request)
+
+
+def attention_qkv(
+    qkv: Tensor, mask: Mask | Tensor | None = None, *, qkv_bias: Tensor | None = None, packing: Packing | None = None,
+    bias: Tensor | Bias | None = None, scale: float | None = None, dropout: float = 0.0, seed: int | Tensor | None = None,
+    return_lse: bool = False, backend: str = "auto",
+) -> Any:  # fmt: skip
+    """`attention` of each sequence over itself, for q, k and v that are one tensor, as one product of a linear gives them.
+
+    Args:
+        qkv: (B, L, 3, H, D), of any strides: queries, keys and values of H heads each; with a packing (T, 3, H, D). It is read
+            in place, and its gradient is one tensor of its shape.
+        mask: as for `attention`, with M = N = L.
+        qkv_bias: (3, H, D) or as many in one dimension, added to qkv. It costs a pass over qkv: a bias of the product before is
+            better added there.
+        packing: where the sequences lie, as for `varlen_attention`.
+        bias, scale, dropout, seed, return_lse, backend: as for `attention`, or `varlen_attention`.
+
+    Returns:
+        out (B, L, H, D), contiguous, or with a packing (T, H, D); or (out, lse), lse (B, H, L) or (H, T).
+
+    Raises:
+        As `attention` does.
+
+    >>> x, weight = torch.randn(2, 7, 32), torch.randn(96, 32)
+    >>> qkv = fastattn.linear(x, weight).unflatten(-1, (3, 4, 8))
+    >>> fastattn.attention_qkv(qkv, fastattn.masks.causal()).shape
+    torch.Size([2, 7, 4, 8])
+    """
+    _check(qkv, packing)
+    if qkv_bias is not None:
+        qkv = qkv + _shaped(qkv_bias, qkv)
+    q, k, v = _parts(qkv)
+    if not observed():  # of a call that is known; a first one is checked, and known afterwards
+        more = None if bias is None and dropout == 0.0 and seed is None else (bias, dropout, seed)
+        prepared = mask if packing is None else known(q, k, v, packing, mask, None)
+        if packing is None or prepared is not None:
+            record = partial(_record_joined, qkv)
+            found = direct(q, k, v, prepared, scale, backend, return_lse, False, more, record)
+            if found is not None:
+                return found if packing is not None else _tokens(found, return_lse)
+    options: dict[str, Any] = {"bias": bias, "scale": scale, "dropout": dropout, "seed": seed, "backend": backend}
+    if packing is not None:
+        return varlen_attention(q, k, v, packing, mask, return_lse=return_lse, **options)
+    return _tokens(attention(q, k, v, mask, return_lse=return_lse, **options), return_lse)
+
+
+def _parts(qkv: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v as `attention` takes them, (B, H, L, D), or packed (T, H, D): views."""
+    if qkv.dim() == 4:
+        return qkv.unbind(1)
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _tokens(found: Any, return_lse: bool) -> Any:
+    return (found[0].transpose(1, 2), found[1]) if return_lse else found.transpose(1, 2)
+
+
+def _check(qkv: Any, packing: Any) -> None:
+    dispatch.check_tensor(qkv, "qkv")
+    layout = "(batch, length, 3, heads, head dimension)" if packing is None else "(rows, 3, heads, head dimension) of a packing"
+    if qkv.dim() != (5 if packing is None else 4) or qkv.shape[-3] != 3:
+        raise ValueError(f"qkv must have the shape {layout}, got {tuple(qkv.shape)}")
+
+
+def _shaped(qkv_bias: Any, qkv: Tensor) -> Tensor:
+    """As (3, H, D), in qkv's dtype. Under autocast qkv may have another one."""
+    dispatch.check_tensor(qkv_bias, "qkv_bias")
+    shape = qkv.shape[-3:]
+    if qkv_bias.shape != shape and tuple(qkv_bias.shape) != (shape.numel(),):
+        raise ValueError(f"qkv_bias must have the shape {tuple(shape)} or {(shape.numel(),)}, got {tuple(qkv_bias.shape)}")
+    if qkv_bias.device != qkv.device:
+        raise ValueError(f"qkv_bias is on {qkv_bias.device}, but qkv is on {qkv.device}")
+    if qkv_bias.dtype != qkv.dtype and dispatch.autocast_dtype(qkv) is None:
+        raise TypeError(f"qkv_bias is {qkv_bias.dtype}, but qkv is {qkv.dtype}")
+    return qkv_bias.reshape(shape).to(qkv.dtype)
