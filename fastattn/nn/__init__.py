@@ -1,8 +1,9 @@
 """Layers by fastattn's ops, with the constructors, state dicts and numbers of torch.nn's, and what torch.nn has not."""
 
 from fastattn.nn.attention import MultiHeadAttention
+from fastattn.nn.convert import convert
 from fastattn.nn.decoder import DecoderLayer
 from fastattn.nn.encoder import Encoder, EncoderLayer
 from fastattn.nn.feed_forward import FeedForward
 
-__all__ = ["DecoderLayer", "Encoder", "EncoderLayer", "FeedForward", "MultiHeadAttention"]
+__all__ = ["DecoderLayer", "Encoder", "EncoderLayer", "FeedForward", "MultiHeadAttention", "convert"]

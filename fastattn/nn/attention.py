@@ -38,8 +38,9 @@ class MultiHeadAttention(nn.Module):
         ValueError: sizes do not fit.
         NotImplementedError: options that do not go together.
 
-    It differs in two points. A query that sees no key gives `out_proj.bias`, with weights of 0; torch.nn gives NaN or that,
-    by the way it takes. And in training it drops by fastattn's draws, whose seed comes from PyTorch's generator.
+    It differs in three points. A query that sees no key gives `out_proj.bias`, with weights of 0; torch.nn gives NaN or that,
+    by the way it takes. The keys of add_bias_kv and add_zero_attn are seen by all; torch.nn hides them where it takes the hint
+    is_causal. And in training it drops by fastattn's draws, whose seed comes from PyTorch's generator.
 
     >>> mha = fastattn.nn.MultiHeadAttention(32, 4, batch_first=True)
     >>> x, padding = torch.randn(2, 7, 32), torch.arange(7) >= torch.tensor([[7], [5]])
@@ -47,6 +48,15 @@ class MultiHeadAttention(nn.Module):
     >>> out.shape, weights.shape
     (torch.Size([2, 7, 32]), torch.Size([2, 7, 7]))
     """
+
+    in_proj_weight: Any  # parameters, or None
+    in_proj_bias: Any
+    q_proj_weight: Any
+    k_proj_weight: Any
+    v_proj_weight: Any
+    bias_k: Any
+    bias_v: Any
+    alibi_slopes: Any
 
     def __init__(
         self,
@@ -169,7 +179,9 @@ class MultiHeadAttention(nn.Module):
             raise ValueError("key_packing is given without packing")
         if query.dim() == 2:
             options = {"mask": mask, "bias": bias}
-            return self._one(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, **options)
+            return self._one(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, **options
+            )
         sizes = self._sizes(query, key)
         mask, floats = translated(key_padding_mask, attn_mask, is_causal, mask, sizes, query.dtype)
         bias = joined_bias(self._with_alibi(bias), floats)

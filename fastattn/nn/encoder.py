@@ -161,12 +161,13 @@ class Encoder(nn.Module):
             return self._run(src, *given, mask=visible, bias=bias, packing=packing)
         nothing_else = visible is None and bias is None and (attn_mask is None or is_causal)
         if src_key_padding_mask is not None and nothing_else and self._may_unpad(src):
-            keep = real_tokens(src_key_padding_mask, NAMES[0])
+            keep = real_tokens(src_key_padding_mask)
             if keep is not None:
                 return self._unpadded(src, keep, masks.causal() if is_causal else None)
-        (B, L), heads = src.shape[:2] if self._batch_first else src.shape[1::-1], self._first.num_heads
-        given = src_key_padding_mask, attn_mask, is_causal, visible, (B, heads, L, L), src.dtype, NAMES
-        visible, floats = translated(*given)  # once for all layers
+        # once for all layers
+        B, L = src.shape[:2] if self._batch_first else src.shape[1::-1]
+        sizes = B, self._first.num_heads, L, L
+        visible, floats = translated(src_key_padding_mask, attn_mask, is_causal, visible, sizes, src.dtype, NAMES)
         return self._run(src, mask=visible, bias=joined_bias(bias, floats))
 
     def _unpadded(self, src: Tensor, keep: Tensor, mask: Mask | None) -> Tensor:

@@ -57,9 +57,7 @@ class FeedForward(nn.Module):
         return f"activation={self.activation!r}"
 
 
-def feed_forward(
-    x: Tensor, linear1: nn.Linear, linear2: nn.Linear, activation: str, dropout: nn.Dropout, backend: str
-) -> Tensor:
+def feed_forward(x: Tensor, linear1: nn.Linear, linear2: nn.Linear, activation: str, dropout: nn.Dropout, backend: str) -> Tensor:
     weights = linear1.weight, linear1.bias, linear2.weight, linear2.bias
     return ffn(x, *weights, activation=activation, dropout=rate(dropout), backend=backend)
 

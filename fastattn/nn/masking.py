@@ -30,33 +30,29 @@ def translated(
     B, H, L, S = sizes
     visible = [] if mask is None else [mask if isinstance(mask, Mask) else masks.dense(mask)]
     added: list[Tensor] = []
+    if attn_mask is not None:
+        layouts = "(queries, keys) or (batch heads, queries, keys)"
+        _check(attn_mask, [(L, S), (B * H, L, S)], layouts, names[1])
     if is_causal:
         if attn_mask is None:
             raise ValueError(f"is_causal says that {names[1]} is the causal mask: pass it, or mask=fastattn.masks.causal()")
-        _check_shape(attn_mask, sizes, names[1])
         visible.append(masks.causal("top_left"))
     elif attn_mask is not None:
-        _check_shape(attn_mask, sizes, names[1])
         four = attn_mask.unflatten(0, (B, H)) if attn_mask.dim() == 3 else attn_mask[None, None]
-        _sort(four, names[1], dtype, added, visible, masks.dense)
+        if _adds(four):
+            added.append(_cast(four, dtype))
+        else:
+            visible.append(masks.dense(~_hidden(four)))
     if key_padding_mask is not None:
-        if not isinstance(key_padding_mask, Tensor) or tuple(key_padding_mask.shape) != (B, S):
-            raise ValueError(f"{names[0]} must have the shape (batch, keys) = {(B, S)}, got {_shape(key_padding_mask)}")
-        if key_padding_mask.is_floating_point() and not _only_hides(key_padding_mask):
+        _check(key_padding_mask, [(B, S)], "(batch, keys)", names[0])
+        if _adds(key_padding_mask):
             added.append(_cast(key_padding_mask[:, None, None], dtype))
         else:
-            visible.append(masks.key_padding(~_hidden(key_padding_mask, names[0])))
+            visible.append(masks.key_padding(~_hidden(key_padding_mask)))
     joined = None
     for one in visible:
         joined = one if joined is None else joined & one
     return joined, sum(added[1:], added[0]) if added else None
-
-
-def _sort(x: Tensor, name: str, dtype: torch.dtype, added: list[Tensor], visible: list[Mask], make) -> None:
-    if x.is_floating_point() and not _only_hides(x):
-        added.append(_cast(x, dtype))
-    else:
-        visible.append(make(~_hidden(x, name)))
 
 
 def with_columns(mask: Mask | None, bias: Tensor | None, count: int, sizes: Sizes, device: torch.device):
@@ -80,35 +76,28 @@ def causal_by_looks(mask: Tensor | None, is_causal: bool | None) -> bool:
     return bool(torch.equal(mask, torch.zeros_like(mask).masked_fill(later, float("-inf"))))
 
 
-def real_tokens(key_padding_mask: Tensor, name: str) -> Tensor | None:
+def real_tokens(key_padding_mask: Tensor) -> Tensor | None:
     """bool (B, S) of a padding mask, True = a token; None where it adds other floats than 0 and -inf, or the host cannot see."""
-    if key_padding_mask.is_floating_point() and not _only_hides(key_padding_mask):
-        return None
-    return ~_hidden(key_padding_mask, name)
+    return None if _adds(key_padding_mask) else ~_hidden(key_padding_mask)
 
 
-def _check_shape(attn_mask: Tensor, sizes: Sizes, name: str) -> None:
-    B, H, L, S = sizes
-    if not isinstance(attn_mask, Tensor) or tuple(attn_mask.shape) not in ((L, S), (B * H, L, S)):
-        expected = f"(queries, keys) = {(L, S)} or (batch heads, queries, keys) = {(B * H, L, S)}"
-        raise ValueError(f"{name} must have the shape {expected}, got {_shape(attn_mask)}")
-
-
-def _shape(x: object) -> str:
-    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
-
-
-def _only_hides(x: Tensor) -> bool:
-    """Whether floats are all 0 or -inf, which the host can tell without waiting."""
-    return not x.requires_grad and readable(x) and bool(((x == 0) | (x == float("-inf"))).all())
-
-
-def _hidden(x: Tensor, name: str) -> Tensor:
-    if x.is_floating_point():
-        return x != 0
-    if x.dtype != torch.bool:
+def _check(x: Tensor, shapes: list[tuple[int, ...]], layout: str, name: str) -> None:
+    shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+    if shape not in shapes:
+        raise ValueError(f"{name} must have the shape {layout} = {' or '.join(map(str, shapes))}, got {shape}")
+    if x.dtype != torch.bool and not x.is_floating_point():
         raise TypeError(f"{name} must be a bool tensor, True = hidden, or a float tensor that is added, got {x.dtype}")
-    return x
+
+
+def _adds(x: Tensor) -> bool:
+    """Whether floats have to be added. Not where the host can tell, without waiting, that all are 0 or -inf."""
+    if not x.is_floating_point():
+        return False
+    return x.requires_grad or not readable(x) or not bool(((x == 0) | (x == float("-inf"))).all())
+
+
+def _hidden(x: Tensor) -> Tensor:
+    return x != 0 if x.is_floating_point() else x
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

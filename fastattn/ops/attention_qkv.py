@@ -39,9 +39,10 @@ class _Joined(torch.autograd.Function):
         mask, scale, backend, extras = ctx.request
         if extras is not NO_EXTRAS:
             _, extras = extras.filled(tensors)
-        given = torch.zeros_like(out) if dout is None else dout, dlse, *_parts(qkv), out, lse
+        dout = torch.zeros_like(out) if dout is None else dout
+        q, k, v = _parts(qkv)
         bias_grad = ctx.needs_input_grad[7]
-        grads = gradients(*given, mask, scale, backend, joined=True, extras=extras, bias_grad=bias_grad)
+        grads = gradients(dout, dlse, q, k, v, out, lse, mask, scale, backend, True, extras, bias_grad)
         dqkv, dbias = grads if bias_grad else (grads, None)
         return dqkv.view(qkv.shape), None, None, None, None, None, None, dbias
 
@@ -93,9 +94,10 @@ def attention_qkv(
             if found is not None:
                 return found if packing is not None else _tokens(found, return_lse)
     options: dict[str, Any] = {"bias": bias, "scale": scale, "dropout": dropout, "seed": seed, "backend": backend}
+    options["return_lse"] = return_lse
     if packing is not None:
-        return varlen_attention(q, k, v, packing, mask, return_lse=return_lse, **options)
-    return _tokens(attention(q, k, v, mask, return_lse=return_lse, **options), return_lse)
+        return varlen_attention(q, k, v, packing, mask, **options)
+    return _tokens(attention(q, k, v, mask, **options), return_lse)
 
 
 def _parts(qkv: Tensor) -> tuple[Tensor, ...]:

@@ -1,0 +1,156 @@
+"""`convert`: torch.nn's attention and transformer layers inside a model become fastattn's, with the same parameters, and back."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from fastattn.activations import quick_gelu
+from fastattn.nn.attention import MultiHeadAttention
+from fastattn.nn.decoder import DecoderLayer
+from fastattn.nn.encoder import Encoder, EncoderLayer
+from fastattn.nn.feed_forward import activation_name
+
+logger = logging.getLogger("fastattn")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+FUNCTIONS: dict[str, Callable] = {  # what torch.nn's layers take for our names
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+    "silu": F.silu,
+}
+
+
+def convert(module: nn.Module, *, for_export: bool = False, backend: str = "auto") -> nn.Module:
+    """Put fastattn's layers in the place of torch.nn's, everywhere inside a model; or with `for_export` torch.nn's in theirs.
+
+    MultiheadAttention, TransformerEncoderLayer, TransformerEncoder and TransformerDecoderLayer, exactly of these classes and
+    without hooks, are replaced by layers that hold the very same parameters: optimizers and the state dict know no difference.
+    The logger "fastattn" names what is left, and why.
+
+    Args:
+        module: changed in place. Where it is itself such a layer, its replacement is returned.
+        for_export: back to torch.nn's own layers, of which exporters to ONNX and others know the parts. Options that
+            torch.nn has not are refused.
+        backend: of the layers that are put in.
+
+    Returns:
+        The module, or what stands for it.
+
+    Raises:
+        TypeError: it is no module. NotImplementedError: `for_export` of a layer with options of fastattn's own.
+
+    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), num_layers=2)
+    >>> model = fastattn.nn.convert(model)
+    >>> type(model.layers[1]).__name__
+    'EncoderLayer'
+    >>> type(fastattn.nn.convert(model, for_export=True).layers[1]).__name__
+    'TransformerEncoderLayer'
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    return _converted(module, BACK if for_export else THERE, {} if for_export else {"backend": backend}, "", {})
+
+
+def _converted(module: nn.Module, makers: dict[type, Callable], options: dict[str, Any], path: str, made: dict) -> nn.Module:
+    """What stands in the place of a module. made: by module, for one that is there under several names."""
+    if module in made:
+        return made[module]
+    made[module] = module
+    if type(module) in makers:
+        why = _why_not(module)
+        if why is None:
+            try:
+                made[module] = makers[type(module)](module, options)
+                return made[module]
+            except ValueError as error:  # an activation of the user's own
+                why = str(error)
+        return _left(module, path, why)
+    if isinstance(module, FAST):
+        return _left(module, path, f"a {type(module).__name__} may compute anything")
+    for name, child in module.named_children():
+        setattr(module, name, _converted(child, makers, options, f"{path}.{name}".lstrip("."), made))
+    return module
+
+
+def _left(module: nn.Module, path: str, why: str) -> nn.Module:
+    """With all that is in it: torch.nn's fast path reads the weights past its parts, or gives them nested tensors."""
+    logger.warning("%s is left as it is: %s", path or type(module).__name__, why)
+    return module
+
+
+def _why_not(module: nn.Module) -> str | None:
+    for name, part in module.named_modules():
+        if any(getattr(part, hooks) for hooks in HOOKS):
+            return f"{name or 'it'} has hooks"
+        if "forward" in vars(part):
+            return f"a forward was set on {name or 'it'}"
+    return None
+
+
+# Either library's class has the other's constructor, so that one function goes both ways. New modules have no memory of their
+# own: parameters, linears, norms and dropouts are the old ones.
+
+
+def _attention(old: Any, options: dict[str, Any], cls: type) -> Any:
+    if cls is nn.MultiheadAttention and (old.num_kv_heads != old.num_heads or old.alibi_slopes is not None):
+        raise NotImplementedError("for_export: torch.nn.MultiheadAttention has neither num_kv_heads nor alibi")
+    given = old.embed_dim, old.num_heads, old.dropout, old.in_proj_bias is not None, old.bias_k is not None
+    new = cls(*given, old.add_zero_attn, old.kdim, old.vdim, old.batch_first, device="meta", **options)
+    weights = "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v"
+    return _sharing(new, old, *weights, "out_proj")
+
+
+def _layer(old: Any, options: dict[str, Any], cls: type, inner: type) -> Any:
+    """Of an encoder or a decoder. inner: the class of its attentions."""
+    activation: Any = activation_name(old.activation)
+    if inner is nn.MultiheadAttention:
+        if activation not in FUNCTIONS:
+            raise NotImplementedError(f"for_export: torch.nn's layers have no activation {activation!r}")
+        activation = FUNCTIONS[activation]
+    numbers = {"batch_first": old.self_attn.batch_first, "norm_first": old.norm_first, "device": "meta"}
+    new = cls(old.self_attn.embed_dim, old.self_attn.num_heads, 1, activation=activation, **numbers, **options)
+    for name, part in old.named_children():
+        setattr(new, name, _attention(part, options, inner) if name in ATTENTIONS else part)
+    return new.train(old.training)
+
+
+def _encoder(old: Any, options: dict[str, Any], cls: type, layer: type, inner: type) -> Any:
+    others = {type(one).__name__ for one in old.layers if type(one).__name__ not in LAYERS}
+    if others or not len(old.layers):
+        raise ValueError(f"its layers are of other classes: {', '.join(others) or 'there are none'}")
+    layers = [_layer(one, options, layer, inner) for one in old.layers]
+    new = cls(layers[0], 0, old.norm, old.enable_nested_tensor)
+    new.layers, new.num_layers = nn.ModuleList(layers), old.num_layers
+    return new.train(old.training)
+
+
+def _sharing(new: nn.Module, old: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        setattr(new, name, getattr(old, name))
+    return new.train(old.training)
+
+
+FAST = nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention
+ATTENTIONS = "self_attn", "multihead_attn"
+LAYERS = "TransformerEncoderLayer", "EncoderLayer"
+THERE: dict[type, Callable] = {
+    nn.MultiheadAttention: functools.partial(_attention, cls=MultiHeadAttention),
+    nn.TransformerEncoderLayer: functools.partial(_layer, cls=EncoderLayer, inner=MultiHeadAttention),
+    nn.TransformerDecoderLayer: functools.partial(_layer, cls=DecoderLayer, inner=MultiHeadAttention),
+    nn.TransformerEncoder: functools.partial(_encoder, cls=Encoder, layer=EncoderLayer, inner=MultiHeadAttention),
+}
+BACK: dict[type, Callable] = {
+    MultiHeadAttention: functools.partial(_attention, cls=nn.MultiheadAttention),
+    EncoderLayer: functools.partial(_layer, cls=nn.TransformerEncoderLayer, inner=nn.MultiheadAttention),
+    DecoderLayer: functools.partial(_layer, cls=nn.TransformerDecoderLayer, inner=nn.MultiheadAttention),
+    Encoder: functools.partial(
+        _encoder, cls=nn.TransformerEncoder, layer=nn.TransformerEncoderLayer, inner=nn.MultiheadAttention
+    ),
+}
