@@ -137,5 +137,6 @@ def _patched(to):
 def _activation(module, function):
     for layer in module.modules():
         if hasattr(layer, "activation"):
+            del layer.activation  # which may be a module
             layer.activation = function
     yield

@@ -74,8 +74,9 @@ def _converted(module: nn.Module, makers: dict[type, Callable], options: dict[st
         return _left(module, path, why)
     if isinstance(module, FAST):
         return _left(module, path, f"a {type(module).__name__} may compute anything")
-    for name, child in module.named_children():
-        setattr(module, name, _converted(child, makers, options, f"{path}.{name}".lstrip("."), made))
+    for name, child in list(module._modules.items()):
+        if child is not None:
+            module._modules[name] = _converted(child, makers, options, f"{path}.{name}".lstrip("."), made)
     return module
 
 

@@ -1,0 +1,141 @@
+"""`attention_qkv`: equal to `attention` of its parts to the bit, with one gradient; watched, packed, and refused."""
+
+import pytest
+import torch
+from backends import TRITON, device_of
+
+import fastattn
+from fastattn import biases, masks, planned
+
+B, L, H, D = 3, 17, 2, 16
+LENGTHS = [17, 5, 0]
+
+
+def tensor(backend, packed=False, layout="whole"):
+    shape = (sum(LENGTHS), 3, H, D) if packed else (B, L, 3, H, D)
+    x = torch.randn(shape, device=device_of(backend))
+    if layout == "sequences inside" and not packed:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "wide rows":
+        x = torch.cat([x, x], -1)[..., :D]
+    return x
+
+
+def cases(device):
+    lengths = torch.tensor(LENGTHS, device=device)
+    table = torch.randn(32, H, device=device)
+    return {
+        "plain": {},
+        "padding": {"mask": masks.padding(lengths, lengths)},
+        "causal": {"mask": masks.causal()},
+        "bool": {"mask": torch.rand(L, L, device=device) < 0.7},
+        "scale": {"scale": 0.3},
+        "table": {"bias": biases.relative(table.requires_grad_())},
+        "tensor": {"bias": torch.randn(1, H, L, L, device=device, requires_grad=True)},
+        "dropout": {"dropout": 0.3, "seed": 5},
+    }
+
+
+def learned(options):
+    bias = options.get("bias")
+    return getattr(bias, "table", bias)
+
+
+def grid():
+    """Every layout on CPUs; the interpreter takes one of padded and one of packed tensors."""
+    for backend in ("eager", "cpu", "triton"):
+        for packed in (False, True):
+            for layout in ("whole", "sequences inside", "wide rows"):
+                if packed and layout == "sequences inside":
+                    continue
+                if backend == "triton" and layout != ("sequences inside", "wide rows")[packed]:
+                    continue
+                for name in cases("cpu"):
+                    if not (packed and name in ("padding", "bool")):  # which a packing says
+                        marks = TRITON.marks if backend == "triton" else ()
+                        yield pytest.param(backend, name, packed, layout, marks=marks)
+
+
+@pytest.mark.parametrize(("backend", "name", "packed", "layout"), grid())
+def test_equals_attention(backend, name, packed, layout):
+    """The first call of a kind, and one that is known, whose gradient is written as one."""
+    device = device_of(backend)
+    options, qkv = cases(device)[name], tensor(backend, packed, layout).requires_grad_()
+    packing = fastattn.Packing.from_lengths(torch.tensor(LENGTHS, device=device), L) if packed else None
+    more = {**options, "backend": backend, "return_lse": True}
+    way, lse_way = torch.randn(*qkv.shape[:-3], H, D, device=device), None
+    results = []
+    for joined in (False, True, True):
+        qkv.grad, leaf = None, learned(options)
+        if leaf is not None:
+            leaf.grad = None
+        if joined:
+            out, lse = fastattn.attention_qkv(qkv, packing=packing, **more)
+        elif packed:
+            out, lse = fastattn.varlen_attention(*qkv.unbind(1), packing, **more)
+        else:
+            out, lse = fastattn.attention(*(x.transpose(1, 2) for x in qkv.unbind(2)), **more)
+            out = out.transpose(1, 2)
+        lse_way = torch.randn_like(lse) if lse_way is None else lse_way
+        lse = lse.masked_fill(lse == float("-inf"), 0)
+        ((out * way).sum() + (lse * lse_way).sum()).backward()
+        results.append((out, lse, qkv.grad, None if leaf is None else leaf.grad))
+    for found in results[1:]:
+        for x, y in zip(found, results[0], strict=True):
+            assert x is None if y is None else torch.equal(x, y)
+    assert results[1][0].is_contiguous()
+
+
+def test_a_known_call_writes_one_gradient():
+    """By a Function of its own, which saves qkv alone."""
+    qkv, mask = tensor("cpu").requires_grad_(), masks.causal()
+    first, second = (fastattn.attention_qkv(qkv, mask) for _ in range(2))
+    assert type(first.grad_fn.next_functions[0][0]).__name__ == "_AttentionBackward"
+    assert type(second.grad_fn.next_functions[0][0]).__name__ == "_JoinedBackward"
+    before = planned.misses
+    fastattn.attention_qkv(tensor("cpu").requires_grad_(), mask)
+    assert planned.misses == before
+
+
+def test_inference_and_watched_calls():
+    qkv, mask = tensor("cpu"), masks.causal()
+    expected = fastattn.attention_qkv(qkv, mask)
+    with torch.inference_mode():
+        assert torch.equal(fastattn.attention_qkv(qkv, mask), expected)
+    compiled = torch.compile(fastattn.attention_qkv, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(qkv, mask), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fastattn.attention_qkv(qkv, mask).dtype == torch.bfloat16
+    qkv = tensor("cpu").double().requires_grad_()
+    torch.autograd.gradcheck(lambda x: fastattn.attention_qkv(x[:, :5], mask), (qkv[:, :5].detach().requires_grad_(),))
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(fastattn.attention_qkv(qkv, mask).sum(), qkv, create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivatives"):
+            grad.sum().backward()
+
+
+def test_bias_of_qkv():
+    qkv, bias = tensor("cpu"), torch.randn(3, H, D, requires_grad=True)
+    out = fastattn.attention_qkv(qkv, qkv_bias=bias)
+    torch.testing.assert_close(out, fastattn.attention_qkv(qkv + bias))
+    out.sum().backward()
+    assert bias.grad is not None and bias.grad.shape == bias.shape
+    assert torch.equal(fastattn.attention_qkv(qkv, qkv_bias=bias.flatten()), out)
+
+
+def test_refusals():
+    qkv = tensor("cpu")
+    packing = fastattn.Packing.from_lengths(LENGTHS, L)
+    for error, words, call in (
+        (ValueError, "qkv must have the shape", lambda: fastattn.attention_qkv(qkv[0])),
+        (ValueError, "qkv must have the shape", lambda: fastattn.attention_qkv(qkv[:, :, :2])),
+        (ValueError, "of a packing", lambda: fastattn.attention_qkv(qkv, packing=packing)),
+        (TypeError, "qkv must be a tensor", lambda: fastattn.attention_qkv(None)),
+        (ValueError, "qkv_bias", lambda: fastattn.attention_qkv(qkv, qkv_bias=torch.zeros(5))),
+        (TypeError, "qkv_bias", lambda: fastattn.attention_qkv(qkv, qkv_bias=torch.zeros(3, H, D).double())),
+        (ValueError, "rows", lambda: fastattn.attention_qkv(tensor("cpu", packed=True)[1:], packing=packing)),
+        (ValueError, "scale", lambda: fastattn.attention_qkv(qkv, scale=float("nan"))),
+        (ValueError, "backend", lambda: fastattn.attention_qkv(qkv, backend="fast")),
+    ):
+        with pytest.raises(error, match=words):
+            call()
