@@ -75,6 +75,7 @@ def imported(path):
         ("planned.py", ()),
         ("reference.py", ("lowering", "activations", "biases", "dropout")),
         ("ops/*.py", ("masks", "biases", "packing", "lowering", "planned", "plans", "activations", "dropout", "ops")),
+        ("nn/*.py", ("masks", "biases", "packing", "planned", "activations", "dropout", "ops", "nn", "integrations.accelerate")),
         ("kernels/eager/*.py", ("lowering", "activations", "dropout", "reference")),
         ("kernels/cpu/*.py", ("lowering", "activations", "dropout", "reference", "kept", "kernels.cpu")),
         ("kernels/triton/*.py", ("lowering", "planned", "plans", "activations", "dropout", "kernels.triton")),

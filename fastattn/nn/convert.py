@@ -36,8 +36,8 @@ def convert(module: nn.Module, *, for_export: bool = False, backend: str = "auto
 
     Args:
         module: changed in place. Where it is itself such a layer, its replacement is returned.
-        for_export: back to torch.nn's own layers, of which exporters to ONNX and others know the parts. Options that
-            torch.nn has not are refused.
+        for_export: back to torch.nn's own layers, and `accelerate`d encoders to their own code, of which exporters to ONNX and
+            others know the parts. Options that torch.nn has not are refused.
         backend: of the layers that are put in.
 
     Returns:
@@ -55,7 +55,12 @@ def convert(module: nn.Module, *, for_export: bool = False, backend: str = "auto
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    return _converted(module, BACK if for_export else THERE, {} if for_export else {"backend": backend}, "", {})
+    if not for_export:
+        return _converted(module, THERE, {"backend": backend}, "", {})
+    from fastattn.integrations.accelerate import restore  # which is above this, and would be imported in a circle
+
+    restore(module)
+    return _converted(module, BACK, {}, "", {})
 
 
 def _converted(module: nn.Module, makers: dict[type, Callable], options: dict[str, Any], path: str, made: dict) -> nn.Module:
