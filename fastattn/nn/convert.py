@@ -144,6 +144,13 @@ def _sharing(new: nn.Module, old: nn.Module, *names: str) -> nn.Module:
 
 
 FAST = nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention
+
+
+def convert_encoder(module: nn.TransformerEncoder, backend: str = "auto") -> Encoder:
+    """One that has the very same parts. Raises ValueError where a layer has no equal here."""
+    return _encoder(module, {"backend": backend}, Encoder, EncoderLayer, MultiHeadAttention)
+
+
 ATTENTIONS = "self_attn", "multihead_attn"
 LAYERS = "TransformerEncoderLayer", "EncoderLayer"
 THERE: dict[type, Callable] = {

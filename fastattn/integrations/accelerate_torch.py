@@ -1,0 +1,176 @@
+"""torch.nn.TransformerEncoder for `accelerate`: its forward becomes that of a `fastattn.nn.Encoder` with the very same parts.
+
+The twin holds the old modules themselves, and of attention their dicts of parameters: whatever becomes of a weight, it sees it.
+What it was made from is compared in each call; what has changed makes a new twin, which has to prove itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.integrations.accelerate_checks import GLOBAL_HOOKS, HOOKS
+from fastattn.integrations.accelerate_forward import Replaced, Report, logger
+from fastattn.integrations.accelerate_layers import traced
+from fastattn.integrations.accelerate_proof import Proof, tell
+from fastattn.nn.convert import convert_encoder
+from fastattn.nn.encoder import Encoder
+from fastattn.nn.masking import causal_by_looks, real_tokens
+from fastattn.planned import PLAIN
+
+HOME = "torch.nn."
+READ = "what stands at padding may be read: unpad='always' is your word that it is not"
+NAMES = "src", "mask", "src_key_padding_mask", "is_causal"
+NUMBERS = "dropout", "num_heads", "batch_first", "norm_first", "activation", "add_zero_attn"  # of a layer and its attention
+
+
+@dataclass
+class Stack:
+    """What is known of one torch.nn.TransformerEncoder."""
+
+    name: str
+    report: Report
+    strict: bool
+    prove: bool
+    unpad: str
+    graphs: bool
+    twin: Encoder | None = None
+    noted: tuple = ()  # what the twin was made from
+    unproven: bool = False
+    differs: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes a twin of its own modules."""
+        return {**vars(self), "twin": None, "noted": ()}
+
+    def refusal(self, module: nn.TransformerEncoder) -> str | None:
+        """Why its own code is to run; afterwards the twin is one of the module as it is now."""
+        noted = _noted(module)
+        if self.twin is None or noted != self.noted:
+            why = why_not(module)
+            if why is not None:
+                self.twin = None
+                return why
+            self.twin, self.noted, self.unproven, self.differs = twin_of(module), noted, self.prove, None
+            self.report.left.pop(self.name, None)
+        for ours, theirs in zip(self.twin.layers, module.layers, strict=True):
+            ours.training = theirs.training
+            ours.self_attn.training = theirs.self_attn.training  # type: ignore[union-attr]
+        return self.differs
+
+
+def stack_forward(at: Replaced, *args: Any, **kwargs: Any) -> Tensor:
+    stack, module = at.settings, at.module
+    if stack.graphs:
+        stack.report.not_captured["torch.nn.TransformerEncoder is not captured"] += 1
+    given = {**dict(zip(NAMES, args, strict=False)), **kwargs}
+    why = stack.refusal(module) or _unserved(given)
+    if why is None and stack.unproven and not traced(given["src"]):
+        why = _proven(stack, module, **given)
+    if why is not None:
+        _tell(stack, why)
+        return at.own(*args, **kwargs)
+    stack.twin.enable_nested_tensor = _unpads(stack, module, **given)
+    return stack.twin(**given)
+
+
+def _unserved(given: dict[str, Any]) -> str | None:
+    src = given.get("src")
+    if not isinstance(src, Tensor) or src.is_nested or set(given) > set(NAMES):
+        return "it was not called with a plain tensor and torch.nn's arguments"
+    return None
+
+
+def _unpads(stack: Stack, module: Any, src: Tensor, mask=None, src_key_padding_mask=None, is_causal=None) -> bool:
+    """Where torch.nn would take padding out itself, so that what stands there is equal; and where it is said not to matter."""
+    if src_key_padding_mask is None or stack.unpad == "never" or traced(src):
+        return False
+    if stack.unpad == "always":
+        return True
+    if not module.training and not torch.is_grad_enabled() and module.use_nested_tensor and mask is None:
+        keep = real_tokens(src_key_padding_mask)
+        if keep is not None and bool((keep[:, 1:] <= keep[:, :-1]).all()):
+            return True
+    stack.report.padded[READ] += 1
+    return False
+
+
+def _proven(stack: Stack, module: Any, src: Tensor, mask=None, src_key_padding_mask=None, is_causal=None) -> str | None:
+    """Each layer computed both ways on this call's input, padding left in. What differs, or None."""
+    keep = None if src_key_padding_mask is None else real_tokens(src_key_padding_mask)
+    keep = keep if keep is None or module.layers[0].self_attn.batch_first or src.dim() == 2 else keep.T
+    causal, proof, x = causal_by_looks(mask, is_causal), Proof(keep), src
+    for n, (theirs, ours) in enumerate(zip(module.layers, stack.twin.layers, strict=True)):  # type: ignore[union-attr]
+        rest = {"src_mask": mask, "src_key_padding_mask": src_key_padding_mask, "is_causal": causal}
+
+        def own(x: Tensor, layer=theirs, rest=rest) -> Tensor:
+            return layer(x, **rest)
+
+        def twin(x: Tensor, layer=ours, rest=rest) -> Tensor:
+            for part in layer.modules():  # those of the twin's own, as `Proof` has set the layer's
+                part.training = False
+            return layer(x, **rest)
+
+        if not proof.holds(str(n), theirs, x, own, twin):
+            assert proof.difference is not None
+            stack.differs = tell(proof.difference)
+            stack.report.left[stack.name] = stack.differs
+            return stack.differs
+        with torch.no_grad():
+            x = own(x)
+    stack.unproven = proof.compared < len(module.layers)
+    return stack.refusal(module)  # with the layers' modes again
+
+
+def _tell(stack: Stack, why: str) -> None:
+    if stack.strict:
+        raise NotImplementedError(f"strict=True, but this call is not served: {why}")
+    if why not in stack.report.fallbacks and not torch.compiler.is_compiling():
+        logger.warning("%s runs its own code: %s", stack.name or "the accelerated model", why)
+    stack.report.fallbacks[why] += 1
+
+
+# The twin, and what it rests on
+
+
+def twin_of(module: nn.TransformerEncoder) -> Encoder:
+    twin = convert_encoder(module)
+    for ours, theirs in zip(twin.layers, module.layers, strict=True):
+        attention: Any = ours.self_attn
+        vars(attention).update(
+            _parameters=theirs.self_attn._parameters, _modules=theirs.self_attn._modules, bias_k=None, bias_v=None
+        )
+    return twin
+
+
+def _noted(module: nn.Module) -> tuple:
+    """Modules by identity, with all that a layer's result rests on beside its parameters."""
+    found: list[Any] = [len(hooks) for hooks in GLOBAL_HOOKS]
+    for part in module.modules():
+        own = None if part is module else vars(part).get("forward")
+        hooked = [len(getattr(part, hooks)) for hooks in HOOKS] if part is not module else ()
+        numbers = [vars(part).get(name) for name in NUMBERS]
+        found += (part, type(part), type(part).forward, own, *hooked, *numbers, *map(type, part._parameters.values()))
+    return tuple(found)
+
+
+def why_not(module: nn.TransformerEncoder) -> str | None:
+    """Why an encoder cannot be computed from its weights, or None."""
+    if any(GLOBAL_HOOKS):
+        return "there are hooks on every module, which would not run"
+    for name, part in module.named_modules():
+        cls: Any = type(part)
+        if not cls.__module__.startswith(HOME) or not cls.forward.__module__.startswith(HOME):
+            return f"{name or 'it'} is a {cls.__name__}, which may compute anything"
+        if part is not module and (vars(part).get("forward") is not None or any(getattr(part, hooks) for hooks in HOOKS)):
+            return f"{name} has hooks, or a forward that was set, which would not run"
+        if any(p is not None and type(p) not in PLAIN for p in part._parameters.values()):
+            return f"{name} has parameters that are no plain tensors"
+    try:
+        convert_encoder(module)
+    except ValueError as error:
+        return str(error)
+    return None
