@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import shapes, texts
+from benchmarks.torch_encoder import TorchEncoder
 from fastattn.models import bert, checkpoint, clip, digits
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")
@@ -53,7 +54,7 @@ class Case:
     def fields(self) -> dict:
         """The part of a record that describes the model and its input."""
         towers = shapes.towers(self.config)
-        main, text = towers[-1], self.inputs["input_ids"]
+        main, text = towers[-1], next(iter(self.inputs.values()))
         tokens = sum(int(length.sum()) for length in self.lengths)
         extra = {"image_tokens": main.positions, "text_layers": towers[0].layers} if self.is_clip else {}
         return {
@@ -89,11 +90,9 @@ def load(name: str, *, batch: int, seq: int | None, fill: float, layers: int | N
 
 
 def reference(config: dict, implementation, state: dict[str, Tensor]) -> torch.nn.Module:
-    """Our own model on these weights, which it takes without a copy."""
+    """Our own model, or torch.nn's, on these weights, which it takes without a copy."""
     with torch.device("meta"):
-        model = (
-            clip.CLIPModel(config, implementation) if "vision_config" in config else bert.BertModel(config, implementation, False)
-        )
+        model = _new(config, implementation)
     model.load_state_dict(state, assign=True, strict=False)
     missing = [key for key, x in model.named_parameters() if x.is_meta]
     if missing:
@@ -107,8 +106,14 @@ def random_state(text: str, device: torch.device) -> dict[str, Tensor]:
     config = json.loads(text)
     torch.manual_seed(0)
     with torch.device(device):
-        model = clip.CLIPModel(config, "eager") if "vision_config" in config else bert.BertModel(config, "eager", False)
+        model = _new(config, "eager")
     return {key: x.detach() for key, x in model.named_parameters()}
+
+
+def _new(config: dict, implementation) -> torch.nn.Module:
+    if config.get("model_type") == "torch-encoder":
+        return TorchEncoder(config, implementation)
+    return clip.CLIPModel(config, implementation) if "vision_config" in config else bert.BertModel(config, implementation, False)
 
 
 def read_config(name: str, folder: Path | None = None) -> dict:
@@ -163,6 +168,10 @@ def _inputs(name: str, config: dict, batch: int, seq: int | None, fill: float) -
     if longest > text.positions:
         raise ValueError(f"--seq {longest}: {name} has {text.positions} positions")
     lengths = shapes.ragged_lengths(batch, longest, fill)
+    if name == "torch-encoder":
+        hidden = torch.randn(batch, longest, text.hidden, generator=torch.Generator().manual_seed(0))
+        mask = (torch.arange(longest) < lengths[:, None]).long()
+        return {"inputs_embeds": hidden} | ({} if fill == 1 else {"attention_mask": mask}), [lengths], "normal random numbers"
     kind = "clip" if "vision_config" in config else "bert"
     input_ids, mask, source = texts.running_text(lengths, longest, kind)
     inputs = {"input_ids": input_ids} if fill == 1 else {"input_ids": input_ids, "attention_mask": mask}

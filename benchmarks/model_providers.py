@@ -41,6 +41,12 @@ class Provider(NamedTuple):
 
 
 ACCELERATED = "Hugging Face with fastattn.accelerate"
+CONVERTED = "torch.nn with fastattn.nn.convert"
+COUNTS = "not captured: each call asks how many real tokens there are"
+BASELINES = {  # of each kind the one that is there; torch.nn calls SDPA itself, where it does not take its fast path
+    "eager": ("Hugging Face eager", "reference eager", "torch.nn eager"),
+    "SDPA": ("Hugging Face SDPA", "reference SDPA", "torch.nn"),
+}
 FASTATTN = IMPLEMENTATIONS["fastattn"]
 ATTENTION_ONLY = IMPLEMENTATIONS["sdpa"]._replace(mask=FASTATTN.mask, attention=FASTATTN.attention)
 
@@ -107,8 +113,28 @@ def _ready(model: nn.Module, mode: str) -> Built:
     return Built(model, model)
 
 
+def converted(case: Case, mode: str) -> Built:
+    built = reference("torch.nn", case, mode)
+    fastattn.nn.convert(built.module)
+    left = [name for name, module in built.module.named_modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    if left:
+        raise RuntimeError(f"convert left torch.nn's layers: {', '.join(left)}")
+    return built
+
+
+def of(model: str, device: torch.device) -> list[Provider]:
+    """Who runs a model of `shapes.MODELS`."""
+    if model != "torch-encoder":
+        return providers(device)
+    return [
+        Provider("torch.nn eager", functools.partial(reference, "eager"), main=True),
+        Provider("torch.nn", functools.partial(reference, "torch.nn"), main=True),
+        Provider(CONVERTED, converted, True, main=True, uncapturable=COUNTS),
+    ]
+
+
 def providers(device: torch.device) -> list[Provider]:
-    """In the order of the tables. Without transformers the reference models' own eager and SDPA are the baselines."""
+    """Of BERT and CLIP, as tables order them. Without transformers the reference models' own eager and SDPA are the baselines."""
     installed = importlib.util.find_spec("transformers") is not None
     whose = "Hugging Face" if installed else "reference"
     if installed:
@@ -116,7 +142,6 @@ def providers(device: torch.device) -> list[Provider]:
     else:
         eager, sdpa = (functools.partial(reference, kind) for kind in ("eager", "sdpa"))
     linears = "+ oneDNN linears" if device.type == "cpu" else "+ linears and norms"
-    counts = "not captured: each call asks how many real tokens there are"
     found = [Provider(f"{whose} eager", eager, main=True), Provider(f"{whose} SDPA", sdpa, main=True)]
     if installed:
         found.append(Provider("reference eager", functools.partial(reference, "eager")))
@@ -125,7 +150,7 @@ def providers(device: torch.device) -> list[Provider]:
     found += [
         Provider("fastattn: attention", functools.partial(reference, ATTENTION_ONLY), True),
         Provider(f"fastattn: {linears}", functools.partial(reference, "fastattn"), True, main=not installed),
-        Provider("fastattn: + unpadded", unpadded, True, uncapturable=counts),
+        Provider("fastattn: + unpadded", unpadded, True, uncapturable=COUNTS),
     ]
     if installed:
         fast, static = (functools.partial(one, sdpa) for one in (accelerated, accelerated_for_graphs))
@@ -150,7 +175,7 @@ def _slow(name: str, eager: Build, sdpa: Build, device: torch.device) -> list[Pr
 
 def baseline(names: list[str], kind: str) -> str | None:
     """The name of the "eager" or "SDPA" baseline among those that ran."""
-    return next((name for who in ("Hugging Face", "reference") for name in names if name == f"{who} {kind}"), None)
+    return next((name for name in BASELINES[kind] if name in names), None)
 
 
 def _exported(export: Callable, build: Build, case: Case, mode: str) -> Built:

@@ -55,7 +55,8 @@ TELLING = (  # (model, mode, fill): what comes first, because a run may be cut
 class Defaults(NamedTuple):
     """What a run measures where the command line does not say.
 
-    A model that is absent has all layers, 32 sequences, fills 1.0 and 0.5 in inference. Training steps have a fill of 0.5.
+    A model that is absent has all layers, 32 sequences, fills 1.0 and 0.5 in inference. Training steps have a fill of 0.5, and
+    those of torch-encoder, which runs where it is asked for, both.
     """
 
     models: tuple[str, ...]
@@ -71,7 +72,7 @@ FEW = dict.fromkeys(shapes.CONFIGS, 2)  # the others are like them
 BERT_FILLS: dict[str, tuple[float, ...]] = {"bert-base": (1.0, 0.75, 0.5)}
 CPU = Defaults(
     ("minilm", "digits-clip", "bert-base", "clip-vit-b-32"), FEW,
-    {"minilm": 32, "digits-clip": 300, **dict.fromkeys(FEW, 8)}, {"bert-base": 256, "bert-large": 256},
+    {"minilm": 32, "digits-clip": 300, **dict.fromkeys(FEW, 8)}, dict.fromkeys(("bert-base", "bert-large", "torch-encoder"), 256),
     {**BERT_FILLS, "clip-vit-b-32": (0.5,)}, 6.0, 190.0,
 )  # fmt: skip
 GPU = Defaults(
@@ -87,7 +88,7 @@ QUICK = Defaults(
     ("minilm", "bert-base"),
     dict.fromkeys(FEW, 1),
     {**dict.fromkeys(shapes.MODELS, 2), "minilm": 16},
-    {"bert-base": 32},
+    {"bert-base": 32, "torch-encoder": 32},
     {},
     0.2,
     25.0,
@@ -119,7 +120,8 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, pick_device(args.device)
         self.defaults = QUICK if args.quick else GPU if self.device.type == "cuda" else CPU
-        self.providers = select(model_providers.providers(self.device), args.providers)
+        models = args.models or self.defaults.models
+        self.providers = select({model: model_providers.of(model, self.device) for model in models}, args.providers)
         self.budget = budget.Budget(self.defaults.budget if args.budget is None else args.budget)
         self.dtypes = [pick_dtype(name, self.device) for name in (args.dtype.split(",") if args.dtype else [None])]
         self.ceilings = {dtype: timing.ceilings(self.device, dtype) for dtype in self.dtypes}
@@ -167,7 +169,7 @@ class Run:
 
         try:
             measured = model_measure.run(
-                case, request.mode, self.providers, seconds=self.defaults.seconds, share=share, refuse=refuse
+                case, request.mode, self.providers[request.model], seconds=self.defaults.seconds, share=share, refuse=refuse
             )
         except torch.OutOfMemoryError as error:
             self.leave_out(request, measure.words(error, []))
@@ -181,11 +183,12 @@ class Run:
         """Those of one case for which there is time, beside the baselines. Their names."""
         rows = self.done[request].rows
         waiting = {row["provider"] for row in rows if (row["refusal"] or "").startswith(IMPATIENT)}
-        slow = [one for one in self.providers if one.name in waiting and self.budget.left > one.patience]
+        known = self.providers[request.model]
+        slow = [one for one in known if one.name in waiting and self.budget.left > one.patience]
         if not slow:
             return []
         case = self.load(request)
-        baselines = [one for one in self.providers if one.name in baseline_names(self.providers)]
+        baselines = [one for one in known if one.name in baseline_names(known)]
         measured = model_measure.run(
             case, request.mode, [*baselines, *slow], seconds=self.defaults.seconds,
             refuse=lambda one: self.no_patience(one) if self.budget.left <= one.patience else None,
@@ -252,8 +255,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(["", "fastattn's GPU kernels in Triton's interpreter:", *run.interpreted]))
     if path:
         print(f"\nwrote {path}\n{picture(run)}")
-    ours = next((one.name for one in run.providers if one.ours and one.main), "fastattn")
-    print("\n".join(["", *summary.lines(run.records, ours, run.left_out)]))
+    ours = {one.name: None for found in run.providers.values() for one in found if one.ours and one.main}
+    print("\n".join(["", *summary.lines(run.records, tuple(ours) or "fastattn", run.left_out)]))
     return complain(run.records)
 
 
@@ -289,6 +292,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.weights is not None and len(args.models or ()) != 1:
         parser.error("--weights needs exactly one model in --models")
+    if args.weights is not None and args.models == ["torch-encoder"]:
+        parser.error("--weights: torch-encoder takes none")
     if args.weights is not None and not args.weights.is_dir():
         parser.error(f"--weights: there is no folder {args.weights}")
     return args
@@ -311,7 +316,8 @@ def requests(args: argparse.Namespace, defaults: Defaults, dtypes: list[torch.dt
     for mode, model in itertools.product(args.mode or MODES, args.models or defaults.models):
         if args.mode is None and mode == "train" and model in TRAINED:
             continue
-        fills = [0.5] if mode == "train" else sorted(defaults.fills.get(model, (1.0, 0.5)))
+        alone = mode == "train" and model != "torch-encoder"
+        fills = [0.5] if alone else sorted(defaults.fills.get(model, (1.0, 0.5)))
         if args.fill:
             fills = [float(text) for text in args.fill.split(",")]
         if model in TRAINED:
@@ -328,12 +334,12 @@ def rank(request: Request) -> float:
     return len(TELLING) + (3 if request.model == "digits-clip" else request.fill)
 
 
-def select(found: list[Provider], asked: str | None) -> list[Provider]:
-    """Those asked for, and the baselines, without which there is neither a gate nor a ratio."""
+def select(found: dict[str, list[Provider]], asked: str | None) -> dict[str, list[Provider]]:
+    """Of each model those asked for, and the baselines, without which there is neither a gate nor a ratio."""
     if asked is None:
         return found
-    kept = [*selection.chosen(asked, [one.name for one in found], "--providers"), *baseline_names(found)]
-    return [one for one in found if one.name in kept]
+    kept = selection.chosen(asked, (one.name for some in found.values() for one in some), "--providers")
+    return {model: [one for one in some if one.name in (*kept, *baseline_names(some))] for model, some in found.items()}
 
 
 def baseline_names(found: list[Provider]) -> list[str]:

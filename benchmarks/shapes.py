@@ -148,6 +148,11 @@ def bert(layers: int, hidden: int, heads: int) -> dict:
     return {"model_type": "bert", "vocab_size": 30522, "hidden_act": "gelu", "max_position_embeddings": 512, **tower.config()}
 
 
+def torch_encoder(layers: int, hidden: int, heads: int) -> dict:
+    """torch.nn.TransformerEncoder with BERT's layers, and no embeddings."""
+    return {**bert(layers, hidden, heads), "model_type": "torch-encoder"}
+
+
 def clip(text: Tower, vision: Tower, patch: int, projection: int) -> dict:
     words = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407, "bos_token_id": 49406}
     image = {"image_size": 224, "patch_size": patch}
@@ -165,5 +170,6 @@ CONFIGS = {
     "clip-vit-b-32": clip(CLIP_B_TEXT, CLIP_B_VISION, 32, 512),
     "clip-vit-b-16": clip(CLIP_B_TEXT, CLIP_B_VISION, 16, 512),
     "clip-vit-l-14": clip(Tower(12, 768, 12, 3072, 77), Tower(24, 1024, 16, 4096, 0), 14, 768),
+    "torch-encoder": torch_encoder(12, 768, 12),
 }
 MODELS = ("minilm", "digits-clip", *CONFIGS)

@@ -10,8 +10,8 @@ NOTHING, NOT_RUN = "nothing was timed", "not run: "
 NAMED = 4  # cases that a line names at most
 
 
-def lines(records: list[dict], ours: str, left_out: Sequence[str] = ()) -> list[str]:
-    """`ours` is in the names of the providers that are compared; of a case's several the fastest counts."""
+def lines(records: list[dict], ours: str | tuple[str, ...], left_out: Sequence[str] = ()) -> list[str]:
+    """`ours`, or one of several, is in the names of the providers that are compared; of a case's several the fastest counts."""
     called = "ratio_vs_sdpa", "ratio_vs_eager"
     forward, backward = (ratios(records, ours, modes, *called) for modes in (("infer", "forward"), ("train", "backward")))
     graphs = ratios(records, ours, ("infer",), "captured_ratio_vs_sdpa")
@@ -27,7 +27,7 @@ def lines(records: list[dict], ours: str, left_out: Sequence[str] = ()) -> list[
     ]
 
 
-def ratios(records: list[dict], ours: str, modes: tuple[str, ...], *fields: str) -> dict[str, float]:
+def ratios(records: list[dict], ours: str | tuple[str, ...], modes: tuple[str, ...], *fields: str) -> dict[str, float]:
     """Case -> how many times faster the fastest of ours is, by the first of a row's fields that is there."""
     found: dict[str, float] = {}
     for row in _timed(records, ours):
@@ -44,9 +44,11 @@ def case_name(row: dict) -> str:
     return f"{what} {size}{real} {row['dtype']} {row['mode']}"
 
 
-def _timed(records: list[dict], ours: str = "") -> list[dict]:
+def _timed(records: list[dict], ours: str | tuple[str, ...] = "") -> list[dict]:
     """The drawing of dropout alone is no case of its own."""
-    return [row for row in records if ours in row["provider"] and row["ms_median"] is not None and row["mode"] != "bits"]
+    names = (ours,) if isinstance(ours, str) else ours
+    timed = [row for row in records if row["ms_median"] is not None and row["mode"] != "bits"]
+    return [row for row in timed if any(name in row["provider"] for name in names)]
 
 
 def _gains(what: str, found: dict[str, float], whom: str) -> str:

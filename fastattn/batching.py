@@ -37,6 +37,9 @@ def token_batches(lengths: Sequence[int] | Tensor, max_tokens: int, max_sequence
     Raises:
         TypeError: a length or a limit is not an integer.
         ValueError: a length is negative, a limit is less than 1, or `lengths` does not have one dimension.
+
+    >>> fastattn.batching.token_batches([5, 1, 3], max_tokens=6)
+    [[0], [2, 1]]
     """
     sizes = _sizes(lengths)
     for name, limit in (("max_tokens", max_tokens), ("max_sequences", 1 if max_sequences is None else max_sequences)):
@@ -76,6 +79,10 @@ def map_in_batches(
         ValueError: lengths and items, or results and items of a batch, differ in number; and what `token_batches` raises.
         TypeError: the results are of another type: a tuple or a dict, as models return, has an entry per output, not per item.
         ImportError: `progress=True` without tqdm.
+
+    >>> words = ["encode", "a", "few"]
+    >>> fastattn.batching.map_in_batches(lambda batch: [word.upper() for word in batch], words, [6, 1, 3], max_tokens=6)
+    ['ENCODE', 'A', 'FEW']
     """
     sizes = _sizes(lengths)
     if len(sizes) != len(items):

@@ -69,6 +69,10 @@ def relative(
         ValueError, TypeError: an argument does not fit, in a sentence that names it.
 
     The buckets are those of Raffel et al., "Exploring the limits of transfer learning" (2020), arXiv:1910.10683.
+
+    >>> fastattn.biases.relative(torch.arange(32.0)[:, None]).dense(2, 3)[0, 0]  # a table that names its buckets
+    tensor([[ 0., 17., 18.],
+            [ 1.,  0., 17.]])
     """
     _check_matrix(table, "table")
     _check_align(align)
@@ -88,6 +92,9 @@ def alibi(slopes: Tensor, align: str = "bottom_right") -> Bias:
     gradient.
 
     Raises ValueError or TypeError for other slopes, and for slopes that require a gradient.
+
+    >>> fastattn.biases.alibi(torch.tensor([0.5]), align="top_left").dense(1, 4)[0, 0]
+    tensor([[-0.0000, -0.5000, -1.0000, -1.5000]])
     """
     _check_matrix(slopes, "slopes")
     _check_align(align)

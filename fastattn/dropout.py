@@ -87,6 +87,11 @@ def dropout_mask(seed: int | Tensor, B: int, H: int, M: int, N: int, p: float) -
     """Which weights `attention(..., dropout=p, seed=seed)` keeps: bool (B, H, M, N), True = kept, on a seed tensor's device.
 
     For packed sequences b is the sequence, and the query and the key count from 0 in it.
+
+    >>> kept = fastattn.dropout_mask(7, 1, 1, 2, 8, p=0.5)
+    >>> kept[0, 0].long()
+    tensor([[0, 1, 1, 0, 0, 0, 0, 0],
+            [1, 0, 0, 0, 1, 1, 1, 0]])
     """
     check_rate(p, "p")
     device = seed.device if isinstance(seed, Tensor) else torch.device("cpu")

@@ -45,6 +45,9 @@ def bucket(tokens: int) -> int:
     """Rows for a packed batch of so many tokens, so that many batches share a graph: at most an eighth more, beyond 128 tokens.
 
     For `fastattn.Packing.from_mask(mask, capacity=bucket(total))`. There are eight sizes from one power of two to the next.
+
+    >>> [fastattn.graphs.bucket(tokens) for tokens in (1, 1000, 1025)]
+    [16, 1024, 1152]
     """
     step = max(LEAST, (1 << max(tokens.bit_length() - 1, 0)) // STEPS)
     return max(-(-tokens // step), 1) * step
@@ -479,6 +482,10 @@ def graphed(call: Callable, limit: int = LIMIT) -> Graphed:
     The code of the model must do the same in each call with such inputs: what it prints, counts or reads on the host happens in
     the capture alone, or makes it fail, and a tensor that it keeps beside weights and buffers has to stay where it is. A packing
     needs a capacity that many batches share, see `bucket`.
+
+    >>> model = fastattn.graphs.graphed(torch.nn.Linear(4, 2))
+    >>> model(torch.ones(1, 4)).shape, dict(model.not_captured)
+    (torch.Size([1, 2]), {'only calls on a CUDA device are captured, and this one is on cpu': 1})
     """
     check_limit(limit, "limit")
     module = call if isinstance(call, nn.Module) else getattr(call, "__self__", None)

@@ -110,6 +110,14 @@ def clear_packed() -> None:
     They are dropped by themselves when a weight dies or is changed: by PyTorch, by any optimizer, or by a write from elsewhere
     (`.data`, NumPy) to all of its elements, or to whole rows or columns. Only after a write of that last kind to a few elements
     of a weight of more than 16,384 is this call needed. `FASTATTN_PREPACK=0` keeps no copies at all.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(256, 256))
+    >>> with torch.inference_mode():
+    ...     before = fastattn.linear(torch.ones(1, 256), weight)
+    ...     weight.numpy()[2, 0] = 5.0  # one element, and PyTorch does not see it
+    ...     fastattn.clear_packed()
+    ...     fastattn.linear(torch.ones(1, 256), weight)[0, 2].item()
+    5.0
     """
     _kept.clear()
 

@@ -30,6 +30,9 @@ class Mask:
     """Build one with the functions of this module, combine with `&` and `|`; the fields are the normal form.
 
     Immutable, and a pytree; its tensors must not be changed after use. Bits and tiles are made once for each (M, N) and kept.
+
+    >>> fastattn.masks.causal() & fastattn.masks.padding([5, 3])
+    causal() & padding(int32 (2,))
     """
 
     low_top_left: int | None = None  # low <= d - a
@@ -242,12 +245,23 @@ torch.export.register_dataclass(Mask)
 
 
 def full() -> Mask:
-    """Every query sees every key."""
+    """Every query sees every key.
+
+    >>> fastattn.masks.full().dense(1, 1, 2, 3)[0, 0].long()
+    tensor([[1, 1, 1],
+            [1, 1, 1]])
+    """
     return Mask()
 
 
 def window(left: int | None, right: int | None, align: str = "bottom_right") -> Mask:
-    """-left <= d - a <= right: keys up to `left` before and `right` after the query's own; None = no bound."""
+    """-left <= d - a <= right: keys up to `left` before and `right` after the query's own; None = no bound.
+
+    >>> fastattn.masks.window(1, 0).dense(1, 1, 3, 3)[0, 0].long()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [0, 1, 1]])
+    """
     if align not in ALIGNMENTS:
         raise ValueError(f"align must be one of {ALIGNMENTS}, got {align!r}")
     left, right = (None if x is None else integer(x, name) for name, x in (("left", left), ("right", right)))
@@ -258,7 +272,12 @@ def window(left: int | None, right: int | None, align: str = "bottom_right") -> 
 
 
 def causal(align: str = "bottom_right") -> Mask:
-    """d <= a: the last query sees every key ("bottom_right"), or the first sees just the first key ("top_left")."""
+    """d <= a: the last query sees every key ("bottom_right"), or the first sees just the first key ("top_left").
+
+    >>> fastattn.masks.causal().dense(1, 1, 2, 3)[0, 0].long()  # 2 queries, 3 keys
+    tensor([[1, 1, 0],
+            [1, 1, 1]])
+    """
     return window(None, 0, align)
 
 
@@ -267,13 +286,22 @@ def padding(key_lengths: Integers, query_lengths: Integers | None = None) -> Mas
 
     Both are integers of shape (B,). Rows beyond query_lengths see nothing: their output is 0 and they cost nothing.
     Lengths below 0 count as 0, lengths beyond the tensor as its size.
+
+    >>> fastattn.masks.padding([3, 1]).dense(2, 1, 1, 3)[:, 0, 0].long()
+    tensor([[1, 1, 1],
+            [1, 0, 0]])
     """
     query_end = None if query_lengths is None else _lengths(query_lengths, "query_lengths")
     return Mask(key_end=_lengths(key_lengths, "key_lengths"), query_end=query_end)
 
 
 def key_padding(keep: Tensor) -> Mask:
-    """keep: bool (B, N), True = a real key. Padding may be on the right, on the left or anywhere between."""
+    """keep: bool (B, N), True = a real key. Padding may be on the right, on the left or anywhere between.
+
+    >>> fastattn.masks.key_padding(torch.tensor([[False, True]])).dense(1, 1, 2, 2)[0, 0].long()
+    tensor([[0, 1],
+            [0, 1]])
+    """
     check_bool(keep, "keep")
     if keep.dim() != 2:
         raise ValueError(f"keep must have shape (B, N), got {tuple(keep.shape)}")
@@ -285,7 +313,13 @@ def key_padding(keep: Tensor) -> Mask:
 
 
 def prefix_lm(lengths: Integers, align: str = "bottom_right") -> Mask:
-    """j < lengths[b] or d <= a: causal, but every query sees the first lengths[b] keys. lengths: integers (B,)."""
+    """j < lengths[b] or d <= a: causal, but every query sees the first lengths[b] keys. lengths: integers (B,).
+
+    >>> fastattn.masks.prefix_lm([2]).dense(1, 1, 3, 3)[0, 0].long()
+    tensor([[1, 1, 0],
+            [1, 1, 0],
+            [1, 1, 1]])
+    """
     if align not in ALIGNMENTS:
         raise ValueError(f"align must be one of {ALIGNMENTS}, got {align!r}")
     prefix = _lengths(lengths, "lengths")
@@ -299,6 +333,12 @@ def documents(ids: Tensor, key_ids: Tensor | None = None) -> Mask:
     else equal to ids. A negative id is in no document. Ids must be
     below 2^31, which is looked at on a CPU only: a GPU would wait for it. In any order; tiles are skipped best where a document's
     tokens lie together.
+
+    >>> fastattn.masks.documents(torch.tensor([[0, 0, 1, -1]])).dense(1, 1, 4, 4)[0, 0].long()
+    tensor([[1, 1, 0, 0],
+            [1, 1, 0, 0],
+            [0, 0, 1, 0],
+            [0, 0, 0, 0]])
     """
     return Mask(ids=_ids(ids, "ids"), key_ids=None if key_ids is None else _ids(key_ids, "key_ids"))
 
@@ -307,17 +347,28 @@ def rows(h: int, w: int, prefix: int = 0) -> Mask:
     """`prefix` tokens of text, causal, then an image of h x w tokens: each sees the prefix and its own row up to itself.
 
     Query i stands at x = i + N - M. Fewer keys than prefix + h * w are the beginning of the sequence.
+
+    >>> fastattn.masks.rows(2, 2, prefix=1).dense(1, 1, 5, 5)[0, 0, 4].long()  # the last pixel: text, its left neighbour, itself
+    tensor([1, 0, 0, 1, 1])
     """
     return _grid(h, w, 0, w, prefix)
 
 
 def columns(h: int, w: int, prefix: int = 0) -> Mask:
-    """As `rows`, with the token's own column."""
+    """As `rows`, with the token's own column.
+
+    >>> fastattn.masks.columns(2, 2, prefix=1).dense(1, 1, 5, 5)[0, 0, 4].long()  # text, the pixel above, itself
+    tensor([1, 0, 1, 0, 1])
+    """
     return _grid(h, w, h, 0, prefix)
 
 
 def conv(h: int, w: int, kernel: int, prefix: int = 0) -> Mask:
-    """As `rows`, with the part before it of the square of side `kernel` (odd) around the token."""
+    """As `rows`, with the part before it of the square of side `kernel` (odd) around the token.
+
+    >>> fastattn.masks.conv(2, 3, kernel=3).dense(1, 1, 6, 6)[0, 0, 3].long()  # below the first: that, the one beside it, itself
+    tensor([1, 1, 0, 1, 0, 0])
+    """
     kernel = integer(kernel, "kernel")
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"kernel must be odd and positive, got {kernel}")
@@ -329,6 +380,9 @@ def dense(keep: Tensor) -> Mask:
 
     One that does not depend on the head or the query, (B, 1, 1, N), becomes a `key_padding`. A tensor is packed into bits on
     first use of its Mask, so what serves many calls is best made a Mask once.
+
+    >>> fastattn.masks.dense(torch.ones(2, 1, 1, 4, dtype=torch.bool))
+    key_padding(bool (2, 4))
     """
     check_bool(keep, "mask")
     if keep.dim() > 4:

@@ -27,6 +27,10 @@ class Packing:
 
     Sequence b has the rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1 of a packed tensor of `capacity` rows, in its own order;
     rows after the last sequence are of none, and 0.
+
+    >>> packing = fastattn.Packing.from_lengths([3, 1], max_length=4)
+    >>> packing.pack(torch.tensor([[1, 2, 3, 0], [4, 0, 0, 0]]))
+    tensor([1, 2, 3, 4])
     """
 
     lengths: Tensor  # (B,) int32
@@ -63,6 +67,10 @@ class Packing:
         """mask: bool (B, L), True = a real token; padding may be on the right, on the left or anywhere between.
 
         `capacity` as for `from_lengths`. Raises TypeError or ValueError if the mask is none.
+
+        >>> packing = fastattn.Packing.from_mask(torch.tensor([[False, True, True], [True, False, True]]))
+        >>> packing.pack(torch.tensor([[0, 1, 2], [3, 0, 4]])), packing.cu_seqlens
+        (tensor([1, 2, 3, 4]), tensor([0, 2, 4], dtype=torch.int32))
         """
         check_bool(mask, "mask")
         if mask.dim() != 2:
@@ -88,6 +96,9 @@ class Packing:
 
         Raises:
             ValueError, TypeError: an argument does not fit.
+
+        >>> fastattn.Packing.from_cu_seqlens([0, 3, 4], max_length=3).lengths
+        tensor([3, 1], dtype=torch.int32)
         """
         cu = integers(cu_seqlens, "cu_seqlens")
         max_length, capacity = _sizes(max_length, capacity)
@@ -179,7 +190,12 @@ class Packing:
         return taken.masked_fill(~self.live.view(-1, *(1,) * (x.dim() - 2)), 0)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(capacity, ...) -> (B, L, ...), differentiable. Padding is exactly 0."""
+        """(capacity, ...) -> (B, L, ...), differentiable. Padding is exactly 0.
+
+        >>> fastattn.Packing.from_lengths([3, 1], max_length=4).unpack(torch.tensor([1, 2, 3, 4]))
+        tensor([[1, 2, 3, 0],
+                [4, 0, 0, 0]])
+        """
         if x.dim() == 0 or x.shape[0] != self.capacity:
             raise ValueError(f"x must have capacity = {self.capacity} rows, got shape {tuple(x.shape)}")
         if x.device != self.indices.device:

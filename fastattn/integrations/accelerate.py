@@ -91,7 +91,15 @@ class Handle:
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `accelerate` on a model whose handle is not at hand: a copy, or one that was unpickled."""
+    """Undo `accelerate` on a model whose handle is not at hand: a copy, or one that was unpickled.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)).eval()
+    >>> handle = fastattn.accelerate(bert)
+    >>> fastattn.restore(bert)
+    >>> "forward" in vars(bert)
+    False
+    """
     for module in model.modules():
         for value in list(vars(module).values()):  # under another name where a library has put its own in front
             if isinstance(value, Replaced):
@@ -150,6 +158,14 @@ def accelerate(
     Training drops what the model's dropout modules say, mostly by fastattn's own draws: docs/accelerate.md says which.
     A call that asks for attention weights or a cache, or passes a mask other than padding, runs the model's own code;
     `report.fallbacks` counts it, and the logger "fastattn" says so once for each reason.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)).eval()
+    >>> ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    >>> with fastattn.accelerate(bert) as handle, torch.no_grad():
+    ...     hidden = bert(ids, attention_mask=mask).last_hidden_state  # (2, 3, 32)
+    >>> hidden[1, 2].abs().max().item(), len(handle.report.accelerated), len(handle.report.fallbacks)
+    (0.0, 1, 0)
     """
     _check(model, capacity, unpad)
     graphs, handle = _graphs(cuda_graphs), Handle(Report())

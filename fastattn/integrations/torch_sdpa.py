@@ -77,6 +77,12 @@ def sdpa_override(strict: bool = False) -> Iterator[OverrideRecord]:
 
     Raises:
         NotImplementedError, ValueError, TypeError: with strict=True, from a call that fastattn refuses, with the reason.
+
+    >>> q = torch.randn(2, 4, 5, 16)
+    >>> with fastattn.sdpa_override() as record:
+    ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    >>> record.calls, record.fallbacks
+    (1, {})
     """
     entry = (OverrideRecord(), strict)
     _fill_torchs_tables()

@@ -364,6 +364,11 @@ def attention(
         A second derivative and forward-mode differentiation raise too.
 
     The algorithm is the online softmax of FlashAttention (Dao et al., 2022, arXiv:2205.14135).
+
+    >>> q, k, v = (torch.randn(2, 4, length, 16) for length in (5, 7, 7))
+    >>> out, lse = fastattn.attention(q, k, v, fastattn.masks.padding([7, 3]), return_lse=True)
+    >>> out.shape, lse.shape
+    (torch.Size([2, 4, 5, 16]), torch.Size([2, 4, 5]))
     """
     if not observed():
         more = None if bias is None and dropout == 0.0 and seed is None else (bias, dropout, seed)
@@ -383,24 +388,19 @@ def attention(
 
 
 def explain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask | Tensor | None = None,
-    *,
-    bias: Tensor | Bias | None = None,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    seed: int | Tensor | None = None,
-    return_lse: bool = False,
-    backend: str = "auto",
-    verbose: bool = False,
-) -> dispatch.Explanation:
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, *, bias: Tensor | Bias | None = None,
+    scale: float | None = None, dropout: float = 0.0, seed: int | Tensor | None = None, return_lse: bool = False,
+    backend: str = "auto", verbose: bool = False,
+) -> dispatch.Explanation:  # fmt: skip
     """Which backend `attention` would take for these arguments, and why not the others. Runs no kernel.
 
     `return_lse` is taken so that a call can be explained as it stands; the choice does not depend on it. `verbose` adds, for
     backends with kernels of their own, each kernel's config, the tiles that it visits under this mask, FLOPs and bytes beside the
     least possible, and the time that an H100 needs at least; for that it reads the mask's tensors.
+
+    >>> q = torch.randn(2, 4, 5, 16)
+    >>> fastattn.explain(q, q, q).backend
+    'cpu'
     """
     q, k, v, lowered, _ = checked(q, k, v, mask, scale, backend)
     extras = bias_extras(bias, (*q.shape[:3], k.shape[2]), q)

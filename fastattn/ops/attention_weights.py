@@ -33,6 +33,12 @@ def attention_weights(
 
     Raises:
         ValueError, TypeError: an argument does not fit, in a sentence that names it.
+
+    >>> q, k, v = (torch.randn(2, 4, 5, 16) for _ in range(3))
+    >>> out, lse = fastattn.attention(q, k, v, fastattn.masks.causal(), return_lse=True)
+    >>> weights = fastattn.attention_weights(q, k, lse, fastattn.masks.causal(), rows=[0, 4], heads=[3])
+    >>> weights.shape, weights[0, 0, 0].round(decimals=3)  # the first query sees the first key
+    (torch.Size([2, 1, 2, 5]), tensor([1., 0., 0., 0., 0.]))
     """
     if q.dim() != 4 or k.dim() != 4 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(

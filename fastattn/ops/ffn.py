@@ -288,6 +288,10 @@ def ffn(
     Raises:
         ValueError, TypeError: an argument does not fit, in a sentence that names it.
         NotImplementedError: the named backend does not serve the request. Second derivatives raise too.
+
+    >>> x, w1, w2 = torch.randn(2, 7, 32), torch.randn(64, 32), torch.randn(32, 64)
+    >>> fastattn.ffn(x, w1, torch.zeros(64), w2, None, activation="gelu_tanh").shape
+    torch.Size([2, 7, 32])
     """
     if seed is not None or dropout != 0:
         dispatch.check_tensor(x, "x")

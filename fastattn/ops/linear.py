@@ -290,6 +290,10 @@ def linear(
 
     On CPUs, inference goes through oneDNN with the activation fused and may keep a packed copy of the weight: see
     `clear_packed`. `explain_linear` says which backend serves, and which part another library does.
+
+    >>> x, weight, residual = torch.tensor([[1.0, -2.0]]), torch.eye(2), torch.tensor([[10.0, 20.0]])
+    >>> fastattn.linear(x, weight, activation="relu", residual=residual)
+    tensor([[11., 20.]])
     """
     found = None if observed() else recall(*_request(x, weight, bias, residual, activation, backend))
     if found is None or (residual is not None and residual.shape[:-1] != x.shape[:-1]):
@@ -320,6 +324,10 @@ def explain_linear(
     """Which backend `linear` would take for these arguments, why not the others, and what it leaves to a library.
 
     Runs no kernel. `ffn` is such a `linear` with the activation, and one without.
+
+    >>> x, weight = torch.randn(3, 8), torch.randn(4, 8)
+    >>> fastattn.explain_linear(x, weight, activation="gelu").backend
+    'cpu'
     """
     x = _linear_input(x, weight, bias, activation, residual, backend)
     return dispatch.explain("ffn", BACKENDS, problem_of(x, weight, activation, residual), backend, [])

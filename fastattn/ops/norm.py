@@ -287,6 +287,11 @@ def add_layer_norm(
     Raises:
         ValueError, TypeError: an argument does not fit, in a sentence that names it.
         NotImplementedError: the named backend does not serve the request. Second derivatives raise too.
+
+    >>> x, residual = torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 5.0]])
+    >>> y, total = fastattn.add_layer_norm(x, residual, torch.ones(2), torch.zeros(2), return_sum=True)
+    >>> y.round(decimals=3), total
+    (tensor([[-1.,  1.]]), tensor([[2., 8.]]))
     """
     return _add_norm(x, residual, weight, bias, eps, dropout, seed, return_sum, backend, rms=False)
 
@@ -306,6 +311,9 @@ def add_rms_norm(
 
     Arguments, results and errors are those of `add_layer_norm`; there is no bias, and no mean is subtracted. The default of eps
     is T5's 1e-6; nn.RMSNorm's depends on the dtype.
+
+    >>> fastattn.add_rms_norm(torch.tensor([[3.0, 4.0]]), None, torch.full((2,), 10.0))  # 12.5 is the mean square
+    tensor([[ 8.4853, 11.3137]])
     """
     return _add_norm(x, residual, weight, None, eps, dropout, seed, return_sum, backend, rms=True)
 

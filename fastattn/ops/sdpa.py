@@ -32,6 +32,11 @@ def scaled_dot_product_attention(
     skipped. dropout_p drops weights, drawn from the device's default generator. The result has the strides that torch's function
     gives on a CPU: its dimensions lie in memory in the query's order where torch's fused kernel would serve the call, else it is
     contiguous.
+
+    >>> q, k, v = (torch.randn(2, 4, length, 16) for length in (5, 7, 7))
+    >>> theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    >>> torch.allclose(fastattn.scaled_dot_product_attention(q, k, v, is_causal=True), theirs, atol=1e-6)
+    True
     """
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask and is_causal exclude each other: set one of them")

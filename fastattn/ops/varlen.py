@@ -64,6 +64,11 @@ def varlen_attention(
 
     Raises:
         As `attention` does.
+
+    >>> packing = fastattn.Packing.from_lengths([3, 1], max_length=4)
+    >>> q, k, v = (packing.pack(torch.randn(2, 4, 8, 16)) for _ in range(3))  # (B, L, H, D) -> (T, H, D)
+    >>> fastattn.varlen_attention(q, k, v, packing, fastattn.masks.causal()).shape
+    torch.Size([4, 8, 16])
     """
     if not observed() and (prepared := known(q, k, v, packing, mask, key_packing)) is not None:
         more = None if bias is None and dropout == 0.0 and seed is None else (bias, dropout, seed)
