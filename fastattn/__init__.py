@@ -13,6 +13,7 @@ from fastattn.ops.attention_weights import attention_weights
 from fastattn.ops.ffn import ffn
 from fastattn.ops.linear import explain_linear, linear
 from fastattn.ops.norm import add_layer_norm, add_rms_norm
+from fastattn.ops.rotary import rotary, rotary_tables
 from fastattn.ops.sdpa import scaled_dot_product_attention
 from fastattn.ops.varlen import varlen_attention
 from fastattn.packing import Packing
@@ -39,6 +40,8 @@ __all__ = [
     "masks",
     "nn",
     "restore",
+    "rotary",
+    "rotary_tables",
     "scaled_dot_product_attention",
     "sdpa_override",
     "varlen_attention",

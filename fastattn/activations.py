@@ -44,6 +44,16 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 }
 
 
-def check_activation(name: str | None) -> None:
-    if name is not None and not (isinstance(name, str) and name in ACTIVATIONS):
-        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {name!r}")
+# of `ffn` alone: name: the activation of the first half of the columns, by which the second half is multiplied
+GATED = {"geglu": "gelu", "geglu_tanh": "gelu_tanh", "swiglu": "silu"}
+
+
+def check_activation(name: str | None, gated: bool = False) -> None:
+    """Raise ValueError for what is no activation, or no elementwise one, unless those of GATED are allowed too."""
+    known = (*ACTIVATIONS, *GATED) if gated else tuple(ACTIVATIONS)
+    if name is None or (isinstance(name, str) and name in known):
+        return
+    if isinstance(name, str) and name in GATED:
+        words = f"activation {name!r} multiplies one half of the columns by the other, which only ffn does"
+        raise ValueError(f"{words}; here activation must be None or one of {', '.join(known)}")
+    raise ValueError(f"activation must be None or one of {', '.join(known)}; got {name!r}")

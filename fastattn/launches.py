@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fastattn import masks, testing
-from fastattn.kernels.triton import attention, dropout, ffn, norm
+from fastattn.kernels.triton import attention, dropout, ffn, gated, norm, rotary
 from fastattn.kernels.triton.launch import GPU, Launch, recorded
-from fastattn.lowering import Extras, LoweredMask
+from fastattn.lowering import Extras, LoweredMask, head_memory
 from fastattn.packing import Packing
 
 HOPPER = GPU(90)
@@ -138,6 +138,13 @@ def linear_launches(
     ]
 
 
+def gated_launches(dtype: torch.dtype, activation: str, columns: int, M: int = 128, dropout: float = 0.0) -> list[Launch]:
+    """Forward and backward between the two products of a gated ffn, whose hidden layer is (M, columns)."""
+    z, hidden = (torch.empty(M, width, dtype=dtype, device="meta") for width in (2 * columns, columns))
+    drop = (torch.empty(1, dtype=torch.int64, device="meta"), dropout) if dropout else (None, 0.0)
+    return [gated.forward_launch(z, hidden, activation, *drop), gated.backward_launch(hidden, z, z, activation, *drop)]
+
+
 def norm_launches(
     dtype: torch.dtype, N: int, rms: bool, M: int = 128, gpu: GPU = HOPPER, inference: bool = False, dropout: float = 0.0
 ) -> list[Launch]:
@@ -155,3 +162,13 @@ def norm_launches(
             x, x, x, mean, rstd, weight, x, dweight, None if rms else dweight, gpu, x if dropout else None, *drop
         ),
     ]
+
+
+def rotary_launches(
+    dtype: torch.dtype, D: int, interleaved: bool, L: int = 640, packed: bool = False, turned: int | None = None
+) -> list[Launch]:
+    """Forward, which backward is too, with tables in fp32; `turned` of D features, or all."""
+    shape = (L, 4, D) if packed else (2, 4, L, D)
+    q = head_memory(torch.empty(shape, dtype=dtype, device="meta"))
+    table = torch.empty(L, (D if turned is None else turned) // 2, device="meta")
+    return [rotary.rotary_launch(q, q, table, table, q, q, interleaved, False)]

@@ -181,6 +181,14 @@ def side_by_side(*heads: Tensor) -> Tensor:
     return torch.stack([batched(x).transpose(1, 2) for x in heads], 2).flatten(0, 1).flatten(1)
 
 
+def head_memory(x: Tensor) -> Tensor:
+    """Memory for a result of x's shape: (B, H, L, D) in (B, L, H, D) memory, packed (T, H, D) in its own order."""
+    if x.dim() == 3:
+        return x.new_empty(x.shape)
+    B, H, L, D = x.shape
+    return x.new_empty(B, L, H, D).transpose(1, 2)
+
+
 def packed_rows(starts: Tensor, length: int, rows: int) -> Tensor:
     """(B, length) int64: for each rank of a sequence its row among `rows` packed ones, `rows` beyond the sequence's end."""
     begin, end = starts[:-1, None].clamp(0, rows), starts[1:, None].clamp(max=rows)

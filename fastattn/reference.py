@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.activations import ACTIVATIONS
+from fastattn.activations import ACTIVATIONS, GATED
 from fastattn.biases import bias_of, bucket_of
 from fastattn.dropout import rescale
-from fastattn.lowering import LEAST_SCORE, NO_EXTRAS, Extras, LoweredMask
+from fastattn.lowering import LEAST_SCORE, NO_EXTRAS, Extras, LoweredMask, head_memory
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -191,6 +191,29 @@ def linear_backward(
     return dx, dw, db, matrix(dx).sum(0)
 
 
+def gated(z: Tensor, activation: str, drop: Drop | None = None) -> Tensor:
+    """The hidden layer (..., F) of a gated ffn from z (..., 2 F): act(a) * b, a and b the halves of z; with `drop` what is kept
+    of it. Computed in fp32 (fp64 for fp64) and rounded once."""
+    a, b = halves(z.to(compute_dtype(z.dtype)))
+    hidden = ACTIVATIONS[GATED[activation]][0](a) * b
+    return (hidden if drop is None else dropped(hidden, drop)).to(z.dtype)
+
+
+def gated_backward(dhidden: Tensor, z: Tensor, activation: str, drop: Drop | None = None) -> Tensor:
+    """dz (..., 2 F) of `gated`: [dh * b * act'(a), dh * act(a)], with dh what dropout keeps of the hidden layer's gradient."""
+    function, derivative = ACTIVATIONS[GATED[activation]]
+    a, b = halves(z.to(compute_dtype(z.dtype)))
+    dh = dhidden.to(a.dtype)
+    dh = dh if drop is None else dropped(dh, drop)
+    return torch.cat([derivative(dh * b, a), dh * function(a)], -1).to(z.dtype)
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the last dimension."""
+    columns = x.shape[-1] // 2
+    return x[..., :columns], x[..., columns:]
+
+
 def matrix(x: Tensor) -> Tensor:
     """(..., d) as (rows, d); x.reshape(-1, d) has no answer for d = 0."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
@@ -247,3 +270,19 @@ def norm_backward(
     dweight = (dy * normal).sum(rows) if need_dweight else None
     grads = dsum.to(total.dtype), dweight, dy.sum(rows) if need_dbias else None
     return grads if drop is None else (*grads, dropped(dsum, drop).to(dtype))
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x (B, H, L, D) with cos and sin (L, R / 2) or (B or 1, L, R / 2), or x (T, H, D) with (T, R / 2): the first R features of
+    each head, as pairs (a, b), become (a cos - b sin, b cos + a sin), rounded once; the others stay. In `head_memory`."""
+    cos, sin = (table.to(compute_dtype(x.dtype)).unsqueeze(-3 if x.dim() == 4 else -2) for table in (cos, sin))
+    R = 2 * cos.shape[-1]
+    a, b = pairs(x[..., :R].to(cos.dtype), interleaved)
+    turned = a * cos - b * sin, b * cos + a * sin
+    first = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return head_memory(x).copy_(torch.cat([first.to(x.dtype), x[..., R:]], -1))
+
+
+def pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The first and the second feature of each pair that `rotary` turns: neighbours, or the halves of x."""
+    return (x[..., ::2], x[..., 1::2]) if interleaved else halves(x)

@@ -24,7 +24,14 @@ from triton.compiler import ASTSource
 
 from fastattn.kernels.triton.ahead import compile_only
 from fastattn.kernels.triton.launch import GPU, Launch
-from fastattn.launches import attention_launches, bits_launches, linear_launches, norm_launches
+from fastattn.launches import (
+    attention_launches,
+    bits_launches,
+    gated_launches,
+    linear_launches,
+    norm_launches,
+    rotary_launches,
+)
 
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
@@ -67,7 +74,6 @@ ATTENTION = [
     (torch.float16, 128, "keys", {}),
     (torch.bfloat16, 32, "padding", {"L": 128}),
     (torch.float16, 80, "causal_padding", {}),
-    (torch.float16, 64, "documents", {}),
     (torch.float32, 64, "causal_padding", {}),
     (torch.float16, 64, "none", {"packed": True}),
     (torch.bfloat16, 64, "causal_padding", {"packed": True}),
@@ -92,7 +98,7 @@ MORE_ATTENTION = [  # with the above, every row of the config tables
     *itertools.product([torch.float16], [128], ["none", "causal_padding", "keys"], [{"L": 64}, {"L": 128}]),
     *itertools.product([torch.bfloat16], [64, 128], ["causal_padding"], [{"inference": True}]),
     *itertools.product([torch.float16], [16, 32, 64, 80, 128], ["bits"], [{}]),
-    *itertools.product([torch.float16], [32, 128], ["documents"], [{}]),
+    *itertools.product([torch.float16], [32, 64, 128], ["documents"], [{}]),
     *itertools.product([torch.float32], [16, 32, 80, 128], ["causal_padding"], [{}]),
     *itertools.product([torch.float32], [16, 32, 64, 128], ["bits"], [{}]),
     *itertools.product([torch.float16], [32, 80, 128], ["none", "causal_padding", "bits"], [{"packed": True}]),
@@ -142,6 +148,27 @@ MORE_NORM = [
 # mask, whether sequences are packed: dropout's bits, one kernel
 BITS = [("none", False), ("causal_padding", True)]
 MORE_BITS = [("padding", False), ("causal", False), ("causal_padding", False), ("prefix", False), ("none", True)]
+# dtype, activation, columns of the hidden layer, options: two kernels each
+GATED = [(torch.bfloat16, "geglu", 1152, {"dropout": 0.1})]
+MORE_GATED = [
+    (torch.bfloat16, "geglu", 1152, {}),
+    *itertools.product([torch.bfloat16], ["geglu_tanh", "swiglu"], [1152], [{}]),
+    *itertools.product([torch.float16, torch.float32], ["geglu"], [1152], [{}]),
+    (torch.float16, "geglu", 1153, {}),
+    (torch.bfloat16, "geglu_tanh", 1152, {"dropout": 0.1}),
+    (torch.float32, "swiglu", 1152, {"dropout": 0.1}),
+]
+# dtype, head dimension, whether neighbours are pairs, options: one kernel
+ROTARY = [(torch.bfloat16, 64, False, {})]
+MORE_ROTARY = [
+    (torch.float16, 64, True, {}),
+    (torch.float32, 128, False, {}),
+    *itertools.product([torch.bfloat16], [32, 80, 128], [False], [{}]),
+    *itertools.product([torch.bfloat16], [128], [True], [{}]),
+    *itertools.product([torch.float32], [64], [False, True], [{}]),
+    (torch.bfloat16, 64, False, {"turned": 16}),
+    *itertools.product([torch.float16], [20], [False, True], [{}]),
+]
 CAPABILITIES = (80, 89, 90)
 
 
@@ -173,6 +200,13 @@ def launches(more: bool, sm: int) -> Iterator[tuple[torch.dtype, str, Launch]]:
     for dtype, width, rms, options in NORM + MORE_NORM * more:
         case = " ".join([f"width={width} {'rms' if rms else 'layer'}{' odd' if width % 8 else ''}", *options])
         yield from ((dtype, case, launch) for launch in norm_launches(dtype, width, rms, gpu=gpu, **options))
+    for dtype, activation, columns, options in GATED + MORE_GATED * more:
+        case = " ".join([f"{activation} columns={columns}{' odd' if columns % 8 else ''}", *options])
+        yield from ((dtype, case, launch) for launch in gated_launches(dtype, activation, columns, **options))
+    for dtype, D, interleaved, options in ROTARY + MORE_ROTARY * more:
+        case = f"D={D} {'neighbours' if interleaved else 'halves'}{' odd' if D % 8 else ''}"
+        case = " ".join([case, *(f"{name}={value}" for name, value in options.items())])
+        yield from ((dtype, case, launch) for launch in rotary_launches(dtype, D, interleaved, **options))
     for mask, packed in BITS + MORE_BITS * more:
         yield from ((torch.int32, mask + " packed" * packed, launch) for launch in bits_launches(mask, packed=packed))
 
@@ -205,9 +239,11 @@ def lengths(packed: bool) -> dict[str, int]:
         case = torch.float16, 64, "causal_padding", rows
         requests = [attention_launches(*case, inside, packed=packed) for inside in (True, False)]
         requests.append(bits_launches(case[2], rows, packed))
+        requests.append(rotary_launches(torch.float16, 64, False, rows, packed))
         if not packed:
             requests.append(linear_launches(torch.float16, "gelu", 8 * rows, 768, 3072))
             requests.append(norm_launches(torch.float16, 768, False, 8 * rows))
+            requests.append(gated_launches(torch.float16, "geglu", 1152, 8 * rows))
         for launch in itertools.chain(*requests):
             before = len(launch.kernel.device_caches[0][0])
             launch.kernel.warmup(grid=(1,), **launch.arguments, **launch.config._asdict())

@@ -86,6 +86,21 @@ def ffn() -> None:
         y.backward(guarded(torch.randn(rows, hidden)))
 
 
+def gated() -> None:
+    from fastattn.kernels.triton import gated as kernels
+
+    for rows, inputs, hidden in ((17, 33, 65), (5, 64, 24)):
+        sizes = ((rows, inputs), (2 * hidden, inputs), (2 * hidden,), (inputs, hidden), (inputs,))
+        x, w1, b1, w2, b2 = (guarded(torch.randn(size)) for size in sizes)
+        seed, dy = guarded(torch.tensor([7])), guarded(torch.randn(rows, inputs))
+        for drop in ((None, 0.0), (seed, 0.3)):
+            args = x, w1, b1, w2, b2, "geglu", True, "triton", *drop
+            _, hidden_layer, z = torch.ops.fastattn.ffn_forward(*args)
+            given = dy, x, w1, b1, w2, b2, guarded(hidden_layer), guarded(z)
+            torch.ops.fastattn.ffn_backward(*given, "geglu", [True] * 5, "triton", *drop)
+            kernels.forward_plan(given[-1], "geglu", *drop)(given[-1], drop[0])
+
+
 def norm() -> None:
     for rows, width in ((17, 33), (3, 64), (1, 129)):
         x, residual, dy, dsum = (guarded(torch.randn(rows, width)) for _ in range(4))
@@ -94,6 +109,16 @@ def norm() -> None:
         outputs = fastattn.add_layer_norm(*leaves, return_sum=True, backend="triton")
         torch.autograd.grad(outputs, leaves, (dy, dsum))
         torch.autograd.grad(fastattn.add_rms_norm(*leaves[:3], backend="triton"), leaves[:3], dy)
+
+
+def rotary() -> None:
+    for shape, R in (((1, 3, 17, 20), 12), ((2, 1, 33, 16), 16), ((19, 2, 6), 4)):
+        q, k, dq, dk = (guarded(torch.randn(shape)) for _ in range(4))
+        tables = [guarded(torch.randn(shape[-2] if len(shape) == 4 else shape[0], R // 2)) for _ in range(2)]
+        for interleaved in (False, True):
+            leaves = [x.detach().requires_grad_() for x in (q, k)]
+            turned = fastattn.rotary(*leaves, *tables, interleaved=interleaved, backend="triton")
+            torch.autograd.grad(turned, leaves, (dq, dk))
 
 
 def assert_no_read_beyond_the_end(op: str) -> None:
@@ -107,5 +132,7 @@ def assert_no_read_beyond_the_end(op: str) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    {"attention": attention, "packed": packed, "ffn": ffn, "norm": norm}[(sys.argv[1:] or ["attention"])[0]]()
+    {"attention": attention, "packed": packed, "ffn": ffn, "gated": gated, "norm": norm, "rotary": rotary}[
+        (sys.argv[1:] or ["attention"])[0]
+    ]()
     print("no read beyond the end")

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.activations import ACTIVATIONS
+from fastattn.activations import ACTIVATIONS, GATED
 from fastattn.ops.ffn import ffn
 
-GATED = ("geglu", "geglu_tanh", "swiglu")
 FUNCTIONS = {F.relu: "relu", F.gelu: "gelu", F.silu: "silu", torch.relu: "relu"}  # and ours for an equal
 MODULES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu"}
 

@@ -1,6 +1,7 @@
 """`ffn`, two linears with an activation between: schema, fake, autograd, plans, public function.
 
-An op of its own for its backward: the gradient of the hidden layer is multiplied by act'(z) where it is made.
+An op of its own for its backward: the gradient of the hidden layer is multiplied by act'(z) where it is made. A gated activation,
+which gives half as many columns as it takes, is computed between the two products.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fastattn import planned
+from fastattn.activations import GATED
 from fastattn.dropout import seed_for
-from fastattn.ops import dispatch
+from fastattn.ops import dispatch, gated
 from fastattn.ops.linear import (
     BACKENDS,
     LinearProblem,
@@ -39,8 +41,9 @@ from fastattn.planned import (
     without_memory,
 )
 
-# ffn: y = h W2^T + b2 with h = dropout(act(z)), z = x W1^T + b1; h and z are returned where `train` says so and `recompute` does
-# not say that the backward is to make them again, else empty. There is a seed if and only if dropout > 0.
+# ffn: y = h W2^T + b2 with h = dropout(act(z)), of a gated activation dropout(act(a) * b) with [a, b] = z, and z = x W1^T + b1.
+# h and z are returned where `train` says so and `recompute` does not say that the backward is to make them again, else empty.
+# There is a seed if and only if dropout > 0.
 
 
 def _forward(x, w1, b1, w2, b2, activation, train, backend, seed=None, dropout=0.0, recompute=False):
@@ -49,8 +52,9 @@ def _forward(x, w1, b1, w2, b2, activation, train, backend, seed=None, dropout=0
 
 
 def _forward_fake(x, w1, b1, w2, b2, activation, train, backend, seed=None, dropout=0.0, recompute=False):
-    hidden = x.new_empty((*x.shape[:-1], w1.shape[0]) if train and not recompute else 0)
-    return x.new_empty(*x.shape[:-1], w2.shape[0]), hidden, x.new_empty(hidden.shape)
+    kept = train and not recompute
+    hidden, z = (x.new_empty((*x.shape[:-1], width) if kept else 0) for width in (w2.shape[1], w1.shape[0]))
+    return x.new_empty(*x.shape[:-1], w2.shape[0]), hidden, z
 
 
 def _forward_autograd(*args):
@@ -154,15 +158,18 @@ def _forward_key(given: tuple, activation, train, backend, dropout) -> tuple:
 
 
 def _module(x, w1, w2, activation, backend, dropout):
-    hidden = LinearProblem(x.device.type, x.dtype, x.shape[:-1].numel(), w1.shape[0], w2.shape[0], None)
+    """What computes the products, and whatever is fused with them: nothing of a gated activation, which is chosen first."""
+    hidden = LinearProblem(x.device.type, x.dtype, x.shape[:-1].numel(), w2.shape[1], w2.shape[0], None)
+    if activation in GATED:
+        gated.module_of(x, w2.shape[1], activation, backend)
+        activation, dropout = None, 0.0
     return dispatch.choose("ffn", BACKENDS, backend, problem_of(x, w1, activation, dropout=dropout > 0), hidden)
 
 
 def _forward_plan(given: tuple, activation, train, backend, dropout):
     x, w1, b1, w2, b2, seed = given
-    module = _module(x, w1, w2, activation, backend, dropout)
-    hidden = x.new_empty((*x.shape[:-1], w1.shape[0]))
-    up = plan_of_module(module, x, w1, b1, None, activation, train, *((seed, dropout) if dropout else ()))
+    up = _up_plan(x, w1, b1, w2, activation, train, backend, seed, dropout)
+    module, hidden = _module(x, w1, w2, activation, backend, dropout), x.new_empty((*x.shape[:-1], w2.shape[1]))
     down = plan_of_module(module, hidden, w2, b2, None, None, train)
 
     def call(x, w1, b1, w2, b2, seed=None):
@@ -172,15 +179,28 @@ def _forward_plan(given: tuple, activation, train, backend, dropout):
     return call
 
 
+def _up_plan(x, w1, b1, w2, activation, train, backend, seed, dropout):
+    """(x, w1, b1, None and, with dropout, a seed) -> the hidden layer and z."""
+    module = _module(x, w1, w2, activation, backend, dropout)
+    if activation not in GATED:
+        return plan_of_module(module, x, w1, b1, None, activation, train, *((seed, dropout) if dropout else ()))
+    product = plan_of_module(module, x, w1, b1, None, None, train)
+    gate = gated.plan(x.new_empty(1, w1.shape[0]), activation, backend, seed, dropout)
+
+    def call(x, w1, b1, _, seed=None):
+        z = product(x, w1, b1, None)[0].contiguous()
+        return gate(z, seed), z
+
+    return call
+
+
 def _hidden_again(x, w1, b1, w2, activation, backend, seed, dropout):
     """The hidden layer and z, as the forward of training makes them."""
-    drop = (seed, dropout) if dropout else ()
     key = "hidden", _forward_key((x, w1, b1, w2, None, seed), activation, True, backend, dropout)
     plan = PLANS.get(key)
     if plan is None:
-        module = _module(x, w1, w2, activation, backend, dropout)
-        plan = planned.keep(key, plan_of_module(module, x, w1, b1, None, activation, True, *drop))
-    return plan(x, w1, b1, None, *drop[:1])
+        plan = planned.keep(key, _up_plan(x, w1, b1, w2, activation, True, backend, seed, dropout))
+    return plan(x, w1, b1, None, *((seed,) if dropout else ()))
 
 
 def _backward_plan(tensors, activation, needs, backend, in_op: bool, dropout: float):
@@ -213,6 +233,8 @@ def _backward_plan(tensors, activation, needs, backend, in_op: bool, dropout: fl
 
 def _make_backward_plan(tensors, activation, needs, backend, dropout):
     dy, x, w1, b1, w2, b2, hidden, z, *_ = tensors
+    if activation in GATED:
+        return _gated_backward_plan(tensors, activation, needs, backend, dropout)
     module = _module(x, w1, w2, activation, backend, dropout)
     need_dx, need_dw1, need_db1, need_dw2, need_db2 = needs
     need_db1, need_db2 = need_db1 and b1 is not None, need_db2 and b2 is not None
@@ -226,6 +248,27 @@ def _make_backward_plan(tensors, activation, needs, backend, dropout):
     def call(dy, x, w1, b1, w2, b2, hidden, z, seed=None):
         dz, dw2, db2, db1 = down(dy, hidden, w2, None, z) if seed is None else down(dy, hidden, w2, None, z, seed)
         dx, dw1, _, _ = (None,) * 4 if up is None else up(dz, x, w1, None, None)
+        db1 = given(db1, b1) if need_db1 else None
+        return given(dx, x), given(dw1, w1), db1, given(dw2, w2), given(db2, x if b2 is None else b2)
+
+    return call
+
+
+def _gated_backward_plan(tensors, activation, needs, backend, dropout):
+    dy, x, w1, b1, w2, b2, hidden, z, *seed = tensors
+    module = _module(x, w1, w2, activation, backend, dropout)
+    need_dx, need_dw1, need_db1, need_dw2, need_db2 = needs
+    need_db1, need_db2 = need_db1 and b1 is not None, need_db2 and b2 is not None
+    need_dz = need_dx or need_dw1 or need_db1
+    down = backward_plan_of_module(module, dy, hidden, w2, None, None, need_dz, need_dw2, need_db2)
+    gate = gated.backward_plan(hidden, z, activation, backend, seed[0] if dropout else None, dropout)
+    up = backward_plan_of_module(module, z, x, w1, None, None, need_dx, need_dw1, need_db1)
+
+    def call(dy, x, w1, b1, w2, b2, hidden, z, seed=None):
+        dhidden, dw2, db2, _ = down(dy, hidden, w2, None, None)
+        dx = dw1 = db1 = None
+        if need_dz:
+            dx, dw1, db1, _ = up(gate(dhidden, z, seed), x, w1, None, None)
         db1 = given(db1, b1) if need_db1 else None
         return given(dx, x), given(dw1, w1), db1, given(dw2, w2), given(db2, x if b2 is None else b2)
 
@@ -274,13 +317,15 @@ def ffn(
 
     Args:
         x, w1, b1, w2, b2: (..., K), (F, K), (F,), (K', F) and (K',); b1 and b2 may be None. dtypes are those of `linear`.
-        activation: a name, as for `linear`.
+        activation: a name, as for `linear`; or a gated one (Shazeer, 2020, arXiv:2002.05202), "geglu" (gelu by erf: ModernBERT),
+            "geglu_tanh" (gelu_tanh: T5 1.1) or "swiglu" (silu). For these w1 is (2 F, K) and b1 (2 F,), and the hidden layer is
+            act(a) * b with a by the first F rows and b by the others; of two matrices w1 = torch.cat([activated, factor]).
         dropout: the probability, 0 to 1, with which an element of the hidden layer is dropped, also without gradients; the others
             are divided by 1 - dropout, in fp32. The seed and the place say which: `fastattn.dropout.kept_elements`.
         seed: None, an int, or a one-element int64 tensor on x's device. None draws one from PyTorch's default generator of the
             device. Without dropout none is read or drawn.
         recompute: save nothing of the hidden layer, (..., F), for the backward, which makes it again; the gradients are the same.
-        backend: "auto", "triton", "cuda" (no dropout), "cpu" or "eager".
+        backend: "auto", "triton", "cuda" (no dropout, nothing gated), "cpu" or "eager".
 
     Returns:
         (..., K') in x's dtype.
@@ -320,7 +365,15 @@ def _ffn_input(x, w1, b1, w2, b2, activation, recompute, backend) -> Tensor:
         raise TypeError(f"recompute must be True or False, got {recompute!r}")
     if activation is None:
         raise ValueError("activation must be a name: without one, ffn would be a single linear map")
-    x, autocast = checked_input(x, activation, backend)
+    x, autocast = checked_input(x, activation, backend, gated=True)
     check_layer(x, x.shape[-1], {"w1": w1, "b1": b1}, autocast)
-    check_layer(x, w1.shape[0], {"w2": w2, "b2": b2}, autocast)
+    columns = w1.shape[0]
+    if activation in GATED:
+        if columns % 2:
+            raise ValueError(f"w1 must have an even number of rows, for {activation!r} activates the first half; got {columns}")
+        columns //= 2
+        if isinstance(w2, Tensor) and w2.dim() == 2 and w2.shape[1] != columns:
+            halved = f"half as many columns as w1 has rows, {columns}, for {activation!r}"
+            raise ValueError(f"w2 must have {halved}; got shape {tuple(w2.shape)}")
+    check_layer(x, columns, {"w2": w2, "b2": b2}, autocast)
     return x

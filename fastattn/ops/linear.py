@@ -348,9 +348,9 @@ def _linear_input(x, weight, bias, activation, residual, backend) -> Tensor:
     return x
 
 
-def checked_input(x: Tensor, activation: str | None, backend: str) -> tuple[Tensor, bool]:
-    """x in the dtype of the request, and whether autocast decided on it."""
-    check_activation(activation)
+def checked_input(x: Tensor, activation: str | None, backend: str, gated: bool = False) -> tuple[Tensor, bool]:
+    """x in the dtype of the request, and whether autocast decided on it; with `gated` those activations are served too."""
+    check_activation(activation, gated)
     dispatch.check_backend(backend, BACKENDS)
     _check_tensor(x, "x")
     if x.dim() < 1:
