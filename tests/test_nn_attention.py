@@ -214,7 +214,11 @@ def test_a_query_that_sees_nothing():
 def test_packed_equals_padded(backend):
     lengths, device = torch.tensor([9, 4, 0, 1]), device_of(backend)
     packing = fastattn.Packing.from_lengths(lengths.to(device), 9)
-    for options, mask in (({}, None), ({"num_kv_heads": 2}, masks.causal()), ({"alibi": True}, None)):
+    for options, mask in (
+        ({}, None),
+        ({"num_kv_heads": 2}, masks.causal()),
+        ({"alibi": True, "rotary": fastattn.nn.Rotary()}, None),
+    ):
         mha = attention(backend=backend, **options).to(device)
         x = torch.randn(4, 9, 16, device=device)
         hide = torch.arange(9, device=device) >= lengths.to(device)[:, None]
@@ -243,6 +247,14 @@ def test_options_of_its_own():
     out = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
     torch.testing.assert_close(mha(x, x, x, need_weights=False)[0], mha.out_proj(out))
     torch.testing.assert_close(mha(x, x, x)[0], mha.out_proj(out))
+    turning = attention(rotary=fastattn.nn.Rotary(base=100.0, interleaved=True))
+    q, k, v = nn.functional.linear(x, turning.in_proj_weight, turning.in_proj_bias).unflatten(-1, (3, 4, 4)).unbind(2)
+    angles = torch.arange(9)[:, None, None] * 100.0 ** -torch.tensor([0.0, 0.5])
+    q, k = (
+        torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (2, 2))) * torch.exp(1j * angles)).flatten(-2) for y in (q, k)
+    )
+    out = nn.functional.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v))).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(turning(x, x, x, need_weights=False)[0], turning.out_proj(out))
     plain, alibi = attention(), attention(alibi=True)
     distance = (torch.arange(9) - torch.arange(9)[:, None]).abs()
     bias = -(2.0 ** -torch.tensor([2.0, 4, 6, 8]))[:, None, None] * distance
@@ -272,6 +284,8 @@ def refusals(x):
         (ValueError, "num_kv_heads", lambda: make(16, 4, num_kv_heads=3)),
         (NotImplementedError, "num_kv_heads", lambda: make(16, 4, num_kv_heads=2, add_bias_kv=True)),
         (NotImplementedError, "alibi", lambda: make(16, 4, alibi=True, add_zero_attn=True)),
+        (NotImplementedError, "rotary", lambda: attention(rotary=fastattn.nn.Rotary())(x, x[:, :5], x[:, :5])),
+        (TypeError, "rotary", lambda: make(16, 4, rotary=10000.0)),
         (ValueError, "dropout", lambda: make(16, 4, dropout=1.5)),
         (ValueError, "embed_dim", lambda: make(16, 3)),
         (TypeError, "nested", lambda: mha(*[torch.nested.as_nested_tensor([x[0], x[1, :4]])] * 3)),

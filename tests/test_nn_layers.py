@@ -15,13 +15,16 @@ from torch import nn
 
 import fastattn
 from fastattn import masks
+from fastattn.activations import GATED
 from fastattn.testing import assert_accurate, ffn_yardstick
+from fastattn.testing_elements import gated_ffn_yardstick
 
 BACKENDS = ["eager", "cpu", TRITON]
 SHARE = {"cpu": 1, "eager": 4, "triton": 8}
 LENGTHS = torch.tensor([9, 4, 1])
 PADDING = torch.arange(9) >= LENGTHS[:, None]  # (3, 9)
 SIDES = {"right": PADDING, "left": PADDING.flip(1), "holes": PADDING.flip(1).roll(3, 1), "none": None}
+ROTARY = fastattn.nn.Rotary(base=100.0, dim=4)
 CAUSAL = torch.ones(9, 9, dtype=torch.bool).triu(1)
 
 
@@ -140,7 +143,11 @@ def encoder(**options):
 
 
 @pytest.mark.parametrize("side", ["right", "left", "holes"])
-@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 1}, {"alibi": True}, {"norm_first": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_kv_heads": 1}, {"alibi": True}, {"norm_first": True}, {"rotary": ROTARY, "activation": "geglu"}],
+    ids=str,
+)
 def test_padding_is_taken_out(side, options, monkeypatch):
     """Of what does not count distances; and padding that holds NaN changes nothing."""
     model, x, hide = encoder(**options), torch.randn(3, 9, 16), SIDES[side]
@@ -220,7 +227,7 @@ def test_decoder_of_packings():
     torch.testing.assert_close(packed, own.pack(padded), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "relu"])
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "relu", "geglu", "swiglu"])
 def test_feed_forward(activation):
     ffn, x, dy = perturbed(fastattn.nn.FeedForward(16, 24, activation)), torch.randn(2, 5, 16), torch.randn(2, 5, 16)
     leaf = x.clone().requires_grad_()
@@ -228,7 +235,8 @@ def test_feed_forward(activation):
     weights = ffn.linear1.weight, ffn.linear1.bias, ffn.linear2.weight, ffn.linear2.bias
     names = "dw1", "db1", "dw2", "db2"
     found = {"y": ffn(x).detach(), "dx": leaf.grad, **{name: w.grad for name, w in zip(names, weights, strict=True)}}
-    assert_accurate(found, ffn_yardstick(x, *(w.detach() for w in weights), dy, activation))
+    yardstick = gated_ffn_yardstick if activation in GATED else ffn_yardstick
+    assert_accurate(found, yardstick(x, *(w.detach() for w in weights), dy, activation))
 
 
 # convert
@@ -297,9 +305,11 @@ def test_what_convert_leaves(caplog):
     assert "Own" in told[0] and "activation" in told[1] and "hooks" in told[2]
     with pytest.raises(TypeError, match="module"):
         fastattn.nn.convert("bert")
-    for options in ({"num_kv_heads": 1}, {"alibi": True}):
-        with pytest.raises(NotImplementedError, match="num_kv_heads nor alibi"):
+    for options in ({"num_kv_heads": 1}, {"alibi": True}, {"rotary": fastattn.nn.Rotary()}):
+        with pytest.raises(NotImplementedError, match=f"has no {next(iter(options))}"):
             fastattn.nn.convert(encoder(**options), for_export=True)
+    with pytest.raises(NotImplementedError, match="swiglu"):
+        fastattn.nn.convert(encoder(activation="swiglu"), for_export=True)
 
 
 def test_one_module_under_two_names():

@@ -5,5 +5,6 @@ from fastattn.nn.convert import convert
 from fastattn.nn.decoder import DecoderLayer
 from fastattn.nn.encoder import Encoder, EncoderLayer
 from fastattn.nn.feed_forward import FeedForward
+from fastattn.nn.rotary import Rotary
 
-__all__ = ["DecoderLayer", "Encoder", "EncoderLayer", "FeedForward", "MultiHeadAttention", "convert"]
+__all__ = ["DecoderLayer", "Encoder", "EncoderLayer", "FeedForward", "MultiHeadAttention", "Rotary", "convert"]

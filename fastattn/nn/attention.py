@@ -15,6 +15,7 @@ from fastattn.biases import Bias
 from fastattn.dropout import draw_seed, dropout_mask, rescale
 from fastattn.masks import Mask
 from fastattn.nn.masking import translated, with_columns
+from fastattn.nn.rotary import Rotary
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_qkv import attention_qkv
 from fastattn.ops.attention_weights import attention_weights
@@ -31,6 +32,7 @@ class MultiHeadAttention(nn.Module):
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as there.
         num_kv_heads: heads of keys and values, each for num_heads / num_kv_heads query heads; None: num_heads. `in_proj_weight`
             has rows for no more; keys and values have the width of queries then.
+        rotary: turn queries and keys by their places (Su et al., 2021, arXiv:2104.09864); of self-attention alone.
         alibi: add -slope |j - i| to the scores, slopes 2^(-8 h / H) for h = 1..H (Press et al., 2022, arXiv:2108.12409).
         backend: of all ops inside: "auto", "triton", "cpu" or "eager".
 
@@ -73,6 +75,7 @@ class MultiHeadAttention(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         num_kv_heads: int | None = None,
+        rotary: Rotary | None = None,
         alibi: bool = False,
         backend: str = "auto",
     ) -> None:
@@ -83,6 +86,7 @@ class MultiHeadAttention(nn.Module):
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.dropout, self.batch_first, self.add_zero_attn, self.backend = dropout, batch_first, add_zero_attn, backend
+        self.rotary = rotary
         self._check_options(add_bias_kv, alibi)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
@@ -113,8 +117,10 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}")
         if self.num_kv_heads != self.num_heads and (add_bias_kv or not self._qkv_same_embed_dim):
             raise NotImplementedError("num_kv_heads does not go with add_bias_kv, nor with a kdim or vdim other than embed_dim")
-        if alibi and (add_bias_kv or self.add_zero_attn):
-            raise NotImplementedError("alibi does not go with add_bias_kv and add_zero_attn: their keys have no place")
+        if (alibi or self.rotary is not None) and (add_bias_kv or self.add_zero_attn):
+            raise NotImplementedError("rotary and alibi do not go with add_bias_kv and add_zero_attn: their keys have no place")
+        if self.rotary is not None and not isinstance(self.rotary, Rotary):
+            raise TypeError(f"rotary must be a fastattn.nn.Rotary or None, got {type(self.rotary).__name__}")
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout must be a probability, 0 to 1, got {self.dropout}")
 
@@ -213,6 +219,8 @@ class MultiHeadAttention(nn.Module):
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(f"key has the shape {tuple(key.shape)}, but value {tuple(value.shape)}")
         batch = 0 if self.batch_first else 1
+        if self.rotary is not None and query is not key:
+            raise NotImplementedError("rotary is of self-attention: query and key must be one tensor")
         if query.dim() == 3 and query.shape[batch] != key.shape[batch]:
             raise ValueError(f"query has {query.shape[batch]} sequences, but key {key.shape[batch]}")
 
@@ -233,7 +241,7 @@ class MultiHeadAttention(nn.Module):
     def _attended(self, query: Tensor, key: Tensor, value: Tensor, mask, bias) -> Tensor:
         """(B, L, H, D)"""
         plain = self.bias_k is None and not self.add_zero_attn
-        if plain and self._is_one_product(query, key, value):
+        if plain and self._in_place(query, key, value):
             return attention_qkv(self._batch_first(self._qkv(query)), mask, bias=bias, **self._options())
         q, k, v, mask, bias = self._heads(query, key, value, mask, bias)
         return attention(q, k, v, mask, bias=bias, **self._options()).transpose(1, 2)
@@ -242,16 +250,20 @@ class MultiHeadAttention(nn.Module):
         """(T, H, D)"""
         if self.bias_k is not None or self.add_zero_attn:
             raise NotImplementedError("packing does not go with add_bias_kv and add_zero_attn")
-        if key_packing is None and self._is_one_product(query, key, value):
+        if key_packing is None and self._in_place(query, key, value):
             return attention_qkv(self._qkv(query), mask, packing=packing, bias=bias, **self._options())
         q, k, v = self._projected(query, key, value)
+        if self.rotary is not None:
+            q, k = self.rotary.turned(q, k, packing, self.backend)
         return varlen_attention(q, k, v, packing, mask, key_packing=key_packing, bias=bias, **self._options())
 
     def _options(self) -> dict[str, Any]:
         return {"dropout": self.dropout if self.training else 0.0, "backend": self.backend}
 
-    def _is_one_product(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        return query is key and key is value and self._qkv_same_embed_dim and self.num_kv_heads == self.num_heads
+    def _in_place(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether attention reads query, key and value where one product writes them."""
+        one = query is key and key is value and self._qkv_same_embed_dim
+        return one and self.num_kv_heads == self.num_heads and self.rotary is None
 
     def _qkv(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., 3, H, D)"""
@@ -283,6 +295,8 @@ class MultiHeadAttention(nn.Module):
     def _heads(self, query: Tensor, key: Tensor, value: Tensor, mask, bias) -> tuple[Any, ...]:
         """q (B, H, L, D), k and v (B, Hkv, S, D), with the keys that torch.nn may add at the end; mask and bias for as many."""
         q, k, v = (self._batch_first(x).transpose(1, 2) for x in self._projected(query, key, value))
+        if self.rotary is not None:
+            q, k = self.rotary.turned(q, k, None, self.backend)
         added = []
         if self.bias_k is not None:
             pairs = (self.bias_k, k), (self.bias_v, v)

@@ -105,8 +105,11 @@ def _why_not(module: nn.Module) -> str | None:
 
 
 def _attention(old: Any, options: dict[str, Any], cls: type) -> Any:
-    if cls is nn.MultiheadAttention and (old.num_kv_heads != old.num_heads or old.alibi_slopes is not None):
-        raise NotImplementedError("for_export: torch.nn.MultiheadAttention has neither num_kv_heads nor alibi")
+    if cls is nn.MultiheadAttention:
+        own = {"num_kv_heads": old.num_kv_heads != old.num_heads, "rotary": old.rotary, "alibi": old.alibi_slopes is not None}
+        if any(own.values()):
+            names = ", ".join(name for name, has in own.items() if has)
+            raise NotImplementedError(f"for_export: torch.nn.MultiheadAttention has no {names}")
     given = old.embed_dim, old.num_heads, old.dropout, old.in_proj_bias is not None, old.bias_k is not None
     new = cls(*given, old.add_zero_attn, old.kdim, old.vdim, old.batch_first, device="meta", **options)
     weights = "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v"

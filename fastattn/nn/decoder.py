@@ -16,6 +16,7 @@ from fastattn.masks import Mask
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.encoder import norm_of, norm_of_sum
 from fastattn.nn.feed_forward import activation_name, feed_forward, first_rows
+from fastattn.nn.rotary import Rotary
 from fastattn.packing import Packing
 
 
@@ -26,7 +27,7 @@ class DecoderLayer(nn.Module):
         d_model, nhead, dim_feedforward, dropout, layer_norm_eps, batch_first, norm_first, bias, device, dtype: as of
             torch.nn.TransformerDecoderLayer, and so is the state dict; torch.nn.TransformerDecoder takes such a layer.
         activation: as of `FeedForward`.
-        num_kv_heads, backend: as of `MultiHeadAttention`, for both attentions; alibi: for self-attention.
+        num_kv_heads, backend: as of `MultiHeadAttention`, for both attentions; rotary, alibi: for self-attention.
 
     Raises:
         ValueError: an argument does not fit.
@@ -52,13 +53,14 @@ class DecoderLayer(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         num_kv_heads: int | None = None,
+        rotary: Rotary | None = None,
         alibi: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         options: dict[str, Any] = {"batch_first": batch_first, "num_kv_heads": num_kv_heads, "backend": backend}
-        self.self_attn = MultiHeadAttention(d_model, nhead, dropout, bias, alibi=alibi, **options, **like)
+        self.self_attn = MultiHeadAttention(d_model, nhead, dropout, bias, rotary=rotary, alibi=alibi, **options, **like)
         self.multihead_attn = MultiHeadAttention(d_model, nhead, dropout, bias, **options, **like)
         self.activation, self.norm_first, self.backend = activation_name(activation), norm_first, backend
         self.linear1 = nn.Linear(d_model, first_rows(dim_feedforward, self.activation), bias=bias, **like)

@@ -19,6 +19,7 @@ from fastattn.masks import Mask
 from fastattn.nn.attention import MultiHeadAttention, joined_bias
 from fastattn.nn.feed_forward import activation_name, feed_forward, first_rows, rate
 from fastattn.nn.masking import causal_by_looks, real_tokens, translated
+from fastattn.nn.rotary import Rotary
 from fastattn.ops.norm import add_layer_norm
 from fastattn.packing import Packing
 from fastattn.planned import PLAIN
@@ -35,7 +36,7 @@ class EncoderLayer(nn.Module):
         d_model, nhead, dim_feedforward, dropout, layer_norm_eps, batch_first, norm_first, bias, device, dtype: as of
             torch.nn.TransformerEncoderLayer, and so is the state dict.
         activation: as of `FeedForward`: a name, gated ones too, or PyTorch's relu, gelu or silu.
-        num_kv_heads, alibi, backend: as of `MultiHeadAttention`.
+        num_kv_heads, rotary, alibi, backend: as of `MultiHeadAttention`.
 
     Raises:
         ValueError: an argument does not fit.
@@ -60,13 +61,16 @@ class EncoderLayer(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         num_kv_heads: int | None = None,
+        rotary: Rotary | None = None,
         alibi: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "alibi": alibi, "backend": backend}
-        self.self_attn = MultiHeadAttention(d_model, nhead, dropout, bias, batch_first=batch_first, **options, **like)
+        options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "rotary": rotary, "alibi": alibi}
+        self.self_attn = MultiHeadAttention(
+            d_model, nhead, dropout, bias, batch_first=batch_first, backend=backend, **options, **like
+        )
         self.activation, self.norm_first, self.backend = activation_name(activation), norm_first, backend
         self.linear1 = nn.Linear(d_model, first_rows(dim_feedforward, self.activation), bias=bias, **like)
         self.dropout = nn.Dropout(dropout)
