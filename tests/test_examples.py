@@ -248,7 +248,7 @@ def test_help(monkeypatch, capsys, path):
     assert "--out" in printed and str(ROOT) not in printed
 
 
-@pytest.mark.parametrize("name", ["embed", "retrieve", "pretrain_bert", "train_t5", "image_tokens", "train_clip"])
+@pytest.mark.parametrize("name", ["embed", "retrieve", "pretrain_bert", "train_t5", "image_tokens", "train_clip", "caption"])
 def test_pictures_of_the_examples_are_small_and_shown(name):
     assert (ROOT / "docs" / f"{name}.png").stat().st_size < LARGEST
     page = (ROOT / "docs" / "examples.md").read_text()

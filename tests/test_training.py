@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastattn.dropout import draw_seed, dropout_mask
 from fastattn.models.bert import BertConfig, BertForMaskedLM
@@ -22,8 +24,9 @@ SMALL = {  # example -> arguments of a run of seconds
     "train_t5": ["--batch", "6"],
     "image_tokens": ["--batch", "2"],
     "train_clip": ["--groups", "1"],
+    "caption": ["--batch", "2"],
 }
-NEEDS = {"image_tokens": "sklearn", "train_clip": "sklearn"}
+NEEDS = {"image_tokens": "sklearn", "train_clip": "sklearn", "caption": "sklearn"}
 
 
 @pytest.fixture
@@ -39,6 +42,9 @@ def load(monkeypatch):
             monkeypatch.setattr(module, "TOKENS", 200)
         if name == "image_tokens":
             monkeypatch.setattr(module, "SAMPLES", 1)
+        if name == "caption":
+            monkeypatch.setattr(module, "JUDGED", 12)
+            monkeypatch.setattr(module, "SEEN", 12)
         return module
 
     yield imported
@@ -181,6 +187,94 @@ def test_pixels_do_not_see_what_comes_after_them(load) -> None:
         a, b = model(tokens[:2, :-1]), model(changed)
     torch.testing.assert_close(a[:, :40], b[:, :40], rtol=0, atol=1e-5)
     assert not torch.allclose(a[:, 40:], b[:, 40:], atol=1e-2)
+
+
+def test_captions_and_questions_of_known_rows(load) -> None:
+    """The questions that have one answer, and no other; those of digits that are not there in the same words."""
+    module = load("caption")
+    there = {
+        ((3, 7),): {
+            "which digit is on the left": "three", "which digit is on the right": "seven", "what is right of the three": "seven",
+            "what is left of the seven": "three", "where is the three": "on the left", "where is the seven": "on the right",
+            "is there a three": "yes", "is there a seven": "yes", "how many digits are there": "two",
+        },
+        ((8,), (8, 2)): {
+            "which digit is on top": "eight", "what is left of the two": "eight", "what is above the two": "eight",
+            "where is the two": "at the bottom", "is there an eight": "yes", "is there a two": "yes",
+            "how many digits are there": "three",
+        },
+        ((1, 9), (5,)): {
+            "which digit is at the bottom": "five", "what is right of the one": "nine", "what is left of the nine": "one",
+            "what is below the one": "five", "what is below the nine": "five", "where is the one": "on top",
+            "where is the nine": "on top", "where is the five": "at the bottom", "is there a one": "yes",
+            "is there a nine": "yes", "is there a five": "yes", "how many digits are there": "three",
+        },
+    }  # fmt: skip
+    captions = ["a three left of a seven", "an eight above an eight left of a two", "a one left of a nine above a five"]
+    for (rows, expected), words in zip(there.items(), captions, strict=True):
+        assert module.caption(rows) == ("[CAPTION]", words)
+        found = {" ".join(given.split()[1:-1]): answer for group in module.questions(rows) for given, answer in group}
+        absent = [n for n in range(10) if not any(n in row for row in rows)]
+        for n in absent:
+            expected[f"is there {module.named(n)}"], expected[f"where is the {module.NAMES[n]}"] = "no", "nowhere"
+        assert found == expected
+
+
+def test_captions_are_of_their_images(load) -> None:
+    """Digits drawn as squares of their own shade are found in the image, in the rows and the order of its caption."""
+    module = load("caption")
+    labels = torch.arange(10)
+    shades = (labels[:, None, None, None] + 1.0).expand(10, 1, module.GLYPH, module.GLYPH).clone()
+    shades[0, :, 0, 0] = 0  # the ground of every image
+    torch.manual_seed(0)
+    scenes, shapes = module.draw(module.digits.Images(shades, labels), 60), set()
+    for image, (_, said) in zip(scenes.images[:, 0].long(), scenes.texts[:: module.TEXTS], strict=True):
+        rows = said.split(" above ")
+        shapes.add(tuple(row.count(" of ") + 1 for row in rows))
+        for part, row in zip([image] if len(rows) == 1 else image.split(module.CELL), rows, strict=True):
+            columns = part.max(0).values
+            found = [module.NAMES[shade - 1] for shade in columns[columns > 0].unique_consecutive().tolist()]
+            assert found == [name for name, _ in groupby(word for word in row.split() if word in module.NAMES)]
+    assert shapes == set(module.SHAPES)
+
+
+def test_texts_are_written_alike_alone_and_in_a_batch(load) -> None:
+    """Beginnings of unequal length, padded; and what is given counts nothing in the loss, what is written all."""
+    module = load("caption")
+    torch.manual_seed(0)
+    model, (glyphs, _) = module.Captioner(width=32, heads=2).eval(), module.digits.load_images()
+    torch.nn.init.normal_(model.positions)  # an untrained model that says more than one word
+    scenes = module.draw(glyphs, 12)
+    said, losses, words = module.write(model, scenes), [], []
+    assert len(set(said)) > 3
+    for n, (given, answer) in enumerate(scenes.texts):
+        memory = model.encode(scenes.images[n // module.TEXTS][None])
+        row = [module.IDS[word] for word in given.split()]
+        start = len(row)
+        while len(row) < module.LONGEST and row[-1] != module.END:
+            tokens = torch.tensor([row])
+            row.append(int(model.decode(tokens, torch.tensor([len(row)]), memory)[0, -1].argmax()))
+        assert said[n] == " ".join(module.WORDS[token] for token in row[start:] if token != module.END)
+        whole = torch.tensor([[module.IDS[word] for word in f"{given} {answer} [END]".split()]])
+        logits = model.decode(whole[:, :-1], torch.tensor([whole.shape[1] - 1]), memory)[0, start - 1 :]
+        losses.append(F.cross_entropy(logits, whole[0, start:], reduction="sum"))
+        words.append(whole.shape[1] - start)
+    torch.testing.assert_close(module.loss_of(model, scenes), sum(losses) / sum(words))
+
+
+def test_guesses_without_the_image(load, capsys) -> None:
+    module = load("caption")
+    seen = [module.Text("[QUESTION] is there a one [ANSWER]", word) for word in ("no", "yes", "no")]
+    texts = [module.Text(seen[0].given, "no"), module.Text(seen[0].given, "yes"), module.Text("[CAPTION]", "a one left of a two")]
+    blind = module.guesses(texts, seen)
+    assert blind == ["no", "no", ""]
+    assert module.report(texts, ["yes", "yes", "a one left of a two"], blind) == {
+        "captions": 1,
+        "questions": 0.5,
+        "is there": 0.5,
+    }
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[-3:] for row in rows] == [["1", "100.0%", "0.0%"], ["2", "50.0%", "50.0%"], ["2", "50.0%", "50.0%"]]
 
 
 # Losses against plain PyTorch
