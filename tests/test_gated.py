@@ -107,7 +107,7 @@ def test_agrees_with_transformers(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_dropped(backend):
-    """What is kept is the contract's draw of the hidden layer, forward and backward, for one element of it alone at a time."""
+    """What is kept is the public draw of the hidden layer, bit by bit, forward, backward and recomputed."""
     hidden, p, seed, device = 70, 0.4, 5, device_of(backend)
     x, one = torch.ones(3, 7, 1, device=device), torch.ones(hidden, 1, device=device)
     w1, w2 = torch.cat([one * 20, one]).requires_grad_(), torch.eye(hidden, device=device)
