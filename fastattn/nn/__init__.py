@@ -5,6 +5,16 @@ from fastattn.nn.convert import convert
 from fastattn.nn.decoder import DecoderLayer
 from fastattn.nn.encoder import Encoder, EncoderLayer
 from fastattn.nn.feed_forward import FeedForward
+from fastattn.nn.parallel import tensor_parallel_plan
 from fastattn.nn.rotary import Rotary
 
-__all__ = ["DecoderLayer", "Encoder", "EncoderLayer", "FeedForward", "MultiHeadAttention", "Rotary", "convert"]
+__all__ = [
+    "DecoderLayer",
+    "Encoder",
+    "EncoderLayer",
+    "FeedForward",
+    "MultiHeadAttention",
+    "Rotary",
+    "convert",
+    "tensor_parallel_plan",
+]

@@ -16,6 +16,7 @@ from fastattn.dropout import draw_seed, dropout_mask, rescale
 from fastattn.masks import Mask
 from fastattn.nn.masking import translated, with_columns
 from fastattn.nn.rotary import Rotary
+from fastattn.nn.shards import Shards
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_qkv import attention_qkv
 from fastattn.ops.attention_weights import attention_weights
@@ -59,6 +60,7 @@ class MultiHeadAttention(nn.Module):
     bias_k: Any
     bias_v: Any
     alibi_slopes: Any
+    shards: Shards | None = None  # of `HeadParallel`: parameters are divided, num_heads and num_kv_heads are a rank's
 
     def __init__(
         self,
@@ -201,7 +203,8 @@ class MultiHeadAttention(nn.Module):
         batch = 0 if self.batch_first else 1
         given = {id(x): x.unsqueeze(batch) for x in (query, key, value)}
         key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-        out, weights = self(*(given[id(x)] for x in (query, key, value)), key_padding_mask, *rest, **options)
+        query, key, value = (given[id(x)] for x in (query, key, value))
+        out, weights = self.forward(query, key, value, key_padding_mask, *rest, **options)  # without the hooks, which were called
         return out.squeeze(batch), None if weights is None else weights[0]
 
     # What attention is given
@@ -242,23 +245,40 @@ class MultiHeadAttention(nn.Module):
         """(B, L, H, D)"""
         plain = self.bias_k is None and not self.add_zero_attn
         if plain and self._in_place(query, key, value):
-            return attention_qkv(self._batch_first(self._qkv(query)), mask, bias=bias, **self._options())
+            return attention_qkv(self._batch_first(self._qkv(query)), mask, bias=bias, **self._options(query.device))
         q, k, v, mask, bias = self._heads(query, key, value, mask, bias)
-        return attention(q, k, v, mask, bias=bias, **self._options()).transpose(1, 2)
+        return attention(q, k, v, mask, bias=bias, **self._options(query.device)).transpose(1, 2)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, mask, bias, packing: Packing, key_packing) -> Tensor:
         """(T, H, D)"""
         if self.bias_k is not None or self.add_zero_attn:
             raise NotImplementedError("packing does not go with add_bias_kv and add_zero_attn")
         if key_packing is None and self._in_place(query, key, value):
-            return attention_qkv(self._qkv(query), mask, packing=packing, bias=bias, **self._options())
+            return attention_qkv(self._qkv(query), mask, packing=packing, bias=bias, **self._options(query.device))
         q, k, v = self._projected(query, key, value)
         if self.rotary is not None:
             q, k = self.rotary.turned(q, k, packing, self.backend)
-        return varlen_attention(q, k, v, packing, mask, key_packing=key_packing, bias=bias, **self._options())
+        return varlen_attention(q, k, v, packing, mask, key_packing=key_packing, bias=bias, **self._options(query.device))
 
-    def _options(self) -> dict[str, Any]:
-        return {"dropout": self.dropout if self.training else 0.0, "backend": self.backend}
+    def _options(self, device: torch.device) -> dict[str, Any]:
+        """Of `attention`. A rank of several draws by a seed of its own."""
+        options = {"dropout": self.dropout if self.training else 0.0, "backend": self.backend}
+        if self.shards is not None and options["dropout"]:
+            options["seed"] = self.shards.seed(device)
+        return options
+
+    def _in_proj(self) -> tuple[Any, Any]:
+        """in_proj_weight and in_proj_bias, or None, of the heads that there are here."""
+        found, shards = (self.in_proj_weight, self.in_proj_bias), self.shards
+        if shards is None:
+            return found
+        heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
+        weight, bias = (None if x is None else shards.rows(x, heads) for x in found)
+        return weight, bias
+
+    def _own(self, *parameters: Any) -> tuple[Any, ...]:
+        """Of parameters, what is here."""
+        return parameters if self.shards is None else tuple(x.to_local() for x in parameters)
 
     def _in_place(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether attention reads query, key and value where one product writes them."""
@@ -267,28 +287,30 @@ class MultiHeadAttention(nn.Module):
 
     def _qkv(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., 3, H, D)"""
-        qkv = linear(x, self.in_proj_weight, self.in_proj_bias, backend=self.backend)
+        weight, bias = self._in_proj()
+        qkv = linear(x, weight, bias, backend=self.backend)
         return qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Each (..., H, D), in the layout of what was given, by as few products as there are tensors."""
+        joined, wide = self._in_proj()
         widths = [heads * self.head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
-        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.split(widths)
+        biases = (None, None, None) if wide is None else wide.split(widths)
 
         def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return linear(x, weight, bias, backend=self.backend)
 
-        if self.in_proj_weight is None:
-            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-            parts = [product(*given) for given in zip((query, key, value), weights, biases, strict=True)]
+        if joined is None:
+            separate = self._own(self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            parts = [product(*given) for given in zip((query, key, value), separate, biases, strict=True)]
         elif query is key and key is value:
-            parts = [*product(query, self.in_proj_weight, self.in_proj_bias).split(widths, -1)]
+            parts = [*product(query, joined, wide).split(widths, -1)]
         elif key is value:
-            weights, wide = self.in_proj_weight.split((widths[0], 2 * widths[1])), self.in_proj_bias
+            weights = joined.split((widths[0], 2 * widths[1]))
             first, rest = (None, None) if wide is None else wide.split((widths[0], 2 * widths[1]))
             parts = [product(query, weights[0], first), *product(key, weights[1], rest).chunk(2, -1)]
         else:
-            weights = self.in_proj_weight.split(widths)
+            weights = joined.split(widths)
             parts = [product(*given) for given in zip((query, key, value), weights, biases, strict=True)]
         return tuple(part.unflatten(-1, (-1, self.head_dim)) for part in parts)
 
@@ -299,7 +321,7 @@ class MultiHeadAttention(nn.Module):
             q, k = self.rotary.turned(q, k, None, self.backend)
         added = []
         if self.bias_k is not None:
-            pairs = (self.bias_k, k), (self.bias_v, v)
+            pairs = zip(self._own(self.bias_k, self.bias_v), (k, v), strict=True)
             added.append([x.view(1, self.num_heads, 1, -1).expand(k.shape[0], -1, -1, -1).to(y.dtype) for x, y in pairs])
         if self.add_zero_attn:
             added.append([x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in (k, v)])
@@ -312,14 +334,14 @@ class MultiHeadAttention(nn.Module):
 
     def _with_weights(self, q, k, v, mask, bias) -> tuple[Tensor, Tensor]:
         """The output (B, L, H, D), and the weights (B, H, L, S)."""
-        options, seed = self._options(), None
-        if options["dropout"]:
-            seed = draw_seed(None, q.device)
-        out, lse = attention(q, k, v, mask, bias=bias, seed=seed, return_lse=True, **options)
+        options = self._options(q.device)
+        if options["dropout"] and "seed" not in options:
+            options["seed"] = draw_seed(None, q.device)
+        out, lse = attention(q, k, v, mask, bias=bias, return_lse=True, **options)
         weights = attention_weights(q, k, lse, mask, bias=bias)
-        if seed is not None:
+        if options["dropout"]:
             B, H, L, S = weights.shape
-            weights = weights * dropout_mask(seed, B, H, L, S, self.dropout) * rescale(self.dropout)
+            weights = weights * dropout_mask(options["seed"], B, H, L, S, self.dropout) * rescale(self.dropout)
         return out.transpose(1, 2), weights.to(out.dtype)
 
     # Layouts
@@ -332,7 +354,10 @@ class MultiHeadAttention(nn.Module):
 
     def _output(self, out: Tensor) -> Tensor:
         """(..., H, D) -> (..., E)"""
-        return linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias, backend=self.backend)
+        (weight,) = self._own(self.out_proj.weight)
+        if self.shards is None:
+            return linear(out.flatten(-2), weight, self.out_proj.bias, backend=self.backend)
+        return self.shards.leave(linear(out.flatten(-2), weight, backend=self.backend), self.out_proj.bias)
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, {self.num_heads}, dropout={self.dropout}, batch_first={self.batch_first}"

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from fastattn.masks import Mask
 from fastattn.nn.attention import MultiHeadAttention
-from fastattn.nn.encoder import norm_of, norm_of_sum
+from fastattn.nn.encoder import dropped, norm_of, norm_of_sum
 from fastattn.nn.feed_forward import activation_name, feed_forward, first_rows
 from fastattn.nn.rotary import Rotary
+from fastattn.nn.shards import Shards
 from fastattn.packing import Packing
 
 
@@ -37,6 +38,8 @@ class DecoderLayer(nn.Module):
     >>> layer(words, image, mask=fastattn.masks.causal()).shape
     torch.Size([2, 7, 32])
     """
+
+    shards: Shards | None = None  # of `LayerParallel`: parameters are divided, and perhaps the sequence of tgt
 
     def __init__(
         self,
@@ -97,18 +100,18 @@ class DecoderLayer(nn.Module):
         over: dict[str, Any] = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask}
         over |= {"is_causal": memory_is_causal, "packing": packing, "key_packing": memory_packing, "need_weights": False}
         if self.norm_first:
-            normal = norm_of(self.norm1, tgt, self.backend)
+            normal = norm_of(self, self.norm1, tgt)
             x = self.self_attn(normal, normal, normal, **own)[0]
-            normal, tgt = norm_of_sum(self.norm2, x, tgt, self.dropout1, self.backend, return_sum=True)
+            normal, tgt = norm_of_sum(self, self.norm2, x, tgt, self.dropout1, return_sum=True)
             x = self.multihead_attn(normal, memory, memory, **over)[0]
-            normal, tgt = norm_of_sum(self.norm3, x, tgt, self.dropout2, self.backend, return_sum=True)
-            return tgt + self.dropout3(self._ffn(normal))
-        x = norm_of_sum(self.norm1, self.self_attn(tgt, tgt, tgt, **own)[0], tgt, self.dropout1, self.backend)
-        x = norm_of_sum(self.norm2, self.multihead_attn(x, memory, memory, **over)[0], x, self.dropout2, self.backend)
-        return norm_of_sum(self.norm3, self._ffn(x), x, self.dropout3, self.backend)
+            normal, tgt = norm_of_sum(self, self.norm3, x, tgt, self.dropout2, return_sum=True)
+            return tgt + dropped(self, self.dropout3, self._ffn(normal))
+        x = norm_of_sum(self, self.norm1, self.self_attn(tgt, tgt, tgt, **own)[0], tgt, self.dropout1)
+        x = norm_of_sum(self, self.norm2, self.multihead_attn(x, memory, memory, **over)[0], x, self.dropout2)
+        return norm_of_sum(self, self.norm3, self._ffn(x), x, self.dropout3)
 
     def _ffn(self, x: Tensor) -> Tensor:
-        return feed_forward(x, self.linear1, self.linear2, self.activation, self.dropout, self.backend)
+        return feed_forward(self, x)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, norm_first={self.norm_first}"

@@ -20,6 +20,7 @@ from fastattn.nn.attention import MultiHeadAttention, joined_bias
 from fastattn.nn.feed_forward import activation_name, feed_forward, first_rows, rate
 from fastattn.nn.masking import causal_by_looks, real_tokens, translated
 from fastattn.nn.rotary import Rotary
+from fastattn.nn.shards import Shards
 from fastattn.ops.norm import add_layer_norm
 from fastattn.packing import Packing
 from fastattn.planned import PLAIN
@@ -45,6 +46,8 @@ class EncoderLayer(nn.Module):
     >>> layer(torch.randn(2, 7, 32)).shape
     torch.Size([2, 7, 32])
     """
+
+    shards: Shards | None = None  # of `LayerParallel`: parameters are divided, and perhaps the sequence
 
     def __init__(
         self,
@@ -98,16 +101,16 @@ class EncoderLayer(nn.Module):
         given: dict[str, Any] = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
         given |= {"mask": mask, "bias": bias, "packing": packing, "need_weights": False}
         if self.norm_first:
-            normal = norm_of(self.norm1, src, self.backend)
+            normal = norm_of(self, self.norm1, src)
             attended = self.self_attn(normal, normal, normal, **given)[0]
-            normal, total = norm_of_sum(self.norm2, attended, src, self.dropout1, self.backend, return_sum=True)
-            return total + self.dropout2(self._ffn(normal))
+            normal, total = norm_of_sum(self, self.norm2, attended, src, self.dropout1, return_sum=True)
+            return total + dropped(self, self.dropout2, self._ffn(normal))
         attended = self.self_attn(src, src, src, **given)[0]
-        x = norm_of_sum(self.norm1, attended, src, self.dropout1, self.backend)
-        return norm_of_sum(self.norm2, self._ffn(x), x, self.dropout2, self.backend)
+        x = norm_of_sum(self, self.norm1, attended, src, self.dropout1)
+        return norm_of_sum(self, self.norm2, self._ffn(x), x, self.dropout2)
 
     def _ffn(self, x: Tensor) -> Tensor:
-        return feed_forward(x, self.linear1, self.linear2, self.activation, self.dropout, self.backend)
+        return feed_forward(self, x)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, norm_first={self.norm_first}"
@@ -168,6 +171,8 @@ class Encoder(nn.Module):
             keep = real_tokens(src_key_padding_mask)
             if keep is not None:
                 return self._unpadded(src, keep, masks.causal() if is_causal else None)
+        if self._first.shards is not None:  # it has some of the heads that a mask may be for, and layers perhaps parts of src
+            return self._run(src, attn_mask, src_key_padding_mask, is_causal, mask=visible, bias=bias)
         # once for all layers
         B, L = src.shape[:2] if self._batch_first else src.shape[1::-1]
         sizes = B, self._first.num_heads, L, L
@@ -191,7 +196,10 @@ class Encoder(nn.Module):
         return x if self.norm is None else self.norm(x)
 
     def _may_unpad(self, src: Tensor) -> bool:
-        """Whether the host may read how many tokens there are, and nothing counts places between them."""
+        """Whether the host may read how many tokens there are, nothing counts places between them, and no rank has a part."""
+        shards = self._first.shards
+        if shards is not None and shards.sequence is not None:
+            return False
         if not self.enable_nested_tensor or self._first.alibi_slopes is not None or type(src) not in PLAIN:
             return False
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
@@ -209,12 +217,35 @@ class Encoder(nn.Module):
         return self._first.batch_first
 
 
-def norm_of(norm: nn.LayerNorm, x: Tensor, backend: str) -> Any:
-    return add_layer_norm(x, None, norm.weight, norm.bias, eps=norm.eps, backend=backend)
+# Of a layer, which may be a rank's part of one
 
 
-def norm_of_sum(norm: nn.LayerNorm, y: Tensor, x: Tensor, dropout: nn.Dropout, backend: str, return_sum: bool = False) -> Any:
+def norm_of(layer: Any, norm: nn.LayerNorm, x: Tensor) -> Any:
+    return add_layer_norm(x, None, *_weights(layer, norm), eps=norm.eps, backend=layer.backend)
+
+
+def norm_of_sum(layer: Any, norm: nn.LayerNorm, y: Tensor, x: Tensor, dropout: nn.Dropout, return_sum: bool = False) -> Any:
     """LayerNorm of dropout(y) + x, and with `return_sum` that sum, in the wider of their dtypes, as PyTorch's sum is."""
     y = y.to(torch.promote_types(x.dtype, y.dtype))
-    options: dict[str, Any] = {"eps": norm.eps, "dropout": rate(dropout), "return_sum": return_sum, "backend": backend}
-    return add_layer_norm(y, x, norm.weight, norm.bias, **options)
+    options: dict[str, Any] = {"eps": norm.eps, "dropout": rate(dropout), "return_sum": return_sum, "backend": layer.backend}
+    if options["dropout"] and _is_part(layer):
+        options["seed"] = layer.shards.seed(x.device)
+    return add_layer_norm(y, x, *_weights(layer, norm), **options)
+
+
+def dropped(layer: Any, dropout: nn.Dropout, x: Tensor) -> Tensor:
+    """dropout(x); of a part of the sequence, what the whole would lose there."""
+    if not rate(dropout) or not _is_part(layer):
+        return dropout(x)
+    return x * layer.shards.kept(x, dropout)
+
+
+def _weights(layer: Any, norm: nn.LayerNorm) -> tuple[Any, Any]:
+    if layer.shards is None:
+        return norm.weight, norm.bias
+    return layer.shards.whole(norm.weight), None if norm.bias is None else layer.shards.whole(norm.bias)
+
+
+def _is_part(layer: Any) -> bool:
+    """Whether ranks have different places of the sequence, and have to draw differently."""
+    return layer.shards is not None and layer.shards.sequence is not None

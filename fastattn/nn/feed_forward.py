@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.activations import ACTIVATIONS, GATED
+from fastattn.nn.shards import Shards
 from fastattn.ops.ffn import ffn
 
 FUNCTIONS = {F.relu: "relu", F.gelu: "gelu", F.silu: "silu", torch.relu: "relu"}  # and ours for an equal
@@ -37,6 +38,8 @@ class FeedForward(nn.Module):
     torch.Size([2, 7, 32])
     """
 
+    shards: Shards | None = None  # of `FeatureParallel`: parameters are divided
+
     def __init__(
         self, d_model: int, dim_feedforward: int = 2048, activation: str | Callable = "gelu", dropout: float = 0.0,
         bias: bool = True, device: Any = None, dtype: torch.dtype | None = None, *, backend: str = "auto",
@@ -50,15 +53,24 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_model)."""
-        return feed_forward(x, self.linear1, self.linear2, self.activation, self.dropout, self.backend)
+        return feed_forward(self, x)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
 
 
-def feed_forward(x: Tensor, linear1: nn.Linear, linear2: nn.Linear, activation: str, dropout: nn.Dropout, backend: str) -> Tensor:
-    weights = linear1.weight, linear1.bias, linear2.weight, linear2.bias
-    return ffn(x, *weights, activation=activation, dropout=rate(dropout), backend=backend)
+def feed_forward(module: Any, x: Tensor) -> Tensor:
+    """By linear1, linear2, activation, dropout and backend of a module, which may be a rank's part of one."""
+    linear1, linear2, shards = module.linear1, module.linear2, module.shards
+    options: dict[str, Any] = {"activation": module.activation, "dropout": rate(module.dropout), "backend": module.backend}
+    if shards is None:
+        return ffn(x, linear1.weight, linear1.bias, linear2.weight, linear2.bias, **options)
+    blocks = (1, 1) if module.activation in GATED else (1,)
+    weight = shards.rows(linear1.weight, blocks)
+    bias = None if linear1.bias is None else shards.rows(linear1.bias, blocks)
+    seed = shards.seed(x.device) if options["dropout"] else None
+    part = ffn(shards.enter(x), weight, bias, linear2.weight.to_local(), None, seed=seed, **options)
+    return shards.leave(part, linear2.bias)
 
 
 def first_rows(dim_feedforward: int, activation: str) -> int:
