@@ -11,7 +11,7 @@ import torch
 
 from fastattn import masks, plans
 from fastattn.lowering import LoweredMask
-from fastattn.ops.attention import AttentionProblem
+from fastattn.ops.attention_plans import AttentionProblem
 
 B, H, D = 32, 12, 64
 SHAPES = {  # model: (length, is it causal)

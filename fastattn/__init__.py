@@ -7,7 +7,8 @@ from fastattn.dropout import dropout_mask
 from fastattn.integrations.accelerate import accelerate, restore
 from fastattn.integrations.torch_sdpa import sdpa_override
 from fastattn.kept import clear_packed
-from fastattn.ops.attention import attention, explain
+from fastattn.ops.attention import attention
+from fastattn.ops.attention_explain import explain
 from fastattn.ops.attention_qkv import attention_qkv
 from fastattn.ops.attention_weights import attention_weights
 from fastattn.ops.ffn import ffn

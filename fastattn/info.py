@@ -55,7 +55,7 @@ def _triton_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'fastattn[triton]'"
     from fastattn.kernels.triton.attention import unsupported
-    from fastattn.ops.attention import AttentionProblem
+    from fastattn.ops.attention_plans import AttentionProblem
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     problem = AttentionProblem(device, torch.float16, B=1, H=1, M=1, N=1, D=64, Hkv=1, Dv=64)

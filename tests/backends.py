@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastattn.lowering import Prepared
-from fastattn.ops.attention import AttentionProblem
+from fastattn.ops.attention_plans import AttentionProblem
 
 GPU = torch.cuda.is_available()
 KERNEL_DEVICE = "cuda" if GPU else "cpu"  # of Triton and CUDA kernels: interpreted and emulated where there is no GPU

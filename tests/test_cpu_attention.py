@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import fastattn
 from fastattn import masks
 from fastattn.kernels.cpu import attention_atoms, attention_padded, attention_parts
-from fastattn.ops.attention import AttentionProblem
+from fastattn.ops.attention_plans import AttentionProblem
 from fastattn.testing import MASKS, assert_accurate, attention_inputs, attention_yardstick, run_attention
 
 BOUNDS = ["causal", "padding", "padding_queries", "holes", "causal_left", "window", "prefix_lm", "window_prefix"]

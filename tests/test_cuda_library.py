@@ -16,7 +16,7 @@ from backends import CUDA
 
 import fastattn
 from fastattn.kernels.cuda import emulator, library
-from fastattn.ops.attention import AttentionProblem
+from fastattn.ops.attention_plans import AttentionProblem
 
 ROOT = Path(__file__).parent.parent
 BUILT = importlib.util.find_spec("fastattn._cuda") is not None

@@ -6,7 +6,7 @@ import torch
 import fastattn
 from fastattn import masks
 from fastattn.lowering import LoweredMask
-from fastattn.ops.attention import AttentionProblem
+from fastattn.ops.attention_plans import AttentionProblem
 from fastattn.plans import KernelPlan, least_bytes, work
 
 PROBLEM = AttentionProblem("cpu", torch.float16, B=2, H=4, M=128, N=192, D=64, Hkv=2, Dv=32)

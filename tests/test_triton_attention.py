@@ -13,7 +13,7 @@ import fastattn
 from fastattn.kernels.triton import attention
 from fastattn.kernels.triton.attention import Config, single_config
 from fastattn.kernels.triton.launch import GPU
-from fastattn.ops.attention import AttentionProblem
+from fastattn.ops.attention_plans import AttentionProblem
 from fastattn.testing import HOT, assert_accurate, attention_inputs, attention_yardstick, run_attention
 
 BOUNDED = ["none", "causal", "padding_queries", "holes", "causal_left", "window", "window_right", "prefix_lm", "window_prefix"]

@@ -21,7 +21,7 @@ from fastattn import planned
 from fastattn.integrations.accelerate_layers import LINEARS, NORMS, Batch, Family, Parts, activation_name, rate
 from fastattn.lowering import Prepared, batched, three
 from fastattn.masks import Mask
-from fastattn.ops import attention, dispatch, ffn, linear, norm
+from fastattn.ops import attention, attention_plans, dispatch, ffn, linear, norm
 from fastattn.ops.varlen import prepared_of
 from fastattn.packing import Packing
 
@@ -153,7 +153,7 @@ def _inference(numbers: Numbers, weights: Weights, x: Tensor, s: Scratch) -> Any
         attend, project, normalise = (
             dispatch.choose(op, order, "triton", problem)
             for op, order, problem in (
-                ("attention", attention.BACKENDS, attention.problem_of(batched(s.q), batched(s.k), batched(s.v), s.mask.fields)),
+                ("attention", attention.BACKENDS, attention_plans.problem_of(batched(s.q), batched(s.k), batched(s.v), s.mask.fields)),
                 ("ffn", ffn.BACKENDS, wide),
                 ("norm", norm.BACKENDS, norm.NormProblem(x.device.type, x.dtype, x.shape[-1])),
             )

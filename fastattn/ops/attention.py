@@ -1,4 +1,4 @@
-"""`attention`: problem, schema, fake, autograd, public functions.
+"""`attention`: problem, schema, fake, autograd, public function.
 
 Calls go attention -> `direct` -> plan -> kernels/<backend>/attention.py, or where something watches, attention -> op (or autograd
 Function around it) -> the same plan.
@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from fastattn import masks, plans
+from fastattn import masks
 from fastattn.biases import Bias
-from fastattn.dropout import check_rate
 from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask, Prepared, side_by_side
 from fastattn.masks import Mask
 from fastattn.ops import dispatch
-from fastattn.ops.attention_extras import bias_extras, extras_of, kind_of
+from fastattn.ops.attention_extras import extras_of, kind_of
 from fastattn.ops.attention_plans import (
     BACKENDS,
     DTYPES,
@@ -28,7 +26,6 @@ from fastattn.ops.attention_plans import (
     NO_MASK,
     SAVED,
     UNWANTED,
-    AttentionProblem,
     as_one_sequence,
     backward_by_plan,
     backward_plan_of,
@@ -36,7 +33,6 @@ from fastattn.ops.attention_plans import (
     forward_key,
     forward_plan,
     plan_of,
-    problem_of,
 )  # fmt: skip
 from fastattn.planned import (
     PLAIN,
@@ -275,7 +271,10 @@ def _direct_again(
     return _extended(found, q, k, v, mask, extras, float(_scale(q, scale)), backend, return_lse, record or _record)
 
 
-def direct_with(q, k, v, mask: Prepared, bias, extras: Extras, scale: float | None, backend: str, return_lse: bool) -> Any:
+def direct_with(
+    q, k, v, mask: Prepared, bias, extras: Extras, scale: float | None, backend: str, return_lse: bool,
+    record: Callable | None = None,
+) -> Any:  # fmt: skip
     """The same for a call that was checked and is plain, and for which its extras are made, while nothing watches."""
     number, given, found = float(_scale(q, scale)), (q, k, v, extras.learned), None
     kind = kind_of(bias, mask.packed)
@@ -288,7 +287,7 @@ def direct_with(q, k, v, mask: Prepared, bias, extras: Extras, scale: float | No
         found = plan_of(q, k, v, mask, number, backend, lse, extras), recorded
         if kind is not None:
             remember((name, (), tensors), found, fp32_precision(q.dtype), tokens=3 if mask.packed else 0)
-    return _extended(found, q, k, v, mask, extras, number, backend, return_lse, _record)
+    return _extended(found, q, k, v, mask, extras, number, backend, return_lse, record or _record)
 
 
 def _extended_name(mask: Prepared, *rest) -> tuple:
@@ -305,7 +304,7 @@ def _extended(
     return result if return_lse else result[0]
 
 
-# Public functions
+# The public function
 
 
 @overload
@@ -374,6 +373,11 @@ def attention(
         more = None if bias is None and dropout == 0.0 and seed is None else (bias, dropout, seed)
         if (found := direct(q, k, v, mask, scale, backend, return_lse, False, more)) is not None:
             return found
+    return first(q, k, v, mask, bias, scale, dropout, seed, return_lse, backend)
+
+
+def first(q, k, v, mask, bias, scale, dropout, seed, return_lse: bool, backend: str, record: Callable | None = None) -> Any:
+    """`attention` of a call that is checked. record: as of `direct`."""
     q, k, v, lowered, checked_scale = checked(q, k, v, mask, scale, backend)
     extras = extras_of(bias, dropout, seed, q, k, lowered, backend)
     if not observed() and not watched() and plain(q, k, v, *lowered.tensors, *extras.tensors) and isinstance(scale, SCALES):
@@ -381,54 +385,10 @@ def attention(
         if type(mask) is Mask:
             mask.keep_prepared((q.shape, k.shape, q.device), prepared)
         if extras is NO_EXTRAS:
-            return direct(q, k, v, prepared, scale, backend, return_lse, True)
-        return direct_with(q, k, v, prepared, bias, extras, scale, backend, return_lse)
+            return direct(q, k, v, prepared, scale, backend, return_lse, True, None, record)
+        return direct_with(q, k, v, prepared, bias, extras, scale, backend, return_lse, record)
     out, lse = forward_autograd(q, k, v, *lowered, *extras, checked_scale, backend, return_lse)
     return (out, lse) if return_lse else out
-
-
-def explain(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None = None, *, bias: Tensor | Bias | None = None,
-    scale: float | None = None, dropout: float = 0.0, seed: int | Tensor | None = None, return_lse: bool = False,
-    backend: str = "auto", verbose: bool = False,
-) -> dispatch.Explanation:  # fmt: skip
-    """Which backend `attention` would take for these arguments, and why not the others. Runs no kernel.
-
-    `return_lse` is taken so that a call can be explained as it stands; the choice does not depend on it. `verbose` adds, for
-    backends with kernels of their own, each kernel's config, the tiles that it visits under this mask, FLOPs and bytes beside the
-    least possible, and the time that an H100 needs at least; for that it reads the mask's tensors.
-
-    >>> q = torch.randn(2, 4, 5, 16)
-    >>> fastattn.explain(q, q, q).backend
-    'cpu'
-    """
-    q, k, v, lowered, _ = checked(q, k, v, mask, scale, backend)
-    extras = bias_extras(bias, (*q.shape[:3], k.shape[2]), q)
-    check_rate(dropout)
-    problem = problem_of(q, k, v, lowered, extras)._replace(dropout=dropout > 0)
-    notes = [
-        f"{name} has a last stride of {x.stride(-1)} and is copied"
-        for name, x in (("q", q), ("k", k), ("v", v))
-        if x.stride(-1) != 1 and x.shape[-1] != 1
-    ]
-    explanation = dispatch.explain("attention", BACKENDS, problem, backend, notes)
-    if not verbose or explanation.backend == "none":
-        return explanation
-    return replace(explanation, details=_details(explanation.backend, problem, lowered))
-
-
-def _details(backend: str, problem: AttentionProblem, mask: LoweredMask) -> list[str]:
-    """Of forward and backward, what the backend's kernels would do."""
-    module = dispatch.backend_module("attention", backend)
-    if not hasattr(module, "plan"):
-        return ["computed by PyTorch: no tiles to count"]
-    lines = []
-    for name, backward in (("forward", False), ("backward", True)):
-        lines += [
-            f"{name}:",
-            *(f"  {line}" for line in plans.work(module.plan(problem, backward), mask, problem, backward).lines()),
-        ]
-    return lines
 
 
 def checked(q, k, v, mask, scale, backend) -> tuple[Tensor, Tensor, Tensor, LoweredMask, float]:

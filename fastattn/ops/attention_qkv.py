@@ -12,8 +12,9 @@ from fastattn.biases import Bias
 from fastattn.lowering import NO_EXTRAS
 from fastattn.masks import Mask
 from fastattn.ops import dispatch
-from fastattn.ops.attention import attention, direct, gradients
-from fastattn.ops.varlen import known, varlen_attention
+from fastattn.ops.attention import direct, first, gradients
+from fastattn.ops.varlen import first as first_packed
+from fastattn.ops.varlen import known
 from fastattn.packing import Packing
 from fastattn.planned import observed
 
@@ -85,19 +86,17 @@ def attention_qkv(
     if qkv_bias is not None:
         qkv = qkv + _shaped(qkv_bias, qkv)
     q, k, v = _parts(qkv)
-    if not observed():  # of a call that is known; a first one is checked, and known afterwards
+    record, prepared = partial(_record_joined, qkv), mask if packing is None else known(q, k, v, packing, mask, None)
+    found = None
+    if not observed() and (packing is None or prepared is not None):
         more = None if bias is None and dropout == 0.0 and seed is None else (bias, dropout, seed)
-        prepared = mask if packing is None else known(q, k, v, packing, mask, None)
-        if packing is None or prepared is not None:
-            record = partial(_record_joined, qkv)
-            found = direct(q, k, v, prepared, scale, backend, return_lse, False, more, record)
-            if found is not None:
-                return found if packing is not None else _tokens(found, return_lse)
-    options: dict[str, Any] = {"bias": bias, "scale": scale, "dropout": dropout, "seed": seed, "backend": backend}
-    options["return_lse"] = return_lse
+        found = direct(q, k, v, prepared, scale, backend, return_lse, False, more, record)
+    if found is None:
+        request = bias, scale, dropout, seed, return_lse, backend, record
+        found = first(q, k, v, mask, *request) if packing is None else first_packed(q, k, v, packing, mask, None, *request)
     if packing is not None:
-        return varlen_attention(q, k, v, packing, mask, **options)
-    return _tokens(attention(q, k, v, mask, **options), return_lse)
+        return found
+    return (found[0].transpose(1, 2), found[1]) if return_lse else found.transpose(1, 2)
 
 
 def _parts(qkv: Tensor) -> tuple[Tensor, ...]:
@@ -105,10 +104,6 @@ def _parts(qkv: Tensor) -> tuple[Tensor, ...]:
     if qkv.dim() == 4:
         return qkv.unbind(1)
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _tokens(found: Any, return_lse: bool) -> Any:
-    return (found[0].transpose(1, 2), found[1]) if return_lse else found.transpose(1, 2)
 
 
 def _check(qkv: Any, packing: Any) -> None:

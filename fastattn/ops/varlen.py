@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -74,6 +75,25 @@ def varlen_attention(
         more = None if bias is None and dropout == 0.0 and seed is None else (bias, dropout, seed)
         if (found := direct(q, k, v, prepared, scale, backend, return_lse, False, more)) is not None:
             return found
+    return first(q, k, v, packing, mask, key_packing, bias, scale, dropout, seed, return_lse, backend)
+
+
+def first(
+    q,
+    k,
+    v,
+    packing,
+    mask,
+    key_packing,
+    bias,
+    scale,
+    dropout,
+    seed,
+    return_lse: bool,
+    backend: str,
+    record: Callable | None = None,
+) -> Any:
+    """`varlen_attention` of a call that is checked. record: as of `attention.direct`."""
     if key_packing is None:
         key_packing = packing
     _check_packings(q, k, v, packing, key_packing)
@@ -87,8 +107,8 @@ def varlen_attention(
         elif type(mask) is Mask:
             mask.keep_prepared((packing, key_packing, q.shape[1]), prepared)
         if extras is NO_EXTRAS:
-            return direct(q, k, v, prepared, scale, backend, return_lse, True)
-        return direct_with(q, k, v, prepared, bias, extras, scale, backend, return_lse)
+            return direct(q, k, v, prepared, scale, backend, return_lse, True, None, record)
+        return direct_with(q, k, v, prepared, bias, extras, scale, backend, return_lse, record)
     out, lse = forward_autograd(*four, *lowered, *extras, checked_scale, backend, return_lse)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
