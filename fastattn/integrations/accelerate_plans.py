@@ -148,12 +148,13 @@ def inferred(family: Family, parts: Parts, weights: Weights, x: Tensor, batch: B
 def _inference(numbers: Numbers, weights: Weights, x: Tensor, s: Scratch) -> Any:
     """(x, weights, scratch) -> y by the Triton backend's plans, or UNSERVED."""
     rows, up, (w1, b1), (w2, b2) = x.view(-1, x.shape[-1]), weights.tensors[8:10], weights.tensors[12:14], weights.tensors[14:]
+    seen = attention_plans.problem_of(batched(s.q), batched(s.k), batched(s.v), s.mask.fields)
     wide = linear.LinearProblem(x.device.type, x.dtype, rows.shape[0], x.shape[-1], up[0].shape[0], numbers.activation)
     try:
         attend, project, normalise = (
             dispatch.choose(op, order, "triton", problem)
             for op, order, problem in (
-                ("attention", attention.BACKENDS, attention_plans.problem_of(batched(s.q), batched(s.k), batched(s.v), s.mask.fields)),
+                ("attention", attention.BACKENDS, seen),
                 ("ffn", ffn.BACKENDS, wide),
                 ("norm", norm.BACKENDS, norm.NormProblem(x.device.type, x.dtype, x.shape[-1])),
             )
