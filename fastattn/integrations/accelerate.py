@@ -29,6 +29,7 @@ from fastattn.integrations.accelerate_forward import (
 from fastattn.integrations.accelerate_graphs import EncoderGraphs
 from fastattn.integrations.accelerate_heads import reader_among, takes_labels
 from fastattn.integrations.accelerate_layers import DROPOUTS, FAMILIES, own_class
+from fastattn.integrations.accelerate_torch import Stack, accelerate_stack
 from fastattn.kept import clear_packed
 from fastattn.packing import check_sizes
 
@@ -42,6 +43,7 @@ class Handle:
         self.report = report
         self._replaced: list[Replaced] = []
         self._encoders: list[Encoder] = []
+        self._stacks: list[Stack] = []
 
     @property
     def overflowed(self) -> bool:
@@ -64,6 +66,8 @@ class Handle:
         """
         for encoder in self._encoders:
             encoder.examined = None
+        for stack in self._stacks:
+            stack.twin = None
         self._drop_graphs()
         clear_packed()
 
@@ -175,13 +179,16 @@ def accelerate(
             encoder = _accelerate_encoder(handle, model, name, module, strict=strict, capacity=capacity, prove=prove, unpad=unpad)
             if encoder is not None and graphs is not None:
                 encoder.graphs = EncoderGraphs(module, graphs)
+        elif type(module) is nn.TransformerEncoder:
+            settings = {"strict": strict, "prove": prove, "unpad": unpad, "graphs": graphs is not None}
+            accelerate_stack(handle, name, module, capacity, **settings)
     _conclude(handle, strict)
     return handle
 
 
 def _conclude(handle: Handle, strict: bool) -> None:
     """Raise where `strict` and something is left, and say so where there was nothing to serve."""
-    report, none = handle.report, f"no encoder that is served: one of {', '.join(FAMILIES)}"
+    report, none = handle.report, f"no encoder that is served: one of {', '.join(FAMILIES)}, torch.nn.TransformerEncoder"
     if strict and (report.left or not report.accelerated):
         handle.restore()
         why = "; ".join(f"{name or 'model'}: {reason}" for name, reason in report.left.items())

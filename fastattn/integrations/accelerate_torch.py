@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastattn.integrations.accelerate_checks import GLOBAL_HOOKS, HOOKS
 from fastattn.integrations.accelerate_forward import Replaced, Report, logger
 from fastattn.integrations.accelerate_layers import traced
-from fastattn.integrations.accelerate_proof import Proof, tell
+from fastattn.integrations.accelerate_proof import Proof, as_in_evaluation, tell
 from fastattn.nn.convert import convert_encoder
 from fastattn.nn.encoder import Encoder
 from fastattn.nn.masking import causal_by_looks, real_tokens
@@ -62,8 +62,24 @@ class Stack:
         return self.differs
 
 
+def accelerate_stack(handle: Any, name: str, module: nn.TransformerEncoder, capacity: int | None, **settings: Any) -> None:
+    """One of them inside a model; or its line in `report.left`."""
+    why = "capacity is not served of torch.nn.TransformerEncoder" if capacity is not None else why_not(module)
+    if why is not None:
+        handle.report.left[name] = why
+        return
+    stack = Stack(name, handle.report, **settings)
+    handle._replace(module, stack_forward, stack)
+    handle._stacks.append(stack)
+    what = {"auto": "padding taken out where torch.nn does", "always": "real tokens alone", "never": "padding stays in"}
+    text = f"TransformerEncoder, {len(module.layers)} layers: {what[stack.unpad]}, fused attention, FFN and norms"
+    handle.report.accelerated[name] = text
+
+
 def stack_forward(at: Replaced, *args: Any, **kwargs: Any) -> Tensor:
     stack, module = at.settings, at.module
+    if torch.compiler.is_dynamo_compiling():  # which would have to trace how a twin is made
+        return at.own(*args, **kwargs)
     if stack.graphs:
         stack.report.not_captured["torch.nn.TransformerEncoder is not captured"] += 1
     given = {**dict(zip(NAMES, args, strict=False)), **kwargs}
@@ -119,7 +135,7 @@ def _proven(stack: Stack, module: Any, src: Tensor, mask=None, src_key_padding_m
             stack.differs = tell(proof.difference)
             stack.report.left[stack.name] = stack.differs
             return stack.differs
-        with torch.no_grad():
+        with as_in_evaluation(theirs):  # which draws no dropout
             x = own(x)
     stack.unproven = proof.compared < len(module.layers)
     return stack.refusal(module)  # with the layers' modes again
@@ -167,7 +183,8 @@ def why_not(module: nn.TransformerEncoder) -> str | None:
             return f"{name or 'it'} is a {cls.__name__}, which may compute anything"
         if part is not module and (vars(part).get("forward") is not None or any(getattr(part, hooks) for hooks in HOOKS)):
             return f"{name} has hooks, or a forward that was set, which would not run"
-        if any(p is not None and type(p) not in PLAIN for p in part._parameters.values()):
+        plain = all(p is None or type(p) in PLAIN for p in part._parameters.values())
+        if not plain and not torch.compiler.is_compiling():  # torch.export has others in their places
             return f"{name} has parameters that are no plain tensors"
     try:
         convert_encoder(module)
