@@ -89,6 +89,16 @@ def layer_norm_fn(x, weight, bias, residual=None, *, eps=1e-6, prenorm=False):
     return (y, total) if prenorm else y
 
 
+def apply_rotary_emb(x, cos, sin, interleaved=False) -> Tensor:
+    """x (B, L, H, D), cos and sin (L, R / 2)."""
+    R = 2 * cos.shape[-1]
+    turned, rest = x[..., :R], x[..., R:]
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    pair = a * cos - b * sin, b * cos + a * sin
+    return torch.cat([torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1), rest], -1)
+
+
 # xFormers
 
 
@@ -230,6 +240,8 @@ def modules() -> dict[str, ModuleType]:
     contents = {
         "flash_attn": {f.__name__: f for f in (flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func)},
         "flash_attn.bert_padding": {"pad_input": pad_input, "unpad_input": unpad_input},
+        "flash_attn.layers": {},
+        "flash_attn.layers.rotary": {"apply_rotary_emb": apply_rotary_emb},
         "flash_attn.modules": {},
         "flash_attn.modules.mlp": {"FusedMLP": FusedMLP},
         "flash_attn.ops": {},
