@@ -1,10 +1,10 @@
-"""README.md and docs/benchmarks.md, written from result files: `python -m benchmarks.report`, and `--check` for CI.
+"""README.md and docs, written from result files: `python -m benchmarks.report`, and `--check` for CI.
 
 A table stands between `<!-- table: SUITE-DEVICE -->` and `<!-- /table -->`. DEVICE is a folder of benchmarks/results such as
 h100, or cpu for every folder that begins with "cpu-". SUITE is a result file's name (`tests` holds counts, of tests and of
-`verify`), or `highlights`, some rows of `models`, or `refusals`, which the suite `training` records, or `plans`, which is
-computed from the kernels' tiles, or `verdict-` and a result file's name: sentences. The pictures of docs/benchmarks.md are
-drawn anew with it where their result file changed.
+`verify`), or `highlights`, some rows of `models`, or `refusals`, which the suite `training` records, or `verdict-` and a result
+file's name: sentences. Two are of no device: `plans-compiled`, from the kernels' tiles, and `families-transformers`, from what
+`accelerate` goes by. The pictures of docs/benchmarks.md are drawn anew with it where their result file changed.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import plans, plots, results, tables, verdicts
+from benchmarks import encoders, plans, plots, results, tables, verdicts
 
 DOCS = results.ROOT.parent / "docs"
-FILES = (results.ROOT.parent / "README.md", DOCS / "benchmarks.md")
+FILES = (results.ROOT.parent / "README.md", DOCS / "benchmarks.md", DOCS / "accelerate.md")
+COMPUTED = {"plans-compiled": plans, "families-transformers": encoders}  # from no result file
 FROM = {"refusals": "training", "highlights": "models"}  # suites that are a part of another's file
 MARKERS = re.compile(r"(<!-- table: (?P<suite>[\w-]+)-(?P<device>\w+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 NOT_MEASURED = "Not yet measured."
@@ -32,8 +33,9 @@ def render(text: str, folder: Path) -> str:
 
 def table(suite: str, device: str, folder: Path) -> str:
     """The body of one table, with what it was measured on above it."""
-    if suite == "plans":
-        return "\n".join(tables.markdown(plans.HEAD, plans.rows()))
+    computed = COMPUTED.get(f"{suite}-{device}")
+    if computed is not None:
+        return "\n".join(tables.markdown(computed.HEAD, computed.rows()))
     parts = [part(suite, path, content) for path, content in found(suite, device, folder)]
     return "\n\n".join(text for text in parts if text) or NOT_MEASURED
 
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="exit 1 if a file differs from the result files; write nothing")
-    parser.add_argument("--readme", type=Path, help="one file, in place of README.md, docs/benchmarks.md and the pictures")
+    parser.add_argument("--readme", type=Path, help="one file, in place of README.md, those of docs and the pictures")
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     args = parser.parse_args(argv)
     wrong = []

@@ -24,6 +24,14 @@ TRAINING_NOTE = (
     "for a forward and its backward; it is in the forward's time. Where a bias and a mask have to be one tensor, making it is in "
     "the call."
 )
+FAMILIES_NOTE = (
+    "Random weights in the sizes of a common checkpoint; float32, inference. As it comes, attention is PyTorch's SDPA; of "
+    "classes for which transformers has none, it is what stands beside the time."
+)
+FAMILIES_CPU_NOTE = (
+    "No kernel of fastattn's runs in this table: its CPU backend calls PyTorch's own flash-attention kernel, or where there is a "
+    "bias PyTorch's products for blocks of rows, and oneDNN's linears with the activation fused."
+)
 CAPTURED_NOTE = "“captured” is the replay of a CUDA graph of the same call: the time without the host."
 TRAIN_NOTE = "Training steps have no dropout: `benchmarks.models` sets it to 0; `benchmarks.finetune` times a step with it."
 OTHER_TRAIN_NOTE = "Training steps have no dropout in attention."  # of a run that says no more
@@ -69,6 +77,7 @@ BASELINES = {  # suite -> the first that stands among a case's providers
     "kernels": (Baseline("SDPA cudnn"),),  # what PyTorch chooses on an H100
     "encode": (Baseline("sentence-transformers", "ratio"),),
     "guards": (Baseline("told that nothing has changed", "ratio"),),
+    "families": (Baseline("as it comes", "ratio"),),
 }
 HIGHLIGHTS = {  # kind of device -> (models, providers) of the README's table
     "cpu": (
@@ -94,7 +103,10 @@ def section(suite: str, content: dict) -> str:
     records, left_out = results.without_leaks(content["records"])
     records = highlights(records) if suite == "highlights" else records
     unit = MS if on_cpu(content) or suite not in ("kernels", "ops", "masks", "training") else US
-    table, footnotes = comparison(results.with_captured(records), BASELINES[suite], unit)
+    if suite == "families":
+        table, footnotes = families(records, BASELINES[suite][0])
+    else:
+        table, footnotes = comparison(results.with_captured(records), BASELINES[suite], unit)
     paragraphs = [head(content), *([left_out] if left_out else []), *notes_on(suite, content, records), "\n".join(table)]
     return "\n\n".join([*paragraphs, *(["\n".join(footnotes)] if footnotes else [])])
 
@@ -114,6 +126,8 @@ def notes_on(suite: str, content: dict, records: list[dict]) -> list[str]:
         notes.append(MASKS_CPU_NOTE)
     if suite == "training":
         notes.append(TRAINING_NOTE)
+    if suite == "families":
+        notes += [*([FAMILIES_CPU_NOTE] if on_cpu(content) else []), FAMILIES_NOTE]
     if suite != "highlights" and any(row["mode"] == "train" and not row.get("dropout") for row in records):
         notes.append(TRAIN_NOTE if content["command"].startswith("python -m benchmarks.models") else OTHER_TRAIN_NOTE)
     if any(map(results.was_captured, records)):
@@ -169,10 +183,35 @@ def comparison(records: list[dict], baselines: tuple[Baseline, ...], unit: Unit)
         lines.append([name, *(cell(provider, found, baseline, unit, notes) for provider in providers)])
     kept = [n for n in range(len(providers)) if any(line[n + 1] not in ("", "–") for line in lines)]
     lines = [[line[0], *(line[n + 1] for n in kept)] for line in lines]
-    footnotes = [f"[{n + 1}] {note}  " for n, note in enumerate(notes)]
-    if any(FLAG in text for line in lines for text in line):
-        footnotes.insert(0, FLAG_NOTE + "  ")
-    return markdown([unit.name + _legend(list(used), kinds), *(providers[n] for n in kept)], lines), footnotes
+    return markdown([unit.name + _legend(list(used), kinds), *(providers[n] for n in kept)], lines), _footnotes(lines, notes)
+
+
+def families(records: list[dict], baseline: Baseline) -> tuple[list[str], list[str]]:
+    """(Markdown lines, footnotes): a line per model."""
+    notes: list[str] = []
+    lines = []
+    for name in dict.fromkeys(row["model"] for row in records):
+        found = {row["provider"]: row for row in records if row["model"] == name}
+        plain = found[baseline.provider]
+        beside = "" if plain["ms_median"] is None or plain["implementation"] == "sdpa" else f", {plain['implementation']}"
+        own, ours = cell(baseline.provider, found, None, MS, notes), cell("accelerated", found, baseline, MS, notes)
+        lines.append([f"`{name}`", *_sizes(plain), own + beside, ours])
+    columns = ["transformers' class", "layers", "batch × length", f"{baseline.provider}, ms"]
+    return markdown([*columns, "accelerated, ms (x = times faster; median of paired rounds)"], lines), _footnotes(lines, notes)
+
+
+def _sizes(row: dict) -> list[str]:
+    """Of a family's layers and of its batch; nothing is known where transformers lacks the class."""
+    if row["hidden"] is None:
+        return ["", ""]
+    of_layers = f"{layers(row)[0]}, width {row['hidden']}, {row['heads']} heads, FFN {row['intermediate']}"
+    real = "" if row["fill"] == 1 else f", {row['fill']:.0%} real"
+    return [of_layers, f"{row['batch']} × {row['seq']}{real}"]
+
+
+def _footnotes(lines: list[list[str]], notes: list[str]) -> list[str]:
+    flagged = any(FLAG in text for line in lines for text in line)
+    return [*([FLAG_NOTE + "  "] if flagged else []), *(f"[{n + 1}] {note}  " for n, note in enumerate(notes))]
 
 
 def _legend(whom: list[str], paired_kinds: set[bool]) -> str:

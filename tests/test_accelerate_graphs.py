@@ -122,8 +122,8 @@ def test_hidden_states_and_tuples(capturing, return_dict):
 def test_a_batch_without_padding_is_a_class_of_its_own(capturing, monkeypatch):
     """It needs no mask, where one of as many rows that has padding does."""
     hidden = []
-    honest = accelerate_forward._padded
-    monkeypatch.setattr(accelerate_forward, "_padded", lambda encoder, keep: hidden.append(keep) or honest(encoder, keep))
+    honest = accelerate_forward.padded
+    monkeypatch.setattr(accelerate_forward, "padded", lambda encoder, keep: hidden.append(keep) or honest(encoder, keep))
     model, ours, _ = both(prove=False)
     for lengths in ((L, L), (L, L - 1), (L, L)):
         close(result(ours, text(lengths=lengths)), result(model, text(lengths=lengths)))

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 transformers = pytest.importorskip("transformers")
+import test_accelerate_families as families
 from test_accelerate import LENGTHS, MODELS, L, assert_same, build, gradients, result, text
 from test_accelerate_dropout import MODELS as DROPPING
 from test_accelerate_dropout import assert_same as assert_drops_the_same
@@ -65,6 +66,27 @@ def both(name="bert", **options):
     ours = copy.deepcopy(model)
     fastattn.accelerate(ours, **{"strict": True, "prove": False, **options})
     return model, ours
+
+
+PLAIN = ("SiglipTextModel", "AlbertModel", "XLMRobertaXLModel", "RemBertModel")
+BEYOND = ("BlipVisionModel", "Dinov2Model", "VideoMAEModel", "MPNetModel", "ModernBertModel", "BeitModel", "EuroBertModel")
+BEYOND += ("JinaEmbeddingsV3Model", "WhisperEncoder")
+
+
+@pytest.mark.parametrize("name", PLAIN + BEYOND)
+def test_layers_that_are_more_than_plain_are_no_launches(name, ways):
+    """A layer scale, a bias, turned positions, a window or a gate would be left out of them."""
+    model, ours = families.build(name)
+    fastattn.accelerate(ours, strict=True, prove=False)
+    given = families.inputs(name, "right")
+    families.assert_same(model, ours, given)
+    with torch.no_grad():
+        found, expected = (families.results(m.eval(), given)[0] for m in (ours, model))
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    if name in PLAIN:
+        assert ways["compute"] == 0 < ways["inferred"] == ways["trained"]
+    else:
+        assert ways["inferred"] == ways["trained"] == 0 < ways["compute"]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

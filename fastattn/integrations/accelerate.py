@@ -9,6 +9,7 @@ knows who reads padding.
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from fastattn.graphs import LIMIT, Graphs, check_limit
 from fastattn.integrations.accelerate_checks import look
+from fastattn.integrations.accelerate_families import FAMILIES, own_class
 from fastattn.integrations.accelerate_forward import (
     Encoder,
     Layer,
@@ -25,10 +27,11 @@ from fastattn.integrations.accelerate_forward import (
     head_forward,
     layer_forward,
     model_forward,
+    pooler_forward,
 )  # fmt: skip
 from fastattn.integrations.accelerate_graphs import EncoderGraphs
-from fastattn.integrations.accelerate_heads import reader_among, takes_labels
-from fastattn.integrations.accelerate_layers import DROPOUTS, FAMILIES, own_class
+from fastattn.integrations.accelerate_heads import ENDS, reader_among, takes_labels
+from fastattn.integrations.accelerate_parts import DROPOUTS, Family
 from fastattn.integrations.accelerate_torch import Stack, accelerate_stack
 from fastattn.kept import clear_packed
 from fastattn.packing import check_sizes
@@ -124,9 +127,14 @@ def accelerate(
 ) -> Handle:
     """Let the encoders inside `model` compute real tokens alone, with fused attention, FFN and add + LayerNorm.
 
-    Serves transformers' BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, CLIP (text, vision, both), ViT and T5's
-    encoder: alone, with any head on top, or inside another module such as a SentenceTransformer. Outputs at real tokens, losses
-    and gradients are those of the model, up to rounding; hidden states at padding are 0. Only the given model is changed.
+    Serves these of transformers, alone, with any head on top, or inside another module such as a SentenceTransformer:
+
+    {families}.
+
+    And torch.nn.TransformerEncoder.
+
+    Outputs at real tokens, losses and gradients are those of the model, up to rounding; hidden states at padding are 0. Only the
+    given model is changed.
 
     What is not exactly what it seems is left to its own code: layers, attention or MLPs of other classes, a `forward` that was
     set or replaced, adapters, quantized or parametrized weights, hooks inside a layer. That is looked at in each call. In its
@@ -142,9 +150,9 @@ def accelerate(
         prove: False skips the comparison. A call that is traced or captured makes none: make one call before.
         unpad: "auto" leaves padding in where it is known to be read: by a head for question answering, by a loss with labels at
             padding (with a capacity: by any loss with a label for each token), by a pooler or classifier whose token is padding
-            (the first one, of a sequence that is padded on the left); in T5 also where a mask has holes, over which distances
-            count (with a capacity: always). "always" is your word that it does not matter what stands at padding; "never" fuses
-            and leaves it in. Hooks on a layer see (B, L, C), so that with them padding stays in every case.
+            (the first one, of a sequence that is padded on the left); where distances between tokens count (T5, MPNet, windows)
+            also where a mask has holes (with a capacity: always). "always" is your word that it does not matter what stands at
+            padding; "never" fuses and leaves it in. Hooks on a layer see (B, L, C), so that with them padding stays in always.
         cuda_graphs: True replays inference calls as CUDA graphs, each captured the first time that its shapes are seen; at most
             16 are kept, or as many as a number here says. Outputs are copies of the caller's own. With no capacity the number of
             real tokens is read on the host once in a call, and rounded up by at most an eighth so that batches share graphs. With
@@ -184,6 +192,11 @@ def accelerate(
             accelerate_stack(handle, name, module, capacity, **settings)
     _conclude(handle, strict)
     return handle
+
+
+accelerate.__doc__ = (accelerate.__doc__ or "").replace(
+    "{families}", textwrap.fill(", ".join(FAMILIES), 126, subsequent_indent="    ")
+)  # from the data that it goes by
 
 
 def _conclude(handle: Handle, strict: bool) -> None:
@@ -234,20 +247,35 @@ def _undo_on_copies(model: nn.Module) -> None:
 def _accelerate_encoder(handle: Handle, model: nn.Module, name: str, module: nn.Module, **settings: Any) -> Encoder | None:
     """One encoder inside a model, and the heads around it that take labels; or its line in `report.left`."""
     cls: Any = own_class(module)
-    family, inputs = FAMILIES[cls.__name__], list(inspect.signature(cls.forward).parameters)[1:]
-    refusal = look(module, family, {}).refusal
+    family = FAMILIES[cls.__name__].of(getattr(module, "config", None))
+    inputs = list(inspect.signature(cls.forward).parameters)[1:]
+    refusal = look(module, family, {}).refusal or _not_told(module, family)
     if refusal is not None:
         handle.report.left[name] = refusal
         return None
     outside = [outer for outer in model.modules() if outer is not module and module in set(outer.modules())]
     reader = next((why for outer in outside if (why := reader_among(outer)) is not None), None)
-    pooled = family.causal or getattr(module, "pooler", None) is not None or any(hasattr(outer, "config") for outer in outside)
-    encoder = Encoder(family, name, inputs, handle.report, reader, pooled, **settings)
+    pooled = family.pooled in ("last", *ENDS) or getattr(module, "pooler", None) is not None
+    pooled = pooled or any(hasattr(outer, "config") for outer in outside)
+    pools = family.packs == "layers" and family.encoder is None and getattr(module, "pooler", None) is not None
+    encoder = Encoder(family, name, inputs, handle.report, reader, pooled, pools, **settings)
     _replace_encoder(handle, module, encoder)
-    for outer in outside if family.unpads and "attention_mask" in inputs else ():
+    for outer in outside if family.unpads and family.mask in inputs else ():
         if takes_labels(outer) and not isinstance(vars(outer).get("forward"), Replaced):
             handle._replace(outer, head_forward, None)
     return encoder
+
+
+def _not_told(model: nn.Module, family: Family) -> str | None:
+    """Why a call's batch cannot reach the layers as a keyword argument: so in other versions of transformers."""
+    passing = [model] if family.hands_on == "model" else []
+    if family.encoder is not None and family.hands_on != "nobody":
+        passing.append(model.get_submodule(family.encoder))
+    for module in passing:
+        kinds = {x.kind for x in inspect.signature(type(module).forward).parameters.values()}
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            return f"{type(module).__name__} hands no further keyword arguments on to its layers"
+    return None
 
 
 def _replace_encoder(handle: Handle, model: Any, encoder: Encoder) -> None:
@@ -256,7 +284,9 @@ def _replace_encoder(handle: Handle, model: Any, encoder: Encoder) -> None:
     if family.encoder is not None:
         inner = getattr(model, family.encoder)
         encoder.ours[inner] = handle._replace(inner, encoder_forward, encoder)
-    for name, module in model.get_submodule(family.layers).named_children():
+    if encoder.pools:
+        encoder.ours[model.pooler] = handle._replace(model.pooler, pooler_forward, encoder)
+    for name, module in family.layers_of(model).items():
         layer = Layer(name, module, family, None)
         encoder.layers.append(layer)
         encoder.ours[module] = handle._replace(module, layer_forward, layer)

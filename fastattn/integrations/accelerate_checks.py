@@ -12,15 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastattn.integrations.accelerate_layers import DROPOUTS, LINEARS, NORMS, Family, Parts, activation_name, own_class
+from fastattn.integrations.accelerate_families import own_class
+from fastattn.integrations.accelerate_parts import DROPOUTS, LINEARS, NORMS, SCALES, Family, Held, Parts
 
+HOMES = ("transformers.models.", "torch.nn.")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{name}") for name in HOOKS]
 ATTENTION = "_attn_implementation_internal"  # of a config: a name, whose function may be anybody's
 PLAIN: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(LINEARS, (nn.Linear,)),
     **dict.fromkeys(NORMS, (nn.LayerNorm,)),
-    **dict.fromkeys(DROPOUTS, (nn.Dropout, nn.Identity)),
+    **dict.fromkeys(DROPOUTS, (nn.Dropout, nn.Identity, Held)),
+    **dict.fromkeys(SCALES, (Held,)),
+    "joined": (nn.Linear,),
     "gate": (nn.Linear,),
     "relative": (nn.Embedding,),
 }
@@ -32,7 +36,7 @@ class Found(NamedTuple):
 
     parts: of each layer module; empty where there is a refusal.
     refusal: why the layers cannot be computed from their weights, or None.
-    hooked: the layer whose own hooks see its input and output, (B, L, C), or None.
+    hooked: the layer, or what stands beside it, whose own hooks see its input and output, (B, L, C), or None.
     """
 
     parts: dict[nn.Module, Parts]
@@ -65,8 +69,10 @@ class Examined:
         )
 
     def _note(self, model: Any, family: Family, ours: dict[nn.Module, Any]) -> None:
-        chain = [model, *_between(model, family.layers)]
-        self._modules = [*chain, *(m for layer in chain[-1].children() for m in layer.modules())]
+        chain = [model, *_between(model, family)]
+        layers = family.layers_of(model).values()
+        beside = _beside_layers(model, family).values()
+        self._modules = [*chain, *(m for x in (*layers, *beside) for m in x.modules()), *_shared(model, family)]
         self._types = [*map(type, self._modules)]
         self._attributes = [vars(m) for m in self._modules[1:]]  # a `forward` set on an instance is one more
         self._counts = [*map(len, self._attributes)]
@@ -101,56 +107,95 @@ def _look(model: nn.Module, family: Family, ours: dict[nn.Module, Any]) -> Found
         raise _Refused(f"{type(model).__name__} has a forward of its own")
     if "forward" in vars(model) and model not in ours:
         raise _Refused(f"a forward was set on the {own.__name__}")
-    for module in _between(model, family.layers):
+    for module in _between(model, family):
         _check_class(module, type(module).__name__, own.__module__)
         _check_forward(module, type(module).__name__, ours)
     parts, hooked = {}, None
-    for name, layer in model.get_submodule(family.layers).named_children():
+    for name, layer in family.layers_of(model).items():
         if ours and layer not in ours:
             raise _Refused(f"layer {name} was put in after accelerate")
-        parts[layer] = _parts(layer, family, own.__module__, ours)
-        if _has_hooks(layer):
-            if family.relative:
+        parts[layer] = _parts(layer, model, family, own.__module__, ours)
+        if has_hooks(layer):
+            if family.hands_bias:
                 raise _Refused(f"layer {name} has hooks, which would see another bias")
             hooked = f"layer {name} has hooks, which see all positions"
-    return Found(parts, None, hooked)
+    return Found(parts, None, hooked or _watched(model, family))
 
 
 class _Refused(Exception):
     pass
 
 
-def _between(model: nn.Module, path: str) -> list[nn.Module]:
-    """The modules on the way from a model to its list of layers, the list included."""
-    names = path.split(".")
-    return [model.get_submodule(".".join(names[: i + 1])) for i in range(len(names))]
+def _between(model: nn.Module, family: Family) -> list[nn.Module]:
+    """The modules on the way from a model to its layers, their lists included, without the model."""
+    names = family.root.split(".")
+    chain = [model.get_submodule(".".join(names[: i + 1])) for i in range(len(names))]
+    for path in family.layers.split(".*.")[1:]:
+        groups = [*chain[-1].children()]
+        chain += [*groups, *(group.get_submodule(path) for group in groups)]
+    return chain
 
 
-def _parts(layer: nn.Module, family: Family, home: str, ours: dict[nn.Module, Any]) -> Parts:
+def _beside_layers(model: nn.Module, family: Family) -> dict[str, nn.Module]:
+    """Modules that are given tokens without their padding, and are no layers: by name. Where no module stands around the layers
+    alone, those of the model, its embeddings apart."""
+    if not family.unpads:
+        return {}
+    owner = model if family.encoder is None else model.get_submodule(family.encoder)
+    lists = model.get_submodule(family.root)
+    found = {name: x for name, x in owner.named_children() if x is not lists}
+    return {name: x for name, x in found.items() if owner is not model or "emb" not in name}
+
+
+def _watched(model: nn.Module, family: Family) -> str | None:
+    """Why one of those has to be given all positions, or None."""
+    for name, beside in _beside_layers(model, family).items():
+        for module in beside.modules():
+            if not type(module).__module__.startswith(HOMES):
+                return f"{name} is a {_described(type(module))}, which may look at all positions"
+            if has_hooks(module):
+                return f"{name} has hooks, which see all positions"
+    return None
+
+
+def _shared(model: nn.Module, family: Family) -> list[nn.Module]:
+    """Parts of all layers that lie outside of them."""
+    return [model.get_submodule(path) for _, path in family.shared]
+
+
+def _parts(layer: nn.Module, model: nn.Module, family: Family, home: str, ours: dict[nn.Module, Any]) -> Parts:
     if getattr(layer, "is_decoder", False) or getattr(layer, "add_cross_attention", False):
         raise _Refused("decoders are not served")
+    for name in family.absent:
+        if getattr(layer, name, None) is not None:
+            raise _Refused(f"it has a part {name}, which is not served")
     try:
-        parts = family.parts_of(layer)
+        parts = family.parts_of(layer, model)
     except AttributeError as error:
         raise _Refused(f"a {type(layer).__name__} is made otherwise: {error}") from None
     names = {id(part): name for name, part in zip(parts._fields, parts, strict=True) if part is not None}
     for name, classes in PLAIN.items():
         part = getattr(parts, name)
-        if family.relative and name in NORMS:
-            if type(part).__name__ != "T5LayerNorm":  # whose home is looked at below
-                raise _Refused(f"{name} is a {_described(type(part))}, not a T5LayerNorm")
+        if family.rms is not None and name in NORMS:
+            if not type(part).__name__.endswith(family.rms):  # whose home is looked at below
+                raise _Refused(f"{name} is a {_described(type(part))}, not a {family.rms}")
+        elif name == "first_norm" and family.pre_norm and type(part) is nn.Identity:
+            continue
         elif part is not None and type(part) not in classes:
             raise _Refused(f"{name} is a {_described(type(part))}, not a plain {classes[0].__name__}")
-    if activation_name(parts.activation) is None:
+    if family.activation_of(parts) is None:
         raise _Refused(f"activation {_described(type(parts.activation))} is not served")
-    if len({part.weight.shape for part in (parts.query, parts.key, parts.value)}) != 1:
+    if family.buckets is not None and parts.relative.num_embeddings != family.buckets[0]:  # type: ignore[union-attr]
+        raise _Refused(f"its bias is of {parts.relative.num_embeddings} distances, not {family.buckets[0]}")  # type: ignore[union-attr]
+    heads: list[Any] = [parts.value, parts.key] if family.grouped else [parts.value, parts.key, parts.query]
+    if parts.joined is None and len({part.weight.shape for part in heads}) != 1:
         raise _Refused("query, key and value are of different sizes")
-    for path, module in layer.named_modules():
+    for path, module in [*layer.named_modules(), *((path, model.get_submodule(path)) for _, path in family.shared)]:
         name = names.get(id(module), path) or type(layer).__name__
         if type(module) not in PLAIN_CLASSES and module is not parts.activation:
             _check_class(module, name, home)
         _check_forward(module, name, ours)
-        if module is not layer and _has_hooks(module):
+        if module is not layer and has_hooks(module):
             raise _Refused(f"{name} has hooks, which would not run")
     return parts
 
@@ -171,7 +216,7 @@ def _check_forward(module: nn.Module, name: str, ours: dict[nn.Module, Any]) -> 
         raise _Refused(f"a forward was set on {name}")
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Other than transformers' own, which record what a call asks to be recorded: such calls are looked at otherwise."""
     hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
     return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)

@@ -13,18 +13,19 @@ import inspect
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastattn import masks
+from fastattn.biases import Bias
 from fastattn.integrations import accelerate_heads as heads
-from fastattn.integrations import accelerate_t5
 from fastattn.integrations.accelerate_checks import Examined, Found, look
-from fastattn.integrations.accelerate_layers import Batch, Family, Parts, compute, traced
+from fastattn.integrations.accelerate_layers import NOTHING, Batch, Beside, beside, compute, plain, traced
+from fastattn.integrations.accelerate_padding import batch_of, masked, packed, padded, padding_of, unpacked
+from fastattn.integrations.accelerate_parts import Family, Parts
 from fastattn.integrations.accelerate_plans import Weights, inferred, served
 from fastattn.integrations.accelerate_proof import Proof, tell
 from fastattn.integrations.accelerate_training import trained
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastattn")
 KEYWORD = "fastattn_batch"
 REPLICATE = "_replicate_for_data_parallel"
+BEYOND = ("past_key_values", "encoder_hidden_states", "encoder_attention_mask", "encoder_embeds", "head_mask", "is_decoder")
 PADDING_ALONE = "only a padding mask (batch, length) is served, got"
 NOTHING_FOUND = Found({}, None, None)
 _lock = threading.RLock()  # held while an encoder is examined
+_thread = threading.local()  # .handed: an Encoder and its Batch, where its model does not hand keyword arguments on
 
 
 class Replaced:
@@ -128,6 +131,7 @@ class Encoder:
     report: Report
     reader: str | None  # why padding is always read, or None
     pooled: bool  # whether one token of each sequence is read, padding or not
+    pools: bool  # whether it has a pooler that is given what the last of its layers gives, packed
     strict: bool  # as the arguments of `accelerate`
     capacity: int | None
     prove: bool
@@ -166,16 +170,18 @@ class Encoder:
         if self.graphs is not None:
             self.graphs.calls.doubt()
         self.unproven, self.differs = self.prove, None
-        for layer in self.layers:
-            self.report.left.pop(self.path(layer.name), None)
+        for name in (self.name, *(self.path(layer.name) for layer in self.layers)):
+            self.report.left.pop(name, None)
 
     def _take(self, found: Found) -> None:
         self.found = found
         for layer in self.layers:
             layer.parts, layer.weights = found.parts.get(layer.module), None
+            layer.plain = layer.parts is not None and plain(self.family, layer.parts)
+            layer.given = self.family.given
 
     def path(self, layer: str) -> str:
-        return ".".join(part for part in (self.name, self.family.layers, layer) if part)
+        return ".".join(part for part in (self.name, self.family.root, layer) if part)
 
 
 @dataclass(eq=False)
@@ -185,22 +191,24 @@ class Layer:
     family: Family
     parts: Parts | None  # None: it must not be computed by us
     weights: Weights | None = None  # those of the parts
+    plain: bool = False  # whether it is no more than what is launched on a GPU
+    given: bool = False  # whether it is given something beside x
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has weights of its own."""
         return {**vars(self), "weights": None}
 
-    def output(self, x: Tensor, batch: Batch) -> Tensor:
+    def output(self, x: Tensor, batch: Batch, given: Beside = NOTHING) -> Tensor:
         """By the shortest way that serves it."""
         assert self.parts is not None
-        if served(x):
+        if self.plain and served(x):
             if self.weights is None:
                 self.weights = Weights(self.parts)
             shortest = trained if torch.is_grad_enabled() else inferred
             y = shortest(self.family, self.parts, self.weights, x, batch)
             if y is not None:
                 return y
-        return compute(self.family, self.parts, x, batch)
+        return compute(self.family, self.parts, x, batch, given)
 
 
 # The replaced methods
@@ -220,82 +228,126 @@ def model_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
         outputs = encoder.graphs.replayed(at, inputs, unchanged)
         if outputs is not None:
             return outputs
-    mask = inputs.get("attention_mask")
+    mask = padding_of(encoder, inputs)
     keep = None if mask is None else mask.bool()
-    batch = _batch(encoder, model, inputs, keep)
+    batch = batch_of(encoder, model, inputs, keep)
     if encoder.unproven and not any(traced(x) for x in inputs.values() if isinstance(x, Tensor)):
         batch = _with_proof(batch, keep)
-    if batch.proof is None:  # else the layers' own code needs the mask that the model makes
-        inputs.pop("attention_mask", None)
-    outputs = at.own(**inputs, **{KEYWORD: batch})
+    if batch.proof is None and mask is not None and not encoder.family.reads_mask:
+        inputs.pop(encoder.family.mask, None)  # with a proof, the layers' own code needs the mask that the model makes
+    outputs = _called(at, inputs, batch)
     if batch.proof is not None:
-        _conclude(encoder, batch.proof)
-    return outputs if batch.packing is None else _unpacked(outputs, batch.packing, encoder.family.relative)
+        _conclude(encoder, model, batch.proof)
+    return outputs if batch.packing is None else unpacked(outputs, batch.packing, encoder.family.encoder is None)
+
+
+def _called(at: Replaced, inputs: dict[str, Any], batch: Batch) -> Any:
+    """The model's own code, the batch handed on to its layers."""
+    encoder = at.settings
+    told = {KEYWORD: batch} if encoder.family.hands_on == "model" else {}
+    if told and not encoder.pools:
+        return at.own(**inputs, **told)
+    before, _thread.handed = getattr(_thread, "handed", None), (encoder, batch)
+    try:
+        return at.own(**inputs, **told)
+    finally:
+        _thread.handed = before
+
+
+def _handed(at: Replaced) -> Batch | None:
+    """What the model around an encoder or a layer was called with."""
+    encoder, batch = getattr(_thread, "handed", None) or (None, None)
+    return batch if encoder is not None and encoder.ours.get(at.module) is at else None
 
 
 def laid_out(at: Replaced, inputs: dict[str, Any], masked: bool, rows: int | None) -> tuple[Any, Tensor | None]:
     """A call of a model whose padding was decided about before, so that nothing is read: taken out to so many rows, or, where
     `rows` is None, left in, behind a mask or not. Its outputs, and whether tokens were dropped."""
-    encoder, mask = at.settings, inputs.get("attention_mask")
+    encoder, mask = at.settings, padding_of(at.settings, inputs)
     keep = None if mask is None else mask.bool()
-    inputs = {name: x for name, x in inputs.items() if name != "attention_mask"}
+    inputs = {name: x for name, x in inputs.items() if mask is None or name != encoder.family.mask}
     if rows is None or keep is None:
-        return at.own(**inputs, **{KEYWORD: _padded(encoder, keep if masked else None)}), None
+        return _called(at, inputs, padded(encoder, keep if masked else None)), None
     packing = Packing.from_mask(keep, rows)
-    outputs = at.own(**inputs, **{KEYWORD: _packed(encoder, packing)})
-    return _unpacked(outputs, packing, encoder.family.relative), packing.overflowed
+    outputs = _called(at, inputs, packed(encoder, packing))
+    return unpacked(outputs, packing, encoder.family.encoder is None), packing.overflowed
 
 
 def encoder_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
-    batch = kwargs.get(KEYWORD)
-    if batch is None or batch.packing is None:
+    family = at.settings.family
+    if family.hands_on == "encoder":
+        kwargs[KEYWORD] = _handed(at)
+    batch = kwargs.get(KEYWORD) if family.hands_on != "nobody" else _handed(at)
+    if batch is None:
+        kwargs.pop(KEYWORD, None)
         return at.own(*args, **kwargs)
-    states, rest = args[:1], args[1:]
-    name = "hidden_states" if "hidden_states" in kwargs else "inputs_embeds"
-    x = states[0] if states else kwargs.pop(name)
-    outputs = at.own(batch.packing.pack(x), *rest, **kwargs)
-    outputs.last_hidden_state = batch.packing.unpack(outputs.last_hidden_state)
-    return outputs
+    if family.masked_at == "encoder":
+        kwargs[KEYWORD] = masked(batch, args[1] if len(args) > 1 else kwargs.get("attention_mask"))
+    packing = batch.packing
+    if packing is None:
+        return at.own(*args, **kwargs)
+    if family.packs == "encoder":
+        name = "hidden_states" if "hidden_states" in kwargs else "inputs_embeds"
+        x = args[0] if args else kwargs.pop(name)
+        args = (packing.pack(x), *args[1:])
+    outputs = at.own(*args, **kwargs)
+    return unpacked(outputs, packing, True)
+
+
+def pooler_forward(at: Replaced, x: Tensor) -> Any:
+    """Of a model in which nothing stands around the layers alone. x: what the last of them gives."""
+    batch = _handed(at)
+    return at.own(x if batch is None or batch.packing is None else batch.packing.unpack(x))
 
 
 def layer_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
     layer, batch = at.settings, kwargs.pop(KEYWORD, None)
+    if layer.family.hands_on == "nobody":
+        batch = _handed(at)
     if batch is None:
         return at.own(*args, **kwargs)
-    if layer.family.relative:
-        return _relative_forward(at, batch, args[0], args[1:], kwargs)
+    x, rest, packing, family = args[0], args[1:], batch.packing, layer.family
+    if packing is not None and x.dim() == 3:  # the first of those that pack
+        x = packing.pack(x)
     module: Any = at.module
+    given = beside(family, layer.parts, x, batch, kwargs) if layer.given else NOTHING
+    if family.hands_bias:
+        return _hands_bias(at, batch, x, given, rest, kwargs)
     if batch.proof is None and not _checkpoints_in_forward(module):
-        return layer.output(args[0], batch)
-    x, rest = args[0], args[1:]
+        return _as_returned(family, layer.output(x, batch, given))
 
     def own(x: Tensor) -> Tensor:
-        if batch.packing is None:
-            return at.own(x, *rest, **kwargs)
-        return batch.packing.pack(at.own(batch.packing.unpack(x), *rest, **kwargs))
+        y = at.own(x if packing is None else packing.unpack(x), *rest, **kwargs)
+        y = y[0] if family.tuples else y
+        return y if packing is None else packing.pack(y)
 
-    ours = functools.partial(layer.output, batch=batch)
+    ours = functools.partial(layer.output, batch=batch, given=given)
     if batch.proof is not None and not batch.proof.holds(layer.name, module, x, own, ours):
-        return own(x)
-    return module._gradient_checkpointing_func(ours, x) if _checkpoints_in_forward(module) else ours(x)
+        return _as_returned(family, own(x))
+    return _as_returned(family, module._gradient_checkpointing_func(ours, x) if _checkpoints_in_forward(module) else ours(x))
 
 
-def _relative_forward(at: Replaced, batch: Batch, x: Tensor, rest: tuple, kwargs: dict[str, Any]) -> tuple:
-    """A layer of T5's, which is given and gives a bias beside x; without cross attention there is a None for that."""
-    layer, packing, (mask, given, *others) = at.settings, batch.packing, rest
-    if packing is not None and x.dim() == 3:
-        x = packing.pack(x)
-    bias = accelerate_t5.bias_of(layer.parts, given)
-    ours = functools.partial(accelerate_t5.compute, layer.family, layer.parts, batch=batch, bias=bias)
+def _as_returned(family: Family, y: Tensor) -> Any:
+    return (y,) if family.tuples else y
 
-    def own(x: Tensor) -> tuple[Tensor, Tensor, None]:
+
+def _hands_bias(at: Replaced, batch: Batch, x: Tensor, own_bias: Beside, rest: tuple, kwargs: dict[str, Any]) -> tuple:
+    """A layer of T5's. The first one makes a bias for each pair, which others are given; here it is a `biases.relative`, never
+    (H, L, L). Where a layer of a decoder gives a bias of its cross attention, there is a None."""
+    layer, packing, (mask, first, *others) = at.settings, batch.packing, rest
+    given = Beside(first) if own_bias.bias is None else own_bias
+    ours = functools.partial(layer.output, batch=batch, given=given)
+
+    def own(x: Tensor) -> tuple[Tensor, Any, None]:
         x = x if packing is None else packing.unpack(x)
-        y, made, _ = at.own(x, mask, accelerate_t5.own_bias(layer.parts, bias, x.shape[1]), *others, **kwargs)
+        bias = None if own_bias.bias is not None else given.bias
+        bias = bias.dense(x.shape[1], x.shape[1]) if isinstance(bias, Bias) else bias
+        y, made, _ = at.own(x, mask, bias, *others, **kwargs)
         return y if packing is None else packing.pack(y), made, None
 
     if batch.proof is not None and not batch.proof.holds(layer.name, at.module, x, lambda x: own(x)[0], ours):
         return own(x)
-    return ours(x), bias, None
+    return ours(x), given.bias, None
 
 
 def head_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
@@ -307,12 +359,16 @@ def head_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
 # What they need
 
 
+def _checkpointed(layer: Any) -> bool:
+    return layer.training and getattr(layer, "gradient_checkpointing", False)
+
+
 def _checkpoints_in_forward(layer: Any) -> bool:
     """Whether gradient checkpointing is on, and is done by the `forward` that ours stands for.
 
     Older versions of transformers do it in the layer's `__call__`, around any forward.
     """
-    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+    if not _checkpointed(layer):
         return False
     return not any(c.__name__ == "GradientCheckpointingLayer" and "__call__" in vars(c) for c in type(layer).__mro__)
 
@@ -331,20 +387,25 @@ def _unserved(encoder: Encoder, model: Any, inputs: dict[str, Any]) -> str | Non
         return "use_cache=True"
     if inputs.get("output_attentions", model.config.output_attentions):
         return "output_attentions=True"
-    for name in ("past_key_values", "encoder_hidden_states", "encoder_attention_mask", "head_mask"):
-        if inputs.get(name) is not None:
+    for name in BEYOND:
+        if inputs.get(name) is not None and inputs[name] is not False:
             return f"{name} was given"
     for name, value in inputs.items():
         if value is not None and value is not False and name not in HARMLESS and name not in encoder.inputs:
             return f"{name} was given"
-    if encoder.family.relative and any(x.dtype == torch.float16 for x in model.parameters()):
+    family = encoder.family
+    if family.clamps == "inside" and any(x.dtype == torch.float16 for x in model.parameters()):
         return "float16, in which T5's layers clamp what they give"
-    mask = inputs.get("attention_mask")
+    if family.hands_on == "nobody" and any(_checkpointed(x.module) for x in encoder.layers):
+        return "gradient checkpointing of layers that are not told what they belong to"
+    mask = None if family.mask is None else inputs.get(family.mask)
+    if mask is not None and family.image_bias is not None:
+        return f"{family.mask} was given, beside a bias of positions"
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         return f"{PADDING_ALONE} {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
     tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
     if mask is not None and tokens is not None and mask.shape != tokens.shape[:2]:
-        return f"attention_mask {tuple(mask.shape)} is not of the tokens' shape"
+        return f"{family.mask} {tuple(mask.shape)} is not of the tokens' shape"
     return None
 
 
@@ -355,92 +416,13 @@ def _with_proof(batch: Batch, keep: Tensor | None) -> Batch:
     return batch if bool(batch.packing.overflowed) else batch._replace(proof=Proof(batch.packing.live))
 
 
-def _conclude(encoder: Encoder, proof: Proof) -> None:
+def _conclude(encoder: Encoder, model: nn.Module, proof: Proof) -> None:
+    if not proof.asked and not model.training:  # in training all layers may be dropped
+        encoder.differs = encoder.report.left[encoder.name] = "its layers were not called as they are known to be"
+        _tell_fallback(encoder, encoder.differs)
+        return
     encoder.unproven = proof.difference is None and proof.compared < len(encoder.layers)
     if proof.difference is not None:
         encoder.differs = tell(proof.difference)
         encoder.report.left[encoder.path(proof.difference[0])] = encoder.differs
         _tell_fallback(encoder, encoder.differs)
-
-
-def _batch(encoder: Encoder, model: nn.Module, inputs: dict[str, Any], keep: Tensor | None) -> Batch:
-    """How the tokens of a call lie, and what hides them from one another."""
-    if keep is None or not encoder.family.unpads:
-        return _padded(encoder, keep)
-    stays = _padding_stays(encoder, model, inputs, keep)
-    if stays is not None:
-        encoder.report.padded[stays] += 1
-        return _padded(encoder, keep)
-    if encoder.capacity is None and traced(keep):
-        return _padded(encoder, keep)
-    packing = Packing.from_mask(keep, encoder.capacity)
-    encoder.overflowed = packing.overflowed
-    if packing.known_total == keep.numel():
-        return _padded(encoder, None)
-    return _packed(encoder, packing)
-
-
-def _packed(encoder: Encoder, packing: Packing) -> Batch:
-    return Batch(packing, masks.causal() if encoder.family.causal else None, {})
-
-
-def _padded(encoder: Encoder, keep: Tensor | None) -> Batch:
-    causal = masks.causal() if encoder.family.causal else None
-    if keep is None:
-        return Batch(None, causal, {})
-    padding = masks.key_padding(keep)
-    return Batch(None, padding if causal is None else padding & causal, {})
-
-
-def _padding_stays(encoder: Encoder, model: Any, inputs: dict[str, Any], keep: Tensor) -> str | None:
-    """Why padding is not taken out of a call, or None."""
-    why = padding_stays_unread(encoder, model, inputs, keep)
-    if why is not None or traced(keep):
-        return why
-    return next((why for why, holds in questions(encoder, model, inputs, keep) if bool(holds)), None)
-
-
-def padding_stays_unread(encoder: Encoder, model: Any, inputs: dict[str, Any], keep: Tensor) -> str | None:
-    """As far as it is known without reading a value."""
-    if encoder.unpad == "never":
-        return "unpad=never"
-    if encoder.found.hooked is not None:
-        return encoder.found.hooked
-    if encoder.unpad == "always":
-        return None
-    if encoder.reader is not None:
-        return encoder.reader
-    if torch.is_grad_enabled() and inputs.get("output_hidden_states", model.config.output_hidden_states):
-        return "hidden states that may be asked for their gradients"  # copies of them are not on the way to a loss
-    if encoder.capacity is not None or traced(keep):
-        if encoder.family.relative:
-            return "holes in a mask, over which distances count, are not looked for with a capacity"
-        return heads.labels_for_each_token(keep)
-    return None
-
-
-def questions(encoder: Encoder, model: Any, inputs: dict[str, Any], keep: Tensor) -> Iterator[heads.Question]:
-    """The rest, as what there is to read."""
-    if encoder.capacity is not None or encoder.unpad == "always":
-        return
-    yield from heads.labels_at_padding(keep)
-    if encoder.family.relative:
-        yield heads.holes(keep)
-    elif encoder.pooled:
-        yield heads.pooled_padding(model, inputs, keep)
-
-
-def _unpacked(outputs: Any, packing: Packing, last: bool) -> Any:
-    """With hidden states that were recorded between layers, (T, C), as (B, L, C), and the last one too."""
-
-    def unpack(states: tuple) -> tuple:
-        return tuple(packing.unpack(x) if isinstance(x, Tensor) and x.dim() == 2 else x for x in states)
-
-    if isinstance(outputs, tuple):
-        outputs = tuple(unpack(x) if isinstance(x, tuple) else x for x in outputs)
-        return (*unpack(outputs[:1]), *outputs[1:]) if last else outputs
-    if last:
-        outputs["last_hidden_state"] = packing.unpack(outputs["last_hidden_state"])
-    if outputs.get("hidden_states") is not None:
-        outputs["hidden_states"] = unpack(outputs["hidden_states"])
-    return outputs

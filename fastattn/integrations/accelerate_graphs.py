@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fastattn.graphs import Calls, Graphs, NotCaptured, bucket, on_gpu
 from fastattn.integrations import accelerate_heads as heads
-from fastattn.integrations.accelerate_forward import Encoder, Replaced, laid_out, padding_stays_unread, questions
+from fastattn.integrations.accelerate_forward import Encoder, Replaced, laid_out
+from fastattn.integrations.accelerate_padding import padding_of, padding_stays_unread, questions
 
 MASK = "attention_mask"
 HOMES = ("transformers.", "torch.nn.")
@@ -54,6 +55,9 @@ class EncoderGraphs:
     def _refusal(self, encoder: Encoder, inputs: dict[str, Any], unchanged: bool) -> str | None:
         if torch.compiler.is_compiling():
             return "it is traced or compiled"
+        family = encoder.family
+        if family.reads_mask or family.masked_at == "encoder":
+            return f"its model reads {family.mask} itself"
         if encoder.unproven:
             return "its layers are to be compared with their own code first"
         counted_on_host = _on_host(inputs)
@@ -102,7 +106,7 @@ def _on_host(inputs: dict[str, Any]) -> bool:
 def _layout(at: Replaced, inputs: dict[str, Any]) -> Layout:
     """Reads the number of real tokens, and whether padding must stay in, at once; nothing of it where a capacity is given, or
     the mask is in the host's memory."""
-    encoder, mask = at.settings, inputs.get(MASK)
+    encoder, mask = at.settings, padding_of(at.settings, inputs)
     if mask is None or not encoder.family.unpads:
         return Layout(mask is not None, None)
     keep = mask.bool()
@@ -119,7 +123,7 @@ def _layout(at: Replaced, inputs: dict[str, Any]) -> Layout:
 
 def _counted(encoder: Encoder, model: nn.Module, inputs: dict[str, Any], keep: Tensor) -> tuple[int, str | None]:
     """The number of real tokens, and why padding must stay in, if it must, with one wait for the GPU."""
-    if encoder.family.causal or heads.labels_given():  # other tensors of the GPU are read with the mask
+    if encoder.family.pooled in heads.ENDS or heads.labels_given():  # other tensors of the GPU are read with the mask
         asked = [*questions(encoder, model, inputs, keep)]
         total, *answers = _read([keep.sum(), *(holds for _, holds in asked)])
         return total, next((why for (why, _), holds in zip(asked, answers, strict=True) if holds), None)

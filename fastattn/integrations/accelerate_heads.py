@@ -21,6 +21,7 @@ READERS = {
 SUMMARIES = ("last", "mean", "cls_index")  # of ElectraForMultipleChoice, by its config: over all positions
 LABELS = ("label", "target", "tags")  # parts of the names of arguments that may hold one for each token
 MASKED_LOSSES = ("ElectraForPreTraining",)  # labels at padding are left out by the attention mask
+ENDS = ("end", "eos")  # tokens that are found among the ids
 IGNORED = -100  # the label that losses leave out
 _thread = threading.local()  # .labels: what the heads around the current call were given
 
@@ -98,11 +99,15 @@ def holes(keep: Tensor) -> Question:
     return "a mask with holes, over which distances count", (runs > 1).any()
 
 
-def pooled_padding(model: Any, inputs: dict[str, Any], keep: Tensor) -> Question:
-    """Of CLIP's text model its end-of-text token is read, of others the first one, wherever padding is."""
-    if type(model).__name__ == "CLIPTextModel":
+def pooled_padding(model: Any, pooled: str, inputs: dict[str, Any], keep: Tensor) -> Question:
+    """Of CLIP's text model its end-of-text token is read, of SigLIP's the last one, of others the first, wherever padding is."""
+    if pooled == "last":
+        read = keep[:, -1]
+    elif pooled in ENDS:
         ids, keep = _together(inputs["input_ids"].int(), keep)
-        column = (ids if model.eos_token_id == 2 else (ids == model.eos_token_id).int()).argmax(1, keepdim=True)
+        column = (ids if pooled == "end" and model.eos_token_id == 2 else (ids == model.eos_token_id).int()).argmax(
+            1, keepdim=True
+        )
         read = keep.gather(1, column)[:, 0]
     else:
         read = keep[:, 0]

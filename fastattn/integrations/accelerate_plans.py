@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import planned
-from fastattn.integrations.accelerate_layers import LINEARS, NORMS, Batch, Family, Parts, activation_name, rate
+from fastattn.integrations.accelerate_layers import Batch, rate
+from fastattn.integrations.accelerate_parts import LINEARS, NORMS, Family, Parts
 from fastattn.lowering import Prepared, batched, three
 from fastattn.masks import Mask
 from fastattn.ops import attention, attention_plans, dispatch, ffn, linear, norm
@@ -84,9 +85,10 @@ class Weights:
 
 
 def numbers_of(family: Family, parts: Parts) -> Numbers:
-    name = activation_name(parts.activation)
+    """Of a layer that is `plain`."""
+    name = family.activation_of(parts)
     assert name is not None
-    head_size, scale = getattr(parts.attention, family.head_size), getattr(parts.attention, family.scale)
+    head_size, scale = getattr(parts.attention, family.head_size), family.scale_of(parts.attention)
     dropouts = family.rate_of_attention(parts.attention), rate(parts.attention_output_dropout), rate(parts.ffn_output_dropout)
     return Numbers(family.pre_norm, head_size, scale, parts.first_norm.eps, parts.second_norm.eps, name, *dropouts)
 

@@ -31,11 +31,12 @@ class Proof:
     def __init__(self, keep: Tensor | None) -> None:
         """keep: bool (B, L), or (T,) of a packed batch: the real tokens; None: all."""
         self.keep = keep
-        self.compared = 0
+        self.asked = self.compared = 0
         self.difference: tuple[str, float, float] | None = None  # of that layer: name, error, bound
 
     def holds(self, name: str, layer: nn.Module, x: Tensor, own: Layer, ours: Layer) -> bool:
         """Compute a layer both ways, as in evaluation, and compare."""
+        self.asked += 1
         if self.difference is not None:
             return False
         with as_in_evaluation(layer):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastattn import planned
 from fastattn.dropout import rescale
-from fastattn.integrations.accelerate_layers import Batch, Family, Parts
+from fastattn.integrations.accelerate_layers import Batch
+from fastattn.integrations.accelerate_parts import Family, Parts
 from fastattn.integrations.accelerate_plans import Numbers, Weights, numbers_of, prepared_mask
 from fastattn.lowering import NO_EXTRAS, Extras, Prepared, three
 from fastattn.ops import attention, attention_plans, dispatch, ffn, norm
