@@ -6,6 +6,8 @@ from fastattn.integrations.accelerate_families import FAMILIES
 from fastattn.integrations.accelerate_parts import BEYOND_PLAIN, Family
 
 HEAD = ["transformers' classes", "a layer", "padding", "on a GPU"]
+NAMES = ["served by `accelerate`: torch.nn.TransformerEncoder, and of transformers"]
+ENDS = ("Model", "Encoder", "Stack")
 WORDS = {  # of parts beyond those that all layers have
     "joined": "query, key and value as one",
     "gate": "gated FFN",
@@ -22,6 +24,11 @@ def rows() -> list[list[str]]:
     for name, family in FAMILIES.items():
         alike.setdefault((_layer(family), _padding(family), _on_a_gpu(family)), []).append(f"`{name}`")
     return [[", ".join(names), *described] for described, names in alike.items()]
+
+
+def names() -> list[list[str]]:
+    """One line of all, without what the names of models end in."""
+    return [[", ".join(name.removesuffix(next((end for end in ENDS if name.endswith(end)), "")) for name in FAMILIES)]]
 
 
 def _parts(family: Family) -> set[str]:

@@ -3,8 +3,9 @@
 A table stands between `<!-- table: SUITE-DEVICE -->` and `<!-- /table -->`. DEVICE is a folder of benchmarks/results such as
 h100, or cpu for every folder that begins with "cpu-". SUITE is a result file's name (`tests` holds counts, of tests and of
 `verify`), or `highlights`, some rows of `models`, or `refusals`, which the suite `training` records, or `verdict-` and a result
-file's name: sentences. Two are of no device: `plans-compiled`, from the kernels' tiles, and `families-transformers`, from what
-`accelerate` goes by. The pictures of docs/benchmarks.md are drawn anew with it where their result file changed.
+file's name: sentences. Some are of no device: `plans-compiled`, from the kernels' tiles, `families-transformers` and
+`families-names`, from what `accelerate` goes by. The pictures of docs/benchmarks.md are drawn anew with it where their
+result file changed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from benchmarks import encoders, plans, plots, results, tables, verdicts
 
 DOCS = results.ROOT.parent / "docs"
 FILES = (results.ROOT.parent / "README.md", DOCS / "benchmarks.md", DOCS / "accelerate.md")
-COMPUTED = {"plans-compiled": plans, "families-transformers": encoders}  # from no result file
+COMPUTED = {  # from no result file: a table's head, and what gives its rows
+    "plans-compiled": (plans.HEAD, plans.rows),
+    "families-transformers": (encoders.HEAD, encoders.rows),
+    "families-names": (encoders.NAMES, encoders.names),
+}
 FROM = {"refusals": "training", "highlights": "models"}  # suites that are a part of another's file
 MARKERS = re.compile(r"(<!-- table: (?P<suite>[\w-]+)-(?P<device>\w+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 NOT_MEASURED = "Not yet measured."
@@ -33,9 +38,9 @@ def render(text: str, folder: Path) -> str:
 
 def table(suite: str, device: str, folder: Path) -> str:
     """The body of one table, with what it was measured on above it."""
-    computed = COMPUTED.get(f"{suite}-{device}")
-    if computed is not None:
-        return "\n".join(tables.markdown(computed.HEAD, computed.rows()))
+    if (computed := COMPUTED.get(f"{suite}-{device}")) is not None:
+        head, rows = computed
+        return "\n".join(tables.markdown(head, rows()))
     parts = [part(suite, path, content) for path, content in found(suite, device, folder)]
     return "\n\n".join(text for text in parts if text) or NOT_MEASURED
 
