@@ -1,6 +1,8 @@
 """`accelerate` of models with torch.nn.TransformerEncoder: equal, proven, looked at in each call, and given back."""
 
+import contextlib
 import copy
+import functools
 import pickle
 
 import pytest
@@ -190,3 +192,60 @@ def test_traced_and_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         out, plain = ours(x, PADDING), theirs(x, PADDING)
     assert out.dtype == plain.dtype and (out - plain).norm() < 0.02 * plain.norm()
+
+
+def test_what_stands_at_padding_is_torch_s():
+    """With a norm at the end, without torch.nn's fast path, with single layers in training, with frozen weights."""
+    x = torch.randn(3, 9, 6)
+    for change in ("norm", "switch", "layer", "frozen"):
+        theirs, ours = (model.eval() for model in models(norm=change == "norm"))
+        fastattn.accelerate(ours, strict=True)
+        with contextlib.ExitStack() as stack:
+            if change == "switch":
+                stack.callback(torch.backends.mha.set_fastpath_enabled, True)
+                torch.backends.mha.set_fastpath_enabled(False)
+            if change != "frozen":
+                stack.enter_context(torch.no_grad())
+            for model in (theirs, ours):
+                if change == "layer":
+                    model.encoder.layers[0].train()
+                model.requires_grad_(change != "frozen")
+            for _ in range(2):
+                torch.testing.assert_close(ours(x, PADDING), theirs(x, PADDING), rtol=1e-5, atol=1e-5)
+
+
+def test_modes_are_the_module_s():
+    _, ours = models(dropout=0.5)
+    for layer in ours.encoder.layers:
+        layer.eval()
+    ours.encoder.layers[1].dropout1.train()
+    modes = {name: part.training for name, part in ours.named_modules()}
+    handle, x = fastattn.accelerate(ours, strict=True), torch.randn(3, 9, 6)
+    assert not torch.equal(ours(x), ours(x))  # by that one
+    ours.encoder.layers[1].eval()
+    assert torch.equal(ours(x), ours(x))
+    ours.encoder.layers[1].dropout1.train()
+    handle.restore()
+    assert {name: part.training for name, part in ours.named_modules()} == modes
+
+
+@pytest.mark.parametrize("change", ["part", "method", "class", "functional", "dtype"])
+def test_runs_its_own_code(change, monkeypatch):
+    theirs, ours = models()
+    handle, x = fastattn.accelerate(ours), torch.randn(3, 9, 6)
+    ours(x)
+    if change == "class":
+        monkeypatch.setattr(nn.TransformerEncoderLayer, "_ff_block", lambda self, x: x * 0)
+    for model in (theirs, ours):
+        if change == "part":
+            model.encoder.layers[0].dropout1, model.encoder.layers[1].norm2 = nn.Identity(), nn.Identity()
+        elif change == "method":
+            model.encoder.layers[0]._ff_block = lambda x: x * 0
+    call = functools.partial(lambda model, *args: model(*args))
+    if change == "functional":
+        weights = {name: p.detach() * 1.1 for name, p in ours.named_parameters()}
+        call = lambda model, *args: torch.func.functional_call(model, weights, args)  # noqa: E731
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "dtype"), torch.set_grad_enabled(change != "dtype"):
+        out, expected = (call(model.train(change != "dtype"), x) for model in (ours, theirs))
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    assert out.dtype == expected.dtype and sum(handle.report.fallbacks.values()) == 1

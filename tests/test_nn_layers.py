@@ -205,8 +205,18 @@ def test_wrong_arguments():
     packing = fastattn.Packing.from_mask(~PADDING)
     with pytest.raises(ValueError, match="src_key_padding_mask"):
         model(x, src_key_padding_mask=PADDING[:, :5])
+    for padding in (PADDING.int(), PADDING.T):
+        with pytest.raises((ValueError, TypeError), match="src_key_padding_mask must"):
+            model(x, src_key_padding_mask=padding)
     with pytest.raises(ValueError, match="mask must have the shape"):
         model(x, torch.zeros(5, 9))
+    with pytest.raises(TypeError, match="mask must be a tensor"):
+        model(x, [[0]])
+    for padding in (None, PADDING):
+        with pytest.raises(ValueError, match="is_causal says"):
+            model(x, src_key_padding_mask=padding, is_causal=True)
+    with pytest.raises(ValueError, match="is_causal is about"):
+        model(x, masks.full(), is_causal=True)
     with pytest.raises(TypeError, match="EncoderLayer"):
         fastattn.nn.Encoder(nn.TransformerEncoderLayer(16, 2), 2)
     with pytest.raises(ValueError, match="memory_packing"):
@@ -310,6 +320,95 @@ def test_what_convert_leaves(caplog):
             fastattn.nn.convert(encoder(**options), for_export=True)
     with pytest.raises(NotImplementedError, match="swiglu"):
         fastattn.nn.convert(encoder(activation="swiglu"), for_export=True)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):  # a name like torch.nn's
+    def _ff_block(self, x):
+        return 2 * super()._ff_block(x)
+
+
+def spoil(layer, part):
+    if part == "linear":
+        layer.linear1 = Doubled(16, 24)
+    elif part == "norm":
+        layer.norm2 = nn.RMSNorm(16)
+    elif part == "dropout":
+        layer.dropout1 = nn.Identity()
+    elif part == "attention":
+        layer.self_attn = type("Own", (nn.MultiheadAttention,), {})(16, 2, batch_first=True)
+    elif part == "method":
+        layer._ff_block = lambda x: x * 0
+    elif part == "parameter":
+        layer.gamma = nn.Parameter(torch.ones(1))
+    else:
+        nn.utils.parametrizations.weight_norm(layer.self_attn, "in_proj_weight")
+    return layer
+
+
+@pytest.mark.parametrize("part", ["linear", "norm", "dropout", "attention", "method", "parameter", "parametrized", "name"])
+def test_convert_looks_at_every_part(part, caplog):
+    """What one of them computes otherwise is never lost, also inside an encoder."""
+    make = TransformerEncoderLayer if part == "name" else nn.TransformerEncoderLayer
+    layer = make(16, 2, 24, 0.0, batch_first=True)
+    layer = layer if part == "name" else spoil(layer, part)
+    whole = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True), 2)
+    whole.layers[1] = layer
+    x = torch.randn(3, 9, 16)
+    for model in (layer, whole):
+        expected, names = model(x), list(model.state_dict())
+        with caplog.at_level(logging.WARNING, "fastattn"):
+            assert fastattn.nn.convert(model) is model
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+        assert list(model.state_dict()) == names
+    assert len(caplog.records) == 2
+
+
+def test_convert_keeps_modes_ties_and_activations():
+    layer = nn.TransformerEncoderLayer(16, 2, 24, 0.5, nn.GELU(), batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).train()
+    model.layers[1] = model.layers[0]
+    model.layers[0].eval()
+    model.layers[0].dropout2.train()
+    modes = {name: part.training for name, part in model.named_modules() if "activation" not in name}
+    converted = fastattn.nn.convert(model)
+    assert {name: part.training for name, part in converted.named_modules()} == modes
+    assert converted.layers[0] is converted.layers[1] and converted.layers[0].activation == "gelu"
+    back = fastattn.nn.convert(converted, for_export=True)
+    assert back.training and not back.layers[0].training and back.layers[0].activation is F.gelu
+
+
+@pytest.mark.parametrize(
+    "name", ["linear1", "linear2", "norm1", "norm2", "dropout1", "dropout2", "dropout", "self_attn.out_proj"]
+)
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_what_is_put_into_a_layer_later_runs(name, norm_first):
+    """A hook, or another module in a part's place, as adapters are."""
+    layer = perturbed(fastattn.nn.EncoderLayer(16, 2, 24, 0.0, norm_first=norm_first, batch_first=True))
+    x, part = torch.randn(3, 9, 16), layer.get_submodule(name)
+    expected = layer(x)
+    hook = part.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)  # called, and not fused
+    hook.remove()
+    hook = part.register_forward_hook(lambda module, args, out: out * 1.5)
+    hooked = layer(x)
+    hook.remove()
+    layer.set_submodule(name, nn.Sequential(part, nn.Hardtanh(-1e9, 1e9)))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(hooked, expected)
+
+
+def test_results_may_be_changed_in_place():
+    x = torch.randn(3, 9, 16, requires_grad=True)
+    model, ffn = fastattn.nn.MultiHeadAttention(16, 2, batch_first=True), fastattn.nn.FeedForward(16, 24, "geglu")
+    for out in (model(x, x, x, need_weights=False)[0], ffn(x), encoder()(x)):
+        expected = torch.autograd.grad((out + x).sum(), x, retain_graph=True)[0]
+        out += x
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], expected)
 
 
 def test_one_module_under_two_names():

@@ -18,7 +18,8 @@ from fastattn.integrations.accelerate_parts import DROPOUTS, LINEARS, NORMS, SCA
 HOMES = ("transformers.models.", "torch.nn.")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{name}") for name in HOOKS]
-ATTENTION = "_attn_implementation_internal"  # of a config: a name, whose function may be anybody's
+# of a config: the name of an attention function, which may be anybody's, and what masks are made of
+SETTINGS = ("_attn_implementation_internal", "is_decoder", "sliding_window", "local_attention")
 PLAIN: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(LINEARS, (nn.Linear,)),
     **dict.fromkeys(NORMS, (nn.LayerNorm,)),
@@ -65,7 +66,7 @@ class Examined:
             and [*map(len, self._attributes)] == self._counts
             and [d.get("forward") for d in self._forwards] == self._ours
             and [c.forward for c in self._classes] == self._methods
-            and self._config[ATTENTION] == self._implementation
+            and [*map(self._config.get, SETTINGS)] == self._settings
         )
 
     def _note(self, model: Any, family: Family, ours: dict[nn.Module, Any]) -> None:
@@ -88,7 +89,7 @@ class Examined:
         self._classes: list[Any] = [*dict.fromkeys(self._types)]
         self._methods = [c.forward for c in self._classes]
         self._config = vars(model.config)
-        self._implementation = self._config[ATTENTION]
+        self._settings = [*map(self._config.get, SETTINGS)]
 
 
 def look(model: nn.Module, family: Family, ours: dict[nn.Module, Any]) -> Found:

@@ -7,7 +7,7 @@ What it was made from is compared in each call; what has changed makes a new twi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,10 @@ from fastattn.integrations.accelerate_checks import GLOBAL_HOOKS, HOOKS
 from fastattn.integrations.accelerate_forward import Replaced, Report, logger
 from fastattn.integrations.accelerate_layers import traced
 from fastattn.integrations.accelerate_proof import Proof, as_in_evaluation, tell
-from fastattn.nn.convert import convert_encoder
+from fastattn.nn.convert import METHODS, convert_encoder, why_not
 from fastattn.nn.encoder import Encoder
 from fastattn.nn.masking import causal_by_looks, real_tokens
-from fastattn.planned import PLAIN
 
-HOME = "torch.nn."
 READ = "what stands at padding may be read: unpad='always' is your word that it is not"
 NAMES = "src", "mask", "src_key_padding_mask", "is_causal"
 NUMBERS = "dropout", "num_heads", "batch_first", "norm_first", "activation", "add_zero_attn"  # of a layer and its attention
@@ -50,7 +48,7 @@ class Stack:
         """Why its own code is to run; afterwards the twin is one of the module as it is now."""
         noted = _noted(module)
         if self.twin is None or noted != self.noted:
-            why = why_not(module)
+            why = refused(module)
             if why is not None:
                 self.twin = None
                 return why
@@ -64,7 +62,7 @@ class Stack:
 
 def accelerate_stack(handle: Any, name: str, module: nn.TransformerEncoder, capacity: int | None, **settings: Any) -> None:
     """One of them inside a model; or its line in `report.left`."""
-    why = "capacity is not served of torch.nn.TransformerEncoder" if capacity is not None else why_not(module)
+    why = "capacity is not served of torch.nn.TransformerEncoder" if capacity is not None else refused(module)
     if why is not None:
         handle.report.left[name] = why
         return
@@ -77,26 +75,29 @@ def accelerate_stack(handle: Any, name: str, module: nn.TransformerEncoder, capa
 
 
 def stack_forward(at: Replaced, *args: Any, **kwargs: Any) -> Tensor:
-    stack, module = at.settings, at.module
+    stack, module = at.settings, cast(Any, at.module)
     if torch.compiler.is_dynamo_compiling():  # which would have to trace how a twin is made
         return at.own(*args, **kwargs)
     if stack.graphs:
         stack.report.not_captured["torch.nn.TransformerEncoder is not captured"] += 1
     given = {**dict(zip(NAMES, args, strict=False)), **kwargs}
-    why = stack.refusal(module) or _unserved(given)
+    why = stack.refusal(module) or _unserved(args, given)
     if why is None and stack.unproven and not traced(given["src"]):
         why = _proven(stack, module, **given)
     if why is not None:
         _tell(stack, why)
         return at.own(*args, **kwargs)
     stack.twin.enable_nested_tensor = _unpads(stack, module, **given)
-    return stack.twin(**given)
+    out = stack.twin(**given)
+    return out if module.norm is None else module.norm(out)  # at padding as well, as torch.nn does
 
 
-def _unserved(given: dict[str, Any]) -> str | None:
+def _unserved(args: tuple, given: dict[str, Any]) -> str | None:
     src = given.get("src")
-    if not isinstance(src, Tensor) or src.is_nested or set(given) > set(NAMES):
+    if not isinstance(src, Tensor) or src.is_nested or len(args) > len(NAMES) or not {*given} <= {*NAMES}:
         return "it was not called with a plain tensor and torch.nn's arguments"
+    if torch.is_autocast_enabled("cpu") and not src.is_cuda and not torch.is_grad_enabled():
+        return "autocast on a CPU, in which torch.nn's fast path has another dtype than its own code"
     return None
 
 
@@ -106,17 +107,27 @@ def _unpads(stack: Stack, module: Any, src: Tensor, mask=None, src_key_padding_m
         return False
     if stack.unpad == "always":
         return True
-    if not module.training and not torch.is_grad_enabled() and module.use_nested_tensor and mask is None:
-        keep = real_tokens(src_key_padding_mask)
+    if mask is None and src.dim() == 3 and _takes_fast_path(module):
+        keep = real_tokens(src_key_padding_mask, tuple(src_key_padding_mask.shape), NAMES[2])
         if keep is not None and bool((keep[:, 1:] <= keep[:, :-1]).all()):
             return True
     stack.report.padded[READ] += 1
     return False
 
 
+def _takes_fast_path(module: Any) -> bool:
+    """As far as it is torch.nn's own question; where it does, what stands at padding becomes 0."""
+    if not torch.backends.mha.get_fastpath_enabled() or not module.use_nested_tensor or torch.is_autocast_enabled():
+        return False
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in module.layers[0].parameters())
+    return not module.layers[0].training and not wanted
+
+
 def _proven(stack: Stack, module: Any, src: Tensor, mask=None, src_key_padding_mask=None, is_causal=None) -> str | None:
     """Each layer computed both ways on this call's input, padding left in. What differs, or None."""
-    keep = None if src_key_padding_mask is None else real_tokens(src_key_padding_mask)
+    keep = None
+    if src_key_padding_mask is not None:
+        keep = real_tokens(src_key_padding_mask, tuple(src_key_padding_mask.shape), NAMES[2])
     keep = keep if keep is None or module.layers[0].self_attn.batch_first or src.dim() == 2 else keep.T
     causal, proof, x = causal_by_looks(mask, is_causal), Proof(keep), src
     for n, (theirs, ours) in enumerate(zip(module.layers, stack.twin.layers, strict=True)):  # type: ignore[union-attr]
@@ -154,11 +165,11 @@ def _tell(stack: Stack, why: str) -> None:
 
 def twin_of(module: nn.TransformerEncoder) -> Encoder:
     twin = convert_encoder(module)
+    twin.norm = None  # which is called by itself
     for ours, theirs in zip(twin.layers, module.layers, strict=True):
         attention: Any = ours.self_attn
-        vars(attention).update(
-            _parameters=theirs.self_attn._parameters, _modules=theirs.self_attn._modules, bias_k=None, bias_v=None
-        )
+        shared = {"_parameters": theirs.self_attn._parameters, "_modules": theirs.self_attn._modules}
+        vars(attention).update(**shared, bias_k=None, bias_v=None)
     return twin
 
 
@@ -169,25 +180,28 @@ def _noted(module: nn.Module) -> tuple:
         own = None if part is module else vars(part).get("forward")
         hooked = [len(getattr(part, hooks)) for hooks in HOOKS] if part is not module else ()
         numbers = [vars(part).get(name) for name in NUMBERS]
-        found += (part, type(part), type(part).forward, own, *hooked, *numbers, *map(type, part._parameters.values()))
+        methods = [getattr(type(part), name, None) for name in METHODS] + [vars(part).get(name) for name in METHODS[1:]]
+        found += (part, type(part), own, *methods, *hooked, *numbers, *map(type, part._parameters.values()))
     return tuple(found)
 
 
-def why_not(module: nn.TransformerEncoder) -> str | None:
-    """Why an encoder cannot be computed from its weights, or None."""
+def refused(module: nn.TransformerEncoder) -> str | None:
+    """Why an encoder cannot be computed from its weights, or None. What stands as its own `forward` is called, or ours."""
     if any(GLOBAL_HOOKS):
         return "there are hooks on every module, which would not run"
-    for name, part in module.named_modules():
-        cls: Any = type(part)
-        if not cls.__module__.startswith(HOME) or not cls.forward.__module__.startswith(HOME):
-            return f"{name or 'it'} is a {cls.__name__}, which may compute anything"
-        if part is not module and (vars(part).get("forward") is not None or any(getattr(part, hooks) for hooks in HOOKS)):
-            return f"{name} has hooks, or a forward that was set, which would not run"
-        plain = all(p is None or type(p) in PLAIN for p in part._parameters.values())
-        if not plain and not torch.compiler.is_compiling():  # torch.export has others in their places
-            return f"{name} has parameters that are no plain tensors"
-    try:
-        convert_encoder(module)
-    except ValueError as error:
-        return str(error)
-    return None
+    if type(module) is not nn.TransformerEncoder:
+        return f"it is a {type(module).__name__}"
+    for part in module.modules():
+        for name in METHODS:
+            method = getattr(type(part), name, None)
+            if method is not None and not method.__module__.startswith("torch.nn."):
+                return f"{type(part).__name__}.{name} was replaced by {method.__module__}'s"
+    for layer in module.layers:
+        why = why_not(layer)
+        if why is None and type(layer) is not nn.TransformerEncoderLayer:
+            why = f"a {type(layer).__name__} may compute anything"
+        if why is None and layer.self_attn.bias_k is not None:
+            why = "its attention has add_bias_kv"
+        if why is not None:
+            return why
+    return None if len(module.layers) else "it has no layers"

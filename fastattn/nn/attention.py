@@ -14,7 +14,9 @@ from fastattn import biases
 from fastattn.biases import Bias
 from fastattn.dropout import draw_seed, dropout_mask, rescale
 from fastattn.masks import Mask
+from fastattn.nn.feed_forward import own_memory
 from fastattn.nn.masking import translated, with_columns
+from fastattn.nn.plain import LINEAR, is_plain
 from fastattn.nn.rotary import Rotary
 from fastattn.nn.shards import Shards
 from fastattn.ops.attention import attention
@@ -59,7 +61,6 @@ class MultiHeadAttention(nn.Module):
     v_proj_weight: Any
     bias_k: Any
     bias_v: Any
-    alibi_slopes: Any
     shards: Shards | None = None  # of `HeadParallel`: parameters are divided, num_heads and num_kv_heads are a rank's
 
     def __init__(
@@ -88,8 +89,8 @@ class MultiHeadAttention(nn.Module):
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.dropout, self.batch_first, self.add_zero_attn, self.backend = dropout, batch_first, add_zero_attn, backend
-        self.rotary = rotary
-        self._check_options(add_bias_kv, alibi)
+        self.rotary, self.alibi = rotary, alibi
+        self._check_options(add_bias_kv)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         if self._qkv_same_embed_dim:
@@ -105,8 +106,6 @@ class MultiHeadAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **like)
         for name in ("bias_k", "bias_v"):
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, embed_dim, **like)) if add_bias_kv else None)
-        slopes = 2.0 ** (-8 * torch.arange(1, num_heads + 1, device=device) / num_heads) if alibi else None
-        self.register_buffer("alibi_slopes", slopes, persistent=False)
         self._reset_parameters()
 
     @property
@@ -114,12 +113,12 @@ class MultiHeadAttention(nn.Module):
         """torch.nn's name; its TransformerEncoderLayer asks for it."""
         return self.kdim == self.embed_dim and self.vdim == self.embed_dim
 
-    def _check_options(self, add_bias_kv: bool, alibi: bool) -> None:
+    def _check_options(self, add_bias_kv: bool) -> None:
         if self.num_kv_heads <= 0 or self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}")
         if self.num_kv_heads != self.num_heads and (add_bias_kv or not self._qkv_same_embed_dim):
             raise NotImplementedError("num_kv_heads does not go with add_bias_kv, nor with a kdim or vdim other than embed_dim")
-        if (alibi or self.rotary is not None) and (add_bias_kv or self.add_zero_attn):
+        if (self.alibi or self.rotary is not None) and (add_bias_kv or self.add_zero_attn):
             raise NotImplementedError("rotary and alibi do not go with add_bias_kv and add_zero_attn: their keys have no place")
         if self.rotary is not None and not isinstance(self.rotary, Rotary):
             raise TypeError(f"rotary must be a fastattn.nn.Rotary or None, got {type(self.rotary).__name__}")
@@ -182,7 +181,8 @@ class MultiHeadAttention(nn.Module):
             if need_weights or is_causal or key_padding_mask is not None or attn_mask is not None:
                 wrong = "need_weights=True, is_causal, key_padding_mask and attn_mask are not served with packing"
                 raise NotImplementedError(f"{wrong}: pass need_weights=False, and what hides tokens as mask=")
-            return self._output(self._packed(query, key, value, mask, self._with_alibi(bias), packing, key_packing)), None
+            bias = self._with_alibi(bias, query.device)
+            return self._output(self._packed(query, key, value, mask, bias, packing, key_packing)), None
         if key_packing is not None:
             raise ValueError("key_packing is given without packing")
         if query.dim() == 2:
@@ -192,7 +192,7 @@ class MultiHeadAttention(nn.Module):
             )
         sizes = self._sizes(query, key)
         mask, floats = translated(key_padding_mask, attn_mask, is_causal, mask, sizes, query.dtype)
-        bias = joined_bias(self._with_alibi(bias), floats)
+        bias = joined_bias(self._with_alibi(bias, query.device), floats)
         if not need_weights:
             return self._output(self._in_layout(self._attended(query, key, value, mask, bias))), None
         out, weights = self._with_weights(*self._heads(query, key, value, mask, bias))
@@ -232,12 +232,14 @@ class MultiHeadAttention(nn.Module):
         B, L = query.shape[:2] if self.batch_first else query.shape[1::-1]
         return B, self.num_heads, L, key.shape[1 if self.batch_first else 0]
 
-    def _with_alibi(self, bias: Tensor | Bias | None) -> Tensor | Bias | None:
-        if self.alibi_slopes is None:
+    def _with_alibi(self, bias: Tensor | Bias | None, device: torch.device) -> Tensor | Bias | None:
+        if not self.alibi:
             return bias
         if bias is not None:
             raise NotImplementedError("bias does not go with alibi=True, which is one")
-        return biases.alibi(self.alibi_slopes)
+        first, heads = (0, self.num_heads) if self.shards is None else self.shards.places(self.num_heads)
+        h = torch.arange(first + 1, first + 1 + self.num_heads, device=device)
+        return biases.alibi(2.0 ** (-8 * h / heads))
 
     # What it computes
 
@@ -354,9 +356,11 @@ class MultiHeadAttention(nn.Module):
 
     def _output(self, out: Tensor) -> Tensor:
         """(..., H, D) -> (..., E)"""
-        (weight,) = self._own(self.out_proj.weight)
         if self.shards is None:
-            return linear(out.flatten(-2), weight, self.out_proj.bias, backend=self.backend)
+            if not is_plain(self.out_proj, *LINEAR):
+                return self.out_proj(out.flatten(-2))
+            return own_memory(linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias, backend=self.backend))
+        (weight,) = self._own(self.out_proj.weight)
         return self.shards.leave(linear(out.flatten(-2), weight, backend=self.backend), self.out_proj.bias)
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -15,9 +16,9 @@ from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.decoder import DecoderLayer
 from fastattn.nn.encoder import Encoder, EncoderLayer
 from fastattn.nn.feed_forward import activation_name
+from fastattn.nn.plain import LINEAR, has_hooks
 
 logger = logging.getLogger("fastattn")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 FUNCTIONS: dict[str, Callable] = {  # what torch.nn's layers take for our names
     "relu": F.relu,
     "gelu": F.gelu,
@@ -69,14 +70,11 @@ def _converted(module: nn.Module, makers: dict[type, Callable], options: dict[st
         return made[module]
     made[module] = module
     if type(module) in makers:
-        why = _why_not(module)
-        if why is None:
-            try:
-                made[module] = makers[type(module)](module, options)
-                return made[module]
-            except ValueError as error:  # an activation of the user's own
-                why = str(error)
-        return _left(module, path, why)
+        why = why_not(module)
+        if why is not None:
+            return _left(module, path, why)
+        made[module] = makers[type(module)](module, options)
+        return made[module]
     if isinstance(module, FAST):
         return _left(module, path, f"a {type(module).__name__} may compute anything")
     for name, child in list(module._modules.items()):
@@ -91,13 +89,41 @@ def _left(module: nn.Module, path: str, why: str) -> nn.Module:
     return module
 
 
-def _why_not(module: nn.Module) -> str | None:
+def why_not(module: nn.Module) -> str | None:
+    """Why one of these layers cannot be computed from its parameters and numbers, or None."""
     for name, part in module.named_modules():
-        if any(getattr(part, hooks) for hooks in HOOKS):
-            return f"{name or 'it'} has hooks"
-        if "forward" in vars(part):
-            return f"a forward was set on {name or 'it'}"
+        what = f"{name or 'it'}"
+        if has_hooks(part):
+            return f"{what} has hooks"
+        replaced = [method for method in METHODS if method in vars(part)]
+        if replaced:
+            return f"a {replaced[0]} was set on {what}"
+        last = name.rpartition(".")[2]
+        if last == "activation" or (last == "norm" and isinstance(module, (nn.TransformerEncoder, Encoder))):
+            continue  # the name of the one is looked for below; the other is called
+        if not isinstance(part, tuple(OWN)):
+            allowed = next((classes for start, classes in PARTS.items() if last.startswith(start)), ())
+            if type(part) not in allowed and not last.isdigit() and type(part) is not nn.ModuleList:
+                return f"{what} is a {type(part).__name__}"
+        elif type(part) not in OWN:
+            return f"{what} is a {type(part).__name__}, which may compute anything"
+        if (held := _own_tensors(part)) - OWN.get(type(part), held):
+            return f"{what} has parameters or buffers of its own"
+        own = all(x is None or type(x) is nn.Parameter for x in part._parameters.values())
+        if not own and not torch.compiler.is_compiling():  # torch.export has others in their places
+            return f"{what} has parameters that are no plain ones"
+        if hasattr(part, "activation"):
+            try:
+                activation_name(part.activation)
+            except ValueError as error:
+                return str(error)
+    if isinstance(module, (nn.TransformerEncoder, Encoder)) and not len(module.layers):
+        return "it has no layers"
     return None
+
+
+def _own_tensors(part: nn.Module) -> set[str]:
+    return {*part._parameters, *part._buffers}
 
 
 # Either library's class has the other's constructor, so that one function goes both ways. New modules have no memory of their
@@ -106,14 +132,15 @@ def _why_not(module: nn.Module) -> str | None:
 
 def _attention(old: Any, options: dict[str, Any], cls: type) -> Any:
     if cls is nn.MultiheadAttention:
-        own = {"num_kv_heads": old.num_kv_heads != old.num_heads, "rotary": old.rotary, "alibi": old.alibi_slopes is not None}
+        own = {"num_kv_heads": old.num_kv_heads != old.num_heads, "rotary": old.rotary, "alibi": old.alibi}
         if any(own.values()):
             names = ", ".join(name for name, has in own.items() if has)
             raise NotImplementedError(f"for_export: torch.nn.MultiheadAttention has no {names}")
     given = old.embed_dim, old.num_heads, old.dropout, old.in_proj_bias is not None, old.bias_k is not None
     new = cls(*given, old.add_zero_attn, old.kdim, old.vdim, old.batch_first, device="meta", **options)
-    weights = "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v"
-    return _sharing(new, old, *weights, "out_proj")
+    for name in (*WEIGHTS, "out_proj"):
+        setattr(new, name, getattr(old, name))
+    return _in_mode(new, old)
 
 
 def _layer(old: Any, options: dict[str, Any], cls: type, inner: type) -> Any:
@@ -126,36 +153,50 @@ def _layer(old: Any, options: dict[str, Any], cls: type, inner: type) -> Any:
     numbers = {"batch_first": old.self_attn.batch_first, "norm_first": old.norm_first, "device": "meta"}
     new = cls(old.self_attn.embed_dim, old.self_attn.num_heads, 1, activation=activation, **numbers, **options)
     for name, part in old.named_children():
-        setattr(new, name, _attention(part, options, inner) if name in ATTENTIONS else part)
-    return new.train(old.training)
+        if name != "activation":  # a name here, a function there
+            setattr(new, name, _attention(part, options, inner) if name in ATTENTIONS else part)
+    return _in_mode(new, old)
 
 
 def _encoder(old: Any, options: dict[str, Any], cls: type, layer: type, inner: type) -> Any:
-    others = {type(one).__name__ for one in old.layers if type(one).__name__ not in LAYERS}
-    if others or not len(old.layers):
-        raise ValueError(f"its layers are of other classes: {', '.join(others) or 'there are none'}")
-    layers = [_layer(one, options, layer, inner) for one in old.layers]
+    made: dict[nn.Module, nn.Module] = {}  # one layer may stand in several places
+    for one in old.layers:
+        if one not in made:
+            made[one] = _layer(one, options, layer, inner)
+    layers = [made[one] for one in old.layers]
     new = cls(layers[0], 0, old.norm, old.enable_nested_tensor)
-    new.layers, new.num_layers = nn.ModuleList(layers), old.num_layers
-    return new.train(old.training)
+    new.layers, new.num_layers = _in_mode(nn.ModuleList(layers), old.layers), old.num_layers
+    return _in_mode(new, old)
 
 
-def _sharing(new: nn.Module, old: nn.Module, *names: str) -> nn.Module:
-    for name in names:
-        setattr(new, name, getattr(old, name))
-    return new.train(old.training)
+def _in_mode(new: nn.Module, old: nn.Module) -> nn.Module:
+    """Training or not, and nothing inside, which has modes of its own."""
+    new.training = old.training
+    return new
 
 
 FAST = nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention
 
 
 def convert_encoder(module: nn.TransformerEncoder, backend: str = "auto") -> Encoder:
-    """One that has the very same parts. Raises ValueError where a layer has no equal here."""
+    """One that has the very same parts; `why_not` has nothing against it."""
     return _encoder(module, {"backend": backend}, Encoder, EncoderLayer, MultiHeadAttention)
 
 
+METHODS = ("forward", "_sa_block", "_ff_block", "_mha_block")
+WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
+OWN: dict[type, set[str]] = {  # the classes that are replaced, and what they hold themselves
+    **dict.fromkeys((nn.MultiheadAttention, MultiHeadAttention), {*WEIGHTS}),
+    **dict.fromkeys((nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, EncoderLayer, DecoderLayer), set()),
+    **dict.fromkeys((nn.TransformerEncoder, Encoder), set()),
+}
+PARTS: dict[str, tuple[type, ...]] = {  # by how their names begin
+    "linear": LINEAR,
+    "out_proj": LINEAR,
+    "norm": (nn.LayerNorm,),
+    "dropout": (nn.Dropout,),
+}
 ATTENTIONS = "self_attn", "multihead_attn"
-LAYERS = "TransformerEncoderLayer", "EncoderLayer"
 THERE: dict[type, Callable] = {
     nn.MultiheadAttention: functools.partial(_attention, cls=MultiHeadAttention),
     nn.TransformerEncoderLayer: functools.partial(_layer, cls=EncoderLayer, inner=MultiHeadAttention),

@@ -19,6 +19,7 @@ from fastattn.masks import Mask
 from fastattn.nn.attention import MultiHeadAttention, joined_bias
 from fastattn.nn.feed_forward import activation_name, feed_forward, first_rows, rate
 from fastattn.nn.masking import causal_by_looks, real_tokens, translated
+from fastattn.nn.plain import is_plain
 from fastattn.nn.rotary import Rotary
 from fastattn.nn.shards import Shards
 from fastattn.ops.norm import add_layer_norm
@@ -162,19 +163,21 @@ class Encoder(nn.Module):
         it may change, and while the call is traced, since the number of tokens is read on the host.
         """
         visible, attn_mask = (mask, None) if isinstance(mask, Mask) else (None, mask)
-        is_causal = causal_by_looks(attn_mask, is_causal)
+        if visible is not None and is_causal:
+            raise ValueError("is_causal is about torch.nn's masks: join fastattn.masks.causal() to mask by &")
+        is_causal = causal_by_looks(attn_mask, None if visible is not None else is_causal)
         if src.dim() != 3 or packing is not None:
             given = attn_mask, src_key_padding_mask, is_causal
             return self._run(src, *given, mask=visible, bias=bias, packing=packing)
         nothing_else = visible is None and bias is None and (attn_mask is None or is_causal)
+        B, L = src.shape[:2] if self._batch_first else src.shape[1::-1]
         if src_key_padding_mask is not None and nothing_else and self._may_unpad(src):
-            keep = real_tokens(src_key_padding_mask)
+            keep = real_tokens(src_key_padding_mask, (B, L), NAMES[0])
             if keep is not None:
                 return self._unpadded(src, keep, masks.causal() if is_causal else None)
         if self._first.shards is not None:  # it has some of the heads that a mask may be for, and layers perhaps parts of src
             return self._run(src, attn_mask, src_key_padding_mask, is_causal, mask=visible, bias=bias)
         # once for all layers
-        B, L = src.shape[:2] if self._batch_first else src.shape[1::-1]
         sizes = B, self._first.num_heads, L, L
         visible, floats = translated(src_key_padding_mask, attn_mask, is_causal, visible, sizes, src.dtype, NAMES)
         return self._run(src, mask=visible, bias=joined_bias(bias, floats))
@@ -182,8 +185,6 @@ class Encoder(nn.Module):
     def _unpadded(self, src: Tensor, keep: Tensor, mask: Mask | None) -> Tensor:
         """keep: bool (B, L), the real tokens."""
         batches = src if self._batch_first else src.transpose(0, 1)
-        if keep.shape != batches.shape[:2]:
-            raise ValueError(f"{NAMES[0]} must have the shape {tuple(batches.shape[:2])}, got {tuple(keep.shape)}")
         packing = Packing.from_mask(keep)
         if packing.known_total == keep.numel():
             return self._run(src, mask=mask)
@@ -200,7 +201,7 @@ class Encoder(nn.Module):
         shards = self._first.shards
         if shards is not None and shards.sequence is not None:
             return False
-        if not self.enable_nested_tensor or self._first.alibi_slopes is not None or type(src) not in PLAIN:
+        if not self.enable_nested_tensor or self._first.alibi or type(src) not in PLAIN:
             return False
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
             return False
@@ -221,11 +222,16 @@ class Encoder(nn.Module):
 
 
 def norm_of(layer: Any, norm: nn.LayerNorm, x: Tensor) -> Any:
+    if not is_plain(norm, nn.LayerNorm):
+        return norm(x)
     return add_layer_norm(x, None, *_weights(layer, norm), eps=norm.eps, backend=layer.backend)
 
 
 def norm_of_sum(layer: Any, norm: nn.LayerNorm, y: Tensor, x: Tensor, dropout: nn.Dropout, return_sum: bool = False) -> Any:
     """LayerNorm of dropout(y) + x, and with `return_sum` that sum, in the wider of their dtypes, as PyTorch's sum is."""
+    if not (is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout)):
+        total = x + dropped(layer, dropout, y)
+        return (norm(total), total) if return_sum else norm(total)
     y = y.to(torch.promote_types(x.dtype, y.dtype))
     options: dict[str, Any] = {"eps": norm.eps, "dropout": rate(dropout), "return_sum": return_sum, "backend": layer.backend}
     if options["dropout"] and _is_part(layer):
@@ -235,7 +241,7 @@ def norm_of_sum(layer: Any, norm: nn.LayerNorm, y: Tensor, x: Tensor, dropout: n
 
 def dropped(layer: Any, dropout: nn.Dropout, x: Tensor) -> Tensor:
     """dropout(x); of a part of the sequence, what the whole would lose there."""
-    if not rate(dropout) or not _is_part(layer):
+    if not _is_part(layer) or not rate(dropout):
         return dropout(x)
     return x * layer.shards.kept(x, dropout)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.activations import ACTIVATIONS, GATED
+from fastattn.nn.plain import LINEAR, is_plain
 from fastattn.nn.shards import Shards
 from fastattn.ops.ffn import ffn
 
@@ -53,7 +54,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_model)."""
-        return feed_forward(self, x)
+        return own_memory(feed_forward(self, x))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
@@ -62,6 +63,8 @@ class FeedForward(nn.Module):
 def feed_forward(module: Any, x: Tensor) -> Tensor:
     """By linear1, linear2, activation, dropout and backend of a module, which may be a rank's part of one."""
     linear1, linear2, shards = module.linear1, module.linear2, module.shards
+    if not (is_plain(linear1, *LINEAR) and is_plain(linear2, *LINEAR) and is_plain(module.dropout, nn.Dropout)):
+        return linear2(module.dropout(activated(linear1(x), module.activation)))
     options: dict[str, Any] = {"activation": module.activation, "dropout": rate(module.dropout), "backend": module.backend}
     if shards is None:
         return ffn(x, linear1.weight, linear1.bias, linear2.weight, linear2.bias, **options)
@@ -71,6 +74,19 @@ def feed_forward(module: Any, x: Tensor) -> Tensor:
     seed = shards.seed(x.device) if options["dropout"] else None
     part = ffn(shards.enter(x), weight, bias, linear2.weight.to_local(), None, seed=seed, **options)
     return shards.leave(part, linear2.bias)
+
+
+def activated(z: Tensor, activation: str) -> Tensor:
+    """In plain PyTorch."""
+    if activation not in GATED:
+        return ACTIVATIONS[activation][0](z)
+    a, b = z.chunk(2, -1)
+    return ACTIVATIONS[GATED[activation]][0](a) * b
+
+
+def own_memory(x: Tensor) -> Tensor:
+    """x as it is, and no view: what torch.nn gives may be changed in place."""
+    return torch.ops.aten._unsafe_view(x, x.shape)
 
 
 def first_rows(dim_feedforward: int, activation: str) -> int:

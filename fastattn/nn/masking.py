@@ -66,8 +66,14 @@ def with_columns(mask: Mask | None, bias: Tensor | None, count: int, sizes: Size
 
 def causal_by_looks(mask: Tensor | None, is_causal: bool | None) -> bool:
     """Whether a mask is the causal one: as `is_causal` says, else by its values, which the host then reads."""
-    if is_causal is not None or mask is None:
-        return bool(is_causal)
+    if mask is None:
+        if is_causal:
+            raise ValueError("is_causal says that mask is the causal mask: pass it, or mask=fastattn.masks.causal()")
+        return False
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor or one of fastattn.masks, got {type(mask).__name__}")
+    if is_causal is not None:
+        return is_causal
     if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or torch.compiler.is_compiling() or mask.requires_grad:
         return False
     later = torch.ones_like(mask, dtype=torch.bool).triu(1)
@@ -76,8 +82,12 @@ def causal_by_looks(mask: Tensor | None, is_causal: bool | None) -> bool:
     return bool(torch.equal(mask, torch.zeros_like(mask).masked_fill(later, float("-inf"))))
 
 
-def real_tokens(key_padding_mask: Tensor) -> Tensor | None:
-    """bool (B, S) of a padding mask, True = a token; None where it adds other floats than 0 and -inf, or the host cannot see."""
+def real_tokens(key_padding_mask: Tensor, shape: tuple[int, int], name: str) -> Tensor | None:
+    """bool (B, S) of a padding mask, True = a token; None where it adds other floats than 0 and -inf, or the host cannot see.
+
+    Raises ValueError or TypeError, by its name, where it is none.
+    """
+    _check(key_padding_mask, [shape], "(batch, length)", name)
     return None if _adds(key_padding_mask) else ~_hidden(key_padding_mask)
 
 

@@ -79,6 +79,10 @@ class Shards:
         """This rank's, copied: what another rank has is not kept."""
         return x.chunk(self.count, dim)[self.rank].clone()
 
+    def places(self, size: int) -> tuple[int, int]:
+        """Of a rank's `size` heads: the place of the first among all, and how many there are."""
+        return self.rank * size, self.count * size
+
     # What a rank computes with
 
     def whole(self, parameter: Any) -> Tensor:

@@ -39,12 +39,10 @@ class HeadParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, MultiHeadAttention)
         heads = {"num_heads": module.num_heads, "num_kv_heads": module.num_kv_heads}
-        shards = module.shards = _shards(module, device_mesh, self.sequence, heads)
+        module.shards = _shards(module, device_mesh, self.sequence, heads)
         _distribute(module, HEADS, device_mesh, self.src_data_rank)
         _distribute(module.out_proj, COLUMNS, device_mesh, self.src_data_rank)
-        if module.alibi_slopes is not None:
-            module.alibi_slopes = shards.part(module.alibi_slopes, 0)
-        module.num_heads, module.num_kv_heads = (count // shards.count for count in heads.values())
+        module.num_heads, module.num_kv_heads = (count // module.shards.count for count in heads.values())
         module.register_forward_pre_hook(_given_to_heads, with_kwargs=True)
         module.register_forward_hook(_weights_of_all_heads, with_kwargs=True)
         return module
