@@ -114,7 +114,7 @@ def test_what_layers_have_beyond_is_refused():
 @pytest.mark.parametrize(
     ("name", "given", "words"),
     [
-        ("BlipTextModel", {"is_decoder": True}, "is_decoder was given"),
+        ("BlipTextModel", {"is_decoder": True}, "use_cache=True, which its config says"),
         ("BeitModel", {"attention_mask": torch.ones(3, 17).long()}, "attention_mask was given, beside a bias of positions"),
     ],
 )

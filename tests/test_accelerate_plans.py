@@ -89,6 +89,19 @@ def test_layers_that_are_more_than_plain_are_no_launches(name, ways):
         assert ways["inferred"] == ways["trained"] == 0 < ways["compute"]
 
 
+@pytest.mark.parametrize("given", [{}, {"is_decoder": True}, {"encoder_hidden_states": torch.ones(4, 5, 32).cumsum(1)}])
+def test_a_layer_with_cross_attention_is_launches_where_a_call_has_none(given, ways):
+    model, ours = families.build("BlipTextModel")
+    fastattn.accelerate(ours, strict=True, prove=False)
+    given = {**families.inputs("BlipTextModel", "right"), **given, "use_cache": False}
+    families.assert_same(model, ours, given)
+    with torch.no_grad():
+        found, expected = (families.results(m.eval(), given)[0] for m in (ours, model))
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    launched = 0 if "encoder_hidden_states" in given else 2
+    assert ways == {"inferred": launched, "trained": launched, "compute": 4 - 2 * launched}
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_inference(name, side, ways):

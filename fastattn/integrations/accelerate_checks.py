@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastattn.integrations.accelerate_families import own_class
-from fastattn.integrations.accelerate_parts import DROPOUTS, LINEARS, NORMS, SCALES, Family, Held, Parts
+from fastattn.integrations.accelerate_parts import CROSS_LINEARS, DROPOUTS, LINEARS, NORMS, SCALES, Family, Held, Parts
 
 HOMES = ("transformers.models.", "torch.nn.")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -21,8 +21,8 @@ GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{name}") for name in H
 # of a config: the name of an attention function, which may be anybody's, and what masks are made of
 SETTINGS = ("_attn_implementation_internal", "is_decoder", "sliding_window", "local_attention")
 PLAIN: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(LINEARS, (nn.Linear,)),
-    **dict.fromkeys(NORMS, (nn.LayerNorm,)),
+    **dict.fromkeys((*LINEARS, *CROSS_LINEARS), (nn.Linear,)),
+    **dict.fromkeys((*NORMS, "cross_norm"), (nn.LayerNorm,)),
     **dict.fromkeys(DROPOUTS, (nn.Dropout, nn.Identity, Held)),
     **dict.fromkeys(SCALES, (Held,)),
     "joined": (nn.Linear,),
@@ -191,6 +191,9 @@ def _parts(layer: nn.Module, model: nn.Module, family: Family, home: str, ours: 
     heads: list[Any] = [parts.value, parts.key] if family.grouped else [parts.value, parts.key, parts.query]
     if parts.joined is None and len({part.weight.shape for part in heads}) != 1:
         raise _Refused("query, key and value are of different sizes")
+    crossed: list[Any] = [parts.cross_query, parts.cross_key, parts.cross_value]  # keys and values may be of another width
+    if parts.cross_query is not None and len({part.weight.shape[0] for part in crossed}) != 1:
+        raise _Refused("query, key and value of its cross attention are of different sizes")
     for path, module in [*layer.named_modules(), *((path, model.get_submodule(path)) for _, path in family.shared)]:
         name = names.get(id(module), path) or type(layer).__name__
         if type(module) not in PLAIN_CLASSES and module is not parts.activation:

@@ -144,6 +144,22 @@ _BLIP_VISION = _CLIP_VISION._replace(
     },
     dropout_called=True,
 )
+_BLIP_TEXT = _BERT._replace(
+    scale=None,
+    dropout_called=True,
+    decodes=True,
+    variants=(
+        {
+            "cross_query": "crossattention.self.query",
+            "cross_key": "crossattention.self.key",
+            "cross_value": "crossattention.self.value",
+            "cross_out": "crossattention.output.dense",
+            "cross_norm": "crossattention.output.LayerNorm",
+            "cross_attention": "crossattention.self",
+            "cross_output_dropout": "crossattention.output.dropout",
+        },
+    ),
+)
 _DINOV2 = _VIT._replace(
     layers="encoder.layer",
     parts={
@@ -395,7 +411,7 @@ FAMILIES = {
     # these warn where a mask is missing
     **dict.fromkeys(("AlignTextModel", "LayoutLMModel", "MarkupLMModel", "SplinterModel"), _BERT._replace(reads_mask=True)),
     "AltRobertaModel": _BERT._replace(layers="encoder.layers"),
-    "BlipTextModel": _BERT._replace(scale=None, dropout_called=True),
+    "BlipTextModel": _BLIP_TEXT,
     "AlbertModel": _ALBERT,
     "XLMRobertaXLModel": _XLM_ROBERTA_XL,
     "RobertaPreLayerNormModel": _ROBERTA_PRE_LAYER_NORM,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastattn.biases import Bias
 from fastattn.integrations import accelerate_heads as heads
 from fastattn.integrations.accelerate_checks import Examined, Found, look
+from fastattn.integrations.accelerate_decoding import STATES, STATES_MASK, Kind, kind_of, not_decoded
 from fastattn.integrations.accelerate_layers import NOTHING, Batch, Beside, beside, compute, plain, traced
 from fastattn.integrations.accelerate_padding import batch_of, masked, packed, padded, padding_of, unpacked
 from fastattn.integrations.accelerate_parts import Family, Parts
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastattn")
 KEYWORD = "fastattn_batch"
 REPLICATE = "_replicate_for_data_parallel"
-BEYOND = ("past_key_values", "encoder_hidden_states", "encoder_attention_mask", "encoder_embeds", "head_mask", "is_decoder")
+DECODING = (STATES, STATES_MASK, "is_decoder")
+BEYOND = ("past_key_values", "encoder_embeds", "head_mask", *DECODING)
 PADDING_ALONE = "only a padding mask (batch, length) is served, got"
 NOTHING_FOUND = Found({}, None, None)
 _lock = threading.RLock()  # held while an encoder is examined
@@ -140,7 +142,7 @@ class Encoder:
     ours: dict[nn.Module, Replaced] = field(default_factory=dict)
     examined: Examined | None = None
     found: Found = NOTHING_FOUND
-    unproven: bool = False  # the next call is to compare
+    proven: set[Kind] = field(default_factory=set)  # of calls: those that need not compare any more
     differs: str | None = None  # what a proof found
     overflowed: Tensor | None = None  # of the last packed call
     graphs: EncoderGraphs | None = None  # with cuda_graphs
@@ -169,7 +171,7 @@ class Encoder:
         self._take(self.examined.found)
         if self.graphs is not None:
             self.graphs.calls.doubt()
-        self.unproven, self.differs = self.prove, None
+        self.proven, self.differs = set(), None
         for name in (self.name, *(self.path(layer.name) for layer in self.layers)):
             self.report.left.pop(name, None)
 
@@ -179,6 +181,14 @@ class Encoder:
             layer.parts, layer.weights = found.parts.get(layer.module), None
             layer.plain = layer.parts is not None and plain(self.family, layer.parts)
             layer.given = self.family.given
+
+    def asks(self, kind: Kind) -> bool:
+        """Whether the next call of a kind is to compare."""
+        return self.prove and self.differs is None and kind not in self.proven
+
+    @property
+    def unproven(self) -> bool:
+        return self.asks(Kind())
 
     def path(self, layer: str) -> str:
         return ".".join(part for part in (self.name, self.family.root, layer) if part)
@@ -201,7 +211,7 @@ class Layer:
     def output(self, x: Tensor, batch: Batch, given: Beside = NOTHING) -> Tensor:
         """By the shortest way that serves it."""
         assert self.parts is not None
-        if self.plain and served(x):
+        if self.plain and given.memory is None and served(x):
             if self.weights is None:
                 self.weights = Weights(self.parts)
             shortest = trained if torch.is_grad_enabled() else inferred
@@ -231,13 +241,14 @@ def model_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
     mask = padding_of(encoder, inputs)
     keep = None if mask is None else mask.bool()
     batch = batch_of(encoder, model, inputs, keep)
-    if encoder.unproven and not any(traced(x) for x in inputs.values() if isinstance(x, Tensor)):
+    kind = kind_of(encoder.family, inputs)
+    if encoder.asks(kind) and not any(traced(x) for x in inputs.values() if isinstance(x, Tensor)):
         batch = _with_proof(batch, keep)
     if batch.proof is None and mask is not None and not encoder.family.reads_mask:
         inputs.pop(encoder.family.mask, None)  # with a proof, the layers' own code needs the mask that the model makes
     outputs = _called(at, inputs, batch)
     if batch.proof is not None:
-        _conclude(encoder, model, batch.proof)
+        _conclude(encoder, model, batch.proof, kind)
     return outputs if batch.packing is None else unpacked(outputs, batch.packing, encoder.family.encoder is None)
 
 
@@ -311,6 +322,8 @@ def layer_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
         x = packing.pack(x)
     module: Any = at.module
     given = beside(family, layer.parts, x, batch, kwargs) if layer.given else NOTHING
+    if family.decodes:
+        given = given._replace(memory=rest[0] if rest else kwargs.get(STATES))
     if family.hands_bias:
         return _hands_bias(at, batch, x, given, rest, kwargs)
     if batch.proof is None and not _checkpoints_in_forward(module):
@@ -321,10 +334,14 @@ def layer_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
         y = y[0] if family.tuples else y
         return y if packing is None else packing.pack(y)
 
-    ours = functools.partial(layer.output, batch=batch, given=given)
+    def ours(x: Tensor, memory: Tensor | None = given.memory) -> Tensor:  # an argument, so that a reentrant checkpoint sees it
+        return layer.output(x, batch, given if memory is None else given._replace(memory=memory))
+
     if batch.proof is not None and not batch.proof.holds(layer.name, module, x, own, ours):
         return _as_returned(family, own(x))
-    return _as_returned(family, module._gradient_checkpointing_func(ours, x) if _checkpoints_in_forward(module) else ours(x))
+    if not _checkpoints_in_forward(module):
+        return _as_returned(family, ours(x))
+    return _as_returned(family, module._gradient_checkpointing_func(ours, x, given.memory))
 
 
 def _as_returned(family: Family, y: Tensor) -> Any:
@@ -388,7 +405,7 @@ def _unserved(encoder: Encoder, model: Any, inputs: dict[str, Any]) -> str | Non
     if inputs.get("output_attentions", model.config.output_attentions):
         return "output_attentions=True"
     for name in BEYOND:
-        if inputs.get(name) is not None and inputs[name] is not False:
+        if inputs.get(name) is not None and inputs[name] is not False and not (encoder.family.decodes and name in DECODING):
             return f"{name} was given"
     for name, value in inputs.items():
         if value is not None and value is not False and name not in HARMLESS and name not in encoder.inputs:
@@ -406,7 +423,7 @@ def _unserved(encoder: Encoder, model: Any, inputs: dict[str, Any]) -> str | Non
     tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
     if mask is not None and tokens is not None and mask.shape != tokens.shape[:2]:
         return f"{family.mask} {tuple(mask.shape)} is not of the tokens' shape"
-    return None
+    return not_decoded(encoder, model, inputs, tokens, mask) if family.decodes else None
 
 
 def _with_proof(batch: Batch, keep: Tensor | None) -> Batch:
@@ -416,12 +433,13 @@ def _with_proof(batch: Batch, keep: Tensor | None) -> Batch:
     return batch if bool(batch.packing.overflowed) else batch._replace(proof=Proof(batch.packing.live))
 
 
-def _conclude(encoder: Encoder, model: nn.Module, proof: Proof) -> None:
+def _conclude(encoder: Encoder, model: nn.Module, proof: Proof, kind: Kind) -> None:
     if not proof.asked and not model.training:  # in training all layers may be dropped
         encoder.differs = encoder.report.left[encoder.name] = "its layers were not called as they are known to be"
         _tell_fallback(encoder, encoder.differs)
         return
-    encoder.unproven = proof.difference is None and proof.compared < len(encoder.layers)
+    if proof.difference is None and proof.compared >= len(encoder.layers):
+        encoder.proven.add(kind)
     if proof.difference is not None:
         encoder.differs = tell(proof.difference)
         encoder.report.left[encoder.path(proof.difference[0])] = encoder.differs

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastattn.graphs import Calls, Graphs, NotCaptured, bucket, on_gpu
 from fastattn.integrations import accelerate_heads as heads
+from fastattn.integrations.accelerate_decoding import decodes
 from fastattn.integrations.accelerate_forward import Encoder, Replaced, laid_out
 from fastattn.integrations.accelerate_padding import padding_of, padding_stays_unread, questions
 
@@ -58,6 +59,8 @@ class EncoderGraphs:
         family = encoder.family
         if family.reads_mask or family.masked_at == "encoder":
             return f"its model reads {family.mask} itself"
+        if decodes(family, inputs):
+            return "it is causal by is_decoder, or attends to encoder_hidden_states"
         if encoder.unproven:
             return "its layers are to be compared with their own code first"
         counted_on_host = _on_host(inputs)

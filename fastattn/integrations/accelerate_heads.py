@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 # Classes of transformers and sentence-transformers (the ends of their names) that use every position, whatever the mask says.
 READERS = {
+    "BlipForQuestionAnswering": "its decoder attends to all positions",
     "ForQuestionAnswering": "its softmax is over all positions",
     "DPRReader": "it scores all positions",
     "DPRSpanPredictor": "it scores all positions",

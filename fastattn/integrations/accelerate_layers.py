@@ -51,6 +51,7 @@ class Beside(NamedTuple):
 
     bias: Bias | Tensor | None = None  # of attention; a tensor (1, H, L, L)
     rotary: tuple[Tensor, Tensor] | None = None  # cosine and sine, (T, R), or (1 or B, L, R)
+    memory: Tensor | None = None  # (B, S, M): states of another model, to which cross attention attends; x is (B, L, C) then
 
 
 NOTHING = Beside()
@@ -112,6 +113,8 @@ def compute(family: Family, parts: Parts, x: Tensor, batch: Batch, beside: Besid
             normal, x = _norm_of_sum(family, second, y, x, dropout, return_sum=True)
         else:
             normal = x = _norm_of_sum(family, first, y, x, dropout)
+            if beside.memory is not None:
+                normal = x = _crossed(family, parts, x, beside.memory)
         y, dropout = _branch(parts, _ffn(family, parts, normal), parts.second_scale, rate(parts.ffn_output_dropout))
         if family.pre_norm:
             x = x + (F.dropout(y, dropout) if dropout else y)  # no norm follows in the layer, so that this dropout is PyTorch's
@@ -188,6 +191,20 @@ def attended(family: Family, parts: Parts, x: Tensor, batch: Batch, beside: Besi
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     q, k = _rotated(q, k, beside)
     return attention(q, k, v, mask, bias=bias, scale=scale, dropout=dropout).transpose(1, 2).flatten(-2)
+
+
+def _crossed(family: Family, parts: Parts, x: Tensor, memory: Tensor) -> Tensor:
+    """LN(x + cross attention(x, memory)): queries are of x, (B, L, C), keys and values of memory, (B, S, M).
+
+    Of all of it: BLIP's layers hand the mask of these states on under a name that their cross attention does not read."""
+    numbers, out, norm = parts.cross_attention, parts.cross_out, parts.cross_norm
+    assert numbers is not None and out is not None
+    projections: Any = (parts.cross_query, x), (parts.cross_key, memory), (parts.cross_value, memory)
+    head_size = getattr(numbers, family.head_size)
+    q, k, v = (linear(y, part.weight, part.bias).unflatten(-1, (-1, head_size)).transpose(1, 2) for part, y in projections)
+    y = attention(q, k, v, scale=family.scale_of(numbers), dropout=family.rate_of_attention(numbers))
+    y = linear(y.transpose(1, 2).flatten(-2), out.weight, out.bias)
+    return _norm_of_sum(family, norm, y, x, rate(parts.cross_output_dropout))
 
 
 def _rotated(q: Tensor, k: Tensor, beside: Beside) -> tuple[Tensor, Tensor]:

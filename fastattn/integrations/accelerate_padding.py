@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastattn import masks
 from fastattn.integrations import accelerate_heads as heads
+from fastattn.integrations.accelerate_decoding import DECODES, decodes
 from fastattn.integrations.accelerate_layers import Batch, traced
 from fastattn.packing import Packing
 
@@ -25,6 +26,10 @@ def padding_of(encoder: Encoder, inputs: dict[str, Any]) -> Tensor | None:
 
 def batch_of(encoder: Encoder, model: nn.Module, inputs: dict[str, Any], keep: Tensor | None) -> Batch:
     """How the tokens of a call lie, and what hides them from one another."""
+    if decodes(encoder.family, inputs):
+        if keep is not None:
+            encoder.report.padded[DECODES] += 1
+        return padded(encoder, keep, bool(inputs.get("is_decoder")))
     if keep is None or not encoder.family.unpads:
         return padded(encoder, keep)
     stays = _padding_stays(encoder, model, inputs, keep)
@@ -44,8 +49,8 @@ def packed(encoder: Encoder, packing: Packing) -> Batch:
     return Batch(packing, masks.causal() if encoder.family.causal else None, {})
 
 
-def padded(encoder: Encoder, keep: Tensor | None) -> Batch:
-    causal = masks.causal() if encoder.family.causal else None
+def padded(encoder: Encoder, keep: Tensor | None, is_decoder: bool = False) -> Batch:
+    causal = masks.causal() if encoder.family.causal or is_decoder else None
     if keep is None:
         return Batch(None, causal, {})
     padding = masks.key_padding(keep)

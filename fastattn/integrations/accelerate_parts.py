@@ -48,7 +48,10 @@ class Held:
 
 class Parts(NamedTuple):
     """What a layer is made of. Post-norm: y = LN(x + attention(x)), LN(y + ffn(y)); pre-norm: y = x + attention(LN(x)),
-    y + ffn(LN(y)). Numbers (heads, scale, eps, dropout) are read from the modules in each call."""
+    y + ffn(LN(y)). Numbers (heads, scale, eps, dropout) are read from the modules in each call.
+
+    Between the two, a post-norm layer that has cross attention, and is given states to attend to, has
+    y = LN(y + cross attention(y, states))."""
 
     out: nn.Linear
     first_norm: nn.LayerNorm  # or nn.Identity
@@ -70,12 +73,21 @@ class Parts(NamedTuple):
     first_scale: Held | None = None  # of what attention adds: a factor for each feature
     second_scale: Held | None = None  # of what the FFN adds
     drop_path: nn.Module | None = None  # leaves out what a branch adds, in training, for some of the images
+    cross_query: nn.Linear | None = None
+    cross_key: nn.Linear | None = None
+    cross_value: nn.Linear | None = None
+    cross_out: nn.Linear | None = None
+    cross_norm: nn.LayerNorm | None = None
+    cross_attention: nn.Module | None = None  # what holds its numbers
+    cross_output_dropout: nn.Module | None = None
 
 
 LINEARS, NORMS = ("query", "key", "value", "out", "up", "down"), ("first_norm", "second_norm")
-DROPOUTS = ("attention_output_dropout", "ffn_output_dropout", "hidden_dropout")
+CROSS_LINEARS = ("cross_query", "cross_key", "cross_value", "cross_out")
+DROPOUTS = ("attention_output_dropout", "ffn_output_dropout", "hidden_dropout", "cross_output_dropout")
 SCALES = ("first_scale", "second_scale")
-# parts that the layers of `accelerate_plans` and `accelerate_training` have not
+# parts that the layers of `accelerate_plans` and `accelerate_training` have not; they have those of cross attention where
+# a call does not use them
 BEYOND_PLAIN = ("joined", "hidden_dropout", "gate", "relative", "position_bias", *SCALES, "drop_path")
 
 
@@ -116,6 +128,8 @@ class Family(NamedTuple):
     tuples: bool = False  # a layer gives a tuple, its output alone
     stable: str | None = None  # what a config has where layers are pre-norm
     absent: tuple[str, ...] = ()  # parts of a layer that are not served
+    # serves `is_decoder`, which makes it causal, and `encoder_hidden_states`, a layer's second argument; post-norm
+    decodes: bool = False
     variants: tuple[dict[str, str], ...] = ()  # more parts: those of the first of these of which a layer has all
     optional: tuple[tuple[str, str], ...] = ()  # parts that not all layers have
     shared: tuple[tuple[str, str], ...] = ()  # parts that lie in the model, for all layers
