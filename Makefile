@@ -51,10 +51,12 @@ ifdef PYTHON
 ready-%: ;
 else
 # One environment for all targets; a target adds its extra once, and again when the pins, the package or its kernels change.
+# timm and open_clip come without torchvision, which binds PyTorch's version: tests/stubbed_torchvision.py stands for it.
 ready-%: $(VENV)/.ready-% ;
 $(VENV)/.ready-%: $(BUILD)
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[$*]'
+	$(if $(filter dev test,$*),$(VENV)/bin/python -m pip install --quiet --no-deps -c constraints.txt timm open_clip_torch ftfy wcwidth)
 	touch $@ $(if $(filter dev,$*),$(VENV)/.ready-test $(VENV)/.ready-bench)  # which are parts of it
 .PRECIOUS: $(VENV)/.ready-%
 endif

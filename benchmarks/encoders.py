@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from fastattn.integrations.accelerate_blocks import MODELS
 from fastattn.integrations.accelerate_families import FAMILIES
 from fastattn.integrations.accelerate_parts import BEYOND_PLAIN, Family
 
 HEAD = ["transformers' classes", "a layer", "padding", "on a GPU"]
-NAMES = ["served by `accelerate`: torch.nn.TransformerEncoder, and of transformers"]
+NAMES = [f"served by `accelerate`: torch.nn.TransformerEncoder, {MODELS}, and of transformers"]
 ENDS = ("Model", "Encoder", "Stack")
 WORDS = {  # of parts beyond those that all layers have
     "joined": "query, key and value as one",

