@@ -104,6 +104,10 @@ def test_the_first_ranks_parameters_count(found):
     assert all(results["values_of_rank_0"]["same"] is True for results in found)
 
 
+def test_parts_of_a_layer_may_be_sharded_by_themselves(found):
+    assert all(results["sharded_inside"]["output"] <= 1e-5 for results in found)
+
+
 @pytest.mark.parametrize(
     ("what", "words"),
     [
@@ -117,7 +121,6 @@ def test_the_first_ranks_parameters_count(found):
         ("too many", "TypeError: MultiHeadAttention.forward() takes from 4 to 9 positional arguments but 10 were given"),
         ("two queries", "TypeError: MultiHeadAttention.forward() got multiple values for argument 'query'"),
         ("no query", "TypeError: MultiHeadAttention.forward() missing 1 required positional argument: 'query'"),
-        ("fully_shard inside a layer", "mixed torch.Tensor and DTensor"),  # PyTorch's own words
     ],
 )
 def test_refusals(found, what, words):
