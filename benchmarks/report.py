@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks import encoders, plans, plots, results, tables, verdicts
 
 DOCS = results.ROOT.parent / "docs"
-FILES = (results.ROOT.parent / "README.md", DOCS / "benchmarks.md", DOCS / "accelerate.md")
+FILES = (results.ROOT.parent / "README.md", DOCS / "benchmarks.md", DOCS / "accelerate.md", DOCS / "layers.md")
 COMPUTED = {  # from no result file: a table's head, and what gives its rows
     "plans-compiled": (plans.HEAD, plans.rows),
     "families-transformers": (encoders.HEAD, encoders.rows),

@@ -78,6 +78,7 @@ BASELINES = {  # suite -> the first that stands among a case's providers
     "encode": (Baseline("sentence-transformers", "ratio"),),
     "guards": (Baseline("told that nothing has changed", "ratio"),),
     "families": (Baseline("as it comes", "ratio"),),
+    "layers": (Baseline("torch.nn", "ratio_vs_sdpa"),),
 }
 HIGHLIGHTS = {  # kind of device -> (models, providers) of the README's table
     "cpu": (
@@ -120,7 +121,7 @@ def asked_errors(row: dict) -> list[str]:
 def notes_on(suite: str, content: dict, records: list[dict]) -> list[str]:
     """What a reader must know of these rows, a paragraph each."""
     notes = []
-    if on_cpu(content) and suite in ("models", "highlights", "ops", "encode"):
+    if on_cpu(content) and suite in ("models", "highlights", "ops", "encode", "layers"):
         notes.append(CPU_NOTE)
     if on_cpu(content) and suite == "masks":
         notes.append(MASKS_CPU_NOTE)
