@@ -194,9 +194,9 @@ class MultiHeadAttention(nn.Module):
         mask, floats = translated(key_padding_mask, attn_mask, is_causal, mask, sizes, query.dtype)
         bias = joined_bias(self._with_alibi(bias, query.device), floats)
         if not need_weights:
-            return self._output(self._in_layout(self._attended(query, key, value, mask, bias))), None
+            return self._output(self._batch_first(self._attended(query, key, value, mask, bias))), None
         out, weights = self._with_weights(*self._heads(query, key, value, mask, bias))
-        return self._output(self._in_layout(out)), weights.mean(1) if average_attn_weights else weights
+        return self._output(self._batch_first(out)), weights.mean(1) if average_attn_weights else weights
 
     def _one(self, query, key, value, key_padding_mask, *rest: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         """`forward` of one sequence, (L, E), as of a batch of one. What is one tensor stays one."""
@@ -351,8 +351,6 @@ class MultiHeadAttention(nn.Module):
     def _batch_first(self, x: Tensor) -> Tensor:
         """(L, B, ...) as (B, L, ...), and back: a view; with `batch_first` as it is."""
         return x if self.batch_first else x.transpose(0, 1)
-
-    _in_layout = _batch_first
 
     def _output(self, out: Tensor) -> Tensor:
         """(..., H, D) -> (..., E)"""

@@ -105,13 +105,10 @@ class DecoderLayer(nn.Module):
             normal, tgt = norm_of_sum(self, self.norm2, x, tgt, self.dropout1, return_sum=True)
             x = self.multihead_attn(normal, memory, memory, **over)[0]
             normal, tgt = norm_of_sum(self, self.norm3, x, tgt, self.dropout2, return_sum=True)
-            return tgt + dropped(self, self.dropout3, self._ffn(normal))
+            return tgt + dropped(self, self.dropout3, feed_forward(self, normal))
         x = norm_of_sum(self, self.norm1, self.self_attn(tgt, tgt, tgt, **own)[0], tgt, self.dropout1)
         x = norm_of_sum(self, self.norm2, self.multihead_attn(x, memory, memory, **over)[0], x, self.dropout2)
-        return norm_of_sum(self, self.norm3, self._ffn(x), x, self.dropout3)
-
-    def _ffn(self, x: Tensor) -> Tensor:
-        return feed_forward(self, x)
+        return norm_of_sum(self, self.norm3, feed_forward(self, x), x, self.dropout3)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, norm_first={self.norm_first}"

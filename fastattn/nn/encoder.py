@@ -105,13 +105,10 @@ class EncoderLayer(nn.Module):
             normal = norm_of(self, self.norm1, src)
             attended = self.self_attn(normal, normal, normal, **given)[0]
             normal, total = norm_of_sum(self, self.norm2, attended, src, self.dropout1, return_sum=True)
-            return total + dropped(self, self.dropout2, self._ffn(normal))
+            return total + dropped(self, self.dropout2, feed_forward(self, normal))
         attended = self.self_attn(src, src, src, **given)[0]
         x = norm_of_sum(self, self.norm1, attended, src, self.dropout1)
-        return norm_of_sum(self, self.norm2, self._ffn(x), x, self.dropout2)
-
-    def _ffn(self, x: Tensor) -> Tensor:
-        return feed_forward(self, x)
+        return norm_of_sum(self, self.norm2, feed_forward(self, x), x, self.dropout2)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, norm_first={self.norm_first}"
