@@ -14,12 +14,18 @@ rank = int(sys.argv[1])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 """
+# past the end of the interpreter, where a thread of PyTorch's aborts now and then
+END = """
+import os
+print("done", flush=True)
+os._exit(0)
+"""
 
 
 def run_by_two_ranks(program: str, folder: Path) -> None:
     """The program has torch, dist, fastattn and its `rank`; it may import tests. Both have to come to its end."""
     path = folder / "program.py"
-    path.write_text(START + textwrap.dedent(program) + "\nprint('done')\n")
+    path.write_text(START + textwrap.dedent(program) + END)
     command = [sys.executable, str(path)]
     arguments = [str(folder / "rendezvous"), str(Path(__file__).parent)]
     processes = [

@@ -25,7 +25,9 @@ HEADS = [
 ]  # fmt: skip
 CHECKED = """
 assert ranks == 2 and weights["0.layers.0.self_attn.in_proj_weight"].shape == (96, 32)
-print("one of two is done")
+import os
+print("one of two is done", flush=True)
+os._exit(0)  # past the end of the interpreter, where a thread of PyTorch's aborts now and then
 """
 COMPARED = {"outputs", "inputs' gradients", "gradients", "norm of gradients", "step"}
 

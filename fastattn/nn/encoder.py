@@ -17,7 +17,7 @@ from fastattn import masks
 from fastattn.biases import Bias
 from fastattn.masks import Mask
 from fastattn.nn.attention import MultiHeadAttention, joined_bias
-from fastattn.nn.feed_forward import activation_name, feed_forward, first_rows, rate
+from fastattn.nn.feed_forward import activation_name, feed_forward, first_rows, own_memory, rate
 from fastattn.nn.masking import causal_by_looks, real_tokens, translated
 from fastattn.nn.plain import is_plain
 from fastattn.nn.rotary import Rotary
@@ -185,7 +185,7 @@ class Encoder(nn.Module):
         packing = Packing.from_mask(keep)
         if packing.known_total == keep.numel():
             return self._run(src, mask=mask)
-        out = packing.unpack(self._run(packing.pack(batches), mask=mask, packing=packing))
+        out = own_memory(packing.unpack(self._run(packing.pack(batches), mask=mask, packing=packing)))
         return out if self._batch_first else out.transpose(0, 1).contiguous()
 
     def _run(self, x: Tensor, *given: Any, **options: Any) -> Tensor:
