@@ -57,7 +57,7 @@ def grid():
                         yield pytest.param(backend, name, packed, layout, marks=marks)
 
 
-@pytest.mark.parametrize(("backend", "name", "packed", "layout"), grid())
+@pytest.mark.parametrize(("backend", "name", "packed", "layout"), [*grid()])
 def test_equals_attention(backend, name, packed, layout):
     """The first call of a kind, and one that is known, whose gradient is written as one."""
     device = device_of(backend)

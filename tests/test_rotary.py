@@ -107,7 +107,8 @@ def test_packed_equals_padded(backend):
         q, k = torch.randn(3, 40, 4, 16, device=device), torch.randn(3, 40, 2, 16, device=device)
         tables = fastattn.rotary_tables(packing.positions, 16)
         packed = fastattn.rotary(packing.pack(q), packing.pack(k), *tables, backend=backend)
-        padded = fastattn.rotary(q.transpose(1, 2), k.transpose(1, 2), *fastattn.rotary_tables(40, 16), backend=backend)
+        whole = fastattn.rotary_tables(torch.arange(40, device=device), 16)
+        padded = fastattn.rotary(q.transpose(1, 2), k.transpose(1, 2), *whole, backend=backend)
         for x, y in zip(packed, padded, strict=True):
             assert torch.equal(x, packing.pack(y.transpose(1, 2)))
 
