@@ -368,6 +368,16 @@ def test_convert_looks_at_every_part(part, caplog):
     assert len(caplog.records) == 2
 
 
+@pytest.mark.parametrize("other", [nn.Identity(), nn.TransformerDecoderLayer(16, 2), nn.Sequential()])
+def test_an_encoder_of_other_layers_is_left(other, caplog):
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 2)
+    model.layers[1] = other
+    with caplog.at_level(logging.WARNING, "fastattn"):
+        assert fastattn.nn.convert(model) is model and type(model.layers[0]) is nn.TransformerEncoderLayer
+    assert type(other).__name__ in caplog.text
+    assert type(other).__name__ in fastattn.accelerate(model).report.left[""]
+
+
 def test_convert_keeps_modes_ties_and_activations():
     layer = nn.TransformerEncoderLayer(16, 2, 24, 0.5, nn.GELU(), batch_first=True)
     model = nn.TransformerEncoder(layer, 2).train()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastattn import masks
 from fastattn.integrations.accelerate_checks import GLOBAL_HOOKS, HOOKS
-from fastattn.integrations.accelerate_forward import Replaced, Report, logger
+from fastattn.integrations.accelerate_forward import Replaced, Report
 from fastattn.integrations.accelerate_layers import rate, traced
 from fastattn.integrations.accelerate_parts import ACTIVATION_CLASSES, activation_name
 from fastattn.integrations.accelerate_proof import Proof, tell
@@ -179,7 +179,7 @@ def block_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
     given = {**dict(zip(block.kind.inputs, args, strict=False)), **kwargs}
     why = block.refusal(module) or _unserved(block.kind, len(args), given)
     if why is not None:
-        _tell(block, why)
+        block.report.fell_back(block, why)
         return at.own(*args, **kwargs)
     x = given.pop(block.kind.inputs[0])
     terms = _terms(block, x, given.get("attn_mask"), given.get("is_causal", False))
@@ -192,7 +192,7 @@ def block_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
         if not proof.holds(block.name, module, x, lambda x: at.own(x, **given), ours):
             assert proof.difference is not None
             block.differs = block.report.left[block.name] = tell(proof.difference)
-            _tell(block, block.differs)
+            block.report.fell_back(block, block.differs)
             return at.own(*args, **kwargs)
         block.unproven = proof.compared == 0
     return computed(block.kind, module, x, *terms)
@@ -252,14 +252,6 @@ def _known_mask(seen: Seen, attn_mask: Tensor) -> Mask | None:
 def _place(x: Tensor) -> tuple:
     """A slice of a buffer is another tensor in each call."""
     return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
-
-
-def _tell(block: Block, why: str) -> None:
-    if block.strict:
-        raise NotImplementedError(f"strict=True, but this call is not served: {why}")
-    if why not in block.report.fallbacks and not torch.compiler.is_compiling():
-        logger.warning("%s runs its own code: %s", block.name or "the accelerated block", why)
-    block.report.fallbacks[why] += 1
 
 
 # How a block is computed

@@ -14,9 +14,9 @@ from torch import nn
 
 from fastattn.integrations.accelerate_families import own_class
 from fastattn.integrations.accelerate_parts import CROSS_LINEARS, DROPOUTS, LINEARS, NORMS, SCALES, Family, Held, Parts
+from fastattn.nn.plain import HOOKS
 
 HOMES = ("transformers.models.", "torch.nn.")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{name}") for name in HOOKS]
 # of a config: the name of an attention function, which may be anybody's, and what masks are made of
 SETTINGS = ("_attn_implementation_internal", "is_decoder", "sliding_window", "local_attention")

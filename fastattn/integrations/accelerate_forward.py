@@ -90,7 +90,9 @@ class Replaced:
         for name in ("forward", REPLICATE):
             vars(replica).pop(name, None)
         if isinstance(self.settings, Encoder):
-            _tell_fallback(self.settings, "nn.DataParallel runs copies of the model (DistributedDataParallel does not)")
+            self.settings.report.fell_back(
+                self.settings, "nn.DataParallel runs copies of the model (DistributedDataParallel does not)"
+            )
         return replica
 
     def undo(self) -> None:
@@ -114,6 +116,14 @@ class Report:
     fallbacks: Counter[str] = field(default_factory=Counter)  # why calls ran the model's own code, and how many
     padded: Counter[str] = field(default_factory=Counter)  # why calls kept their padding, and how many
     not_captured: Counter[str] = field(default_factory=Counter)  # with cuda_graphs: why calls ran without, and how many
+
+    def fell_back(self, what: Any, why: str) -> None:
+        """Of what has a `name` and is `strict` or not: a call runs its own code. Raises NotImplementedError if it must not."""
+        if what.strict:
+            raise NotImplementedError(f"strict=True, but this call is not served: {why}")
+        if why not in self.fallbacks and not torch.compiler.is_compiling():
+            logger.warning("%s runs its own code: %s", what.name or "the accelerated model", why)
+        self.fallbacks[why] += 1
 
     def __str__(self) -> str:
         named = ((self.accelerated, ""), (self.left, "left as it was: "), (self.foreseen, "to come: "))
@@ -232,7 +242,7 @@ def model_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
     if why is not None:
         if encoder.graphs is not None:
             encoder.report.not_captured["the model's own code runs"] += 1
-        _tell_fallback(encoder, why)
+        encoder.report.fell_back(encoder, why)
         return at.own(*args, **kwargs)
     if encoder.graphs is not None:
         outputs = encoder.graphs.replayed(at, inputs, unchanged)
@@ -390,14 +400,6 @@ def _checkpoints_in_forward(layer: Any) -> bool:
     return not any(c.__name__ == "GradientCheckpointingLayer" and "__call__" in vars(c) for c in type(layer).__mro__)
 
 
-def _tell_fallback(encoder: Encoder, why: str) -> None:
-    if encoder.strict:
-        raise NotImplementedError(f"strict=True, but this call is not served: {why}")
-    if why not in encoder.report.fallbacks and not torch.compiler.is_compiling():
-        logger.warning("%s runs its own code: %s", encoder.name or "the accelerated model", why)
-    encoder.report.fallbacks[why] += 1
-
-
 def _unserved(encoder: Encoder, model: Any, inputs: dict[str, Any]) -> str | None:
     """Why a call cannot be served, or None."""
     if inputs.get("use_cache"):
@@ -436,11 +438,11 @@ def _with_proof(batch: Batch, keep: Tensor | None) -> Batch:
 def _conclude(encoder: Encoder, model: nn.Module, proof: Proof, kind: Kind) -> None:
     if not proof.asked and not model.training:  # in training all layers may be dropped
         encoder.differs = encoder.report.left[encoder.name] = "its layers were not called as they are known to be"
-        _tell_fallback(encoder, encoder.differs)
+        encoder.report.fell_back(encoder, encoder.differs)
         return
     if proof.difference is None and proof.compared >= len(encoder.layers):
         encoder.proven.add(kind)
     if proof.difference is not None:
         encoder.differs = tell(proof.difference)
         encoder.report.left[encoder.path(proof.difference[0])] = encoder.differs
-        _tell_fallback(encoder, encoder.differs)
+        encoder.report.fell_back(encoder, encoder.differs)

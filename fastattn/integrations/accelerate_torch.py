@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.integrations.accelerate_checks import GLOBAL_HOOKS, HOOKS
-from fastattn.integrations.accelerate_forward import Replaced, Report, logger
+from fastattn.integrations.accelerate_forward import Replaced, Report
 from fastattn.integrations.accelerate_layers import traced
 from fastattn.integrations.accelerate_proof import Proof, as_in_evaluation, tell
 from fastattn.nn.convert import METHODS, convert_encoder, why_not
@@ -85,7 +85,7 @@ def stack_forward(at: Replaced, *args: Any, **kwargs: Any) -> Tensor:
     if why is None and stack.unproven and not traced(given["src"]):
         why = _proven(stack, module, **given)
     if why is not None:
-        _tell(stack, why)
+        stack.report.fell_back(stack, why)
         return at.own(*args, **kwargs)
     stack.twin.enable_nested_tensor = _unpads(stack, module, **given)
     out = stack.twin(**given)
@@ -152,14 +152,6 @@ def _proven(stack: Stack, module: Any, src: Tensor, mask=None, src_key_padding_m
     return stack.refusal(module)  # with the layers' modes again
 
 
-def _tell(stack: Stack, why: str) -> None:
-    if stack.strict:
-        raise NotImplementedError(f"strict=True, but this call is not served: {why}")
-    if why not in stack.report.fallbacks and not torch.compiler.is_compiling():
-        logger.warning("%s runs its own code: %s", stack.name or "the accelerated model", why)
-    stack.report.fallbacks[why] += 1
-
-
 # The twin, and what it rests on
 
 
@@ -197,9 +189,9 @@ def refused(module: nn.TransformerEncoder) -> str | None:
             if method is not None and not method.__module__.startswith("torch.nn."):
                 return f"{type(part).__name__}.{name} was replaced by {method.__module__}'s"
     for layer in module.layers:
+        if type(layer) is not nn.TransformerEncoderLayer:
+            return f"a {type(layer).__name__} may compute anything"
         why = why_not(layer)
-        if why is None and type(layer) is not nn.TransformerEncoderLayer:
-            why = f"a {type(layer).__name__} may compute anything"
         if why is None and layer.self_attn.bias_k is not None:
             why = "its attention has add_bias_kv"
         if why is not None:

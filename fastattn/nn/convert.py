@@ -91,23 +91,21 @@ def _left(module: nn.Module, path: str, why: str) -> nn.Module:
 
 def why_not(module: nn.Module) -> str | None:
     """Why one of these layers cannot be computed from its parameters and numbers, or None."""
+    whole = isinstance(module, (nn.TransformerEncoder, Encoder))
+    if whole and not len(module.layers):  # type: ignore[arg-type]
+        return "it has no layers"
     for name, part in module.named_modules():
-        what = f"{name or 'it'}"
+        what, last = name or "it", name.rpartition(".")[2]
         if has_hooks(part):
             return f"{what} has hooks"
         replaced = [method for method in METHODS if method in vars(part)]
         if replaced:
             return f"a {replaced[0]} was set on {what}"
-        last = name.rpartition(".")[2]
-        if last == "activation" or (last == "norm" and isinstance(module, (nn.TransformerEncoder, Encoder))):
+        if "activation" in name.split(".") or (whole and name.startswith("norm")):
             continue  # the name of the one is looked for below; the other is called
-        if not isinstance(part, tuple(OWN)):
-            allowed = next((classes for start, classes in PARTS.items() if last.startswith(start)), ())
-            if type(part) not in allowed and not last.isdigit() and type(part) is not nn.ModuleList:
-                return f"{what} is a {type(part).__name__}"
-        elif type(part) not in OWN:
+        if name and type(part) not in _classes(last):
             return f"{what} is a {type(part).__name__}, which may compute anything"
-        if (held := _own_tensors(part)) - OWN.get(type(part), held):
+        if {*part._parameters, *part._buffers} - OWN.get(type(part), {"weight", "bias"}):
             return f"{what} has parameters or buffers of its own"
         own = all(x is None or type(x) is nn.Parameter for x in part._parameters.values())
         if not own and not torch.compiler.is_compiling():  # torch.export has others in their places
@@ -117,13 +115,12 @@ def why_not(module: nn.Module) -> str | None:
                 activation_name(part.activation)
             except ValueError as error:
                 return str(error)
-    if isinstance(module, (nn.TransformerEncoder, Encoder)) and not len(module.layers):
-        return "it has no layers"
     return None
 
 
-def _own_tensors(part: nn.Module) -> set[str]:
-    return {*part._parameters, *part._buffers}
+def _classes(name: str) -> tuple[type, ...]:
+    """Those that a part of that name may be of."""
+    return LAYERS if name.isdigit() else next((classes for start, classes in PARTS.items() if name.startswith(start)), ())
 
 
 # Either library's class has the other's constructor, so that one function goes both ways. New modules have no memory of their
@@ -183,6 +180,7 @@ def convert_encoder(module: nn.TransformerEncoder, backend: str = "auto") -> Enc
     return _encoder(module, {"backend": backend}, Encoder, EncoderLayer, MultiHeadAttention)
 
 
+ATTENTIONS = "self_attn", "multihead_attn"
 METHODS = ("forward", "_sa_block", "_ff_block", "_mha_block")
 WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
 OWN: dict[type, set[str]] = {  # the classes that are replaced, and what they hold themselves
@@ -190,13 +188,15 @@ OWN: dict[type, set[str]] = {  # the classes that are replaced, and what they ho
     **dict.fromkeys((nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, EncoderLayer, DecoderLayer), set()),
     **dict.fromkeys((nn.TransformerEncoder, Encoder), set()),
 }
+LAYERS = nn.TransformerEncoderLayer, EncoderLayer  # of an encoder
 PARTS: dict[str, tuple[type, ...]] = {  # by how their names begin
+    "layers": (nn.ModuleList,),
+    **dict.fromkeys(ATTENTIONS, (nn.MultiheadAttention, MultiHeadAttention)),
     "linear": LINEAR,
     "out_proj": LINEAR,
     "norm": (nn.LayerNorm,),
     "dropout": (nn.Dropout,),
 }
-ATTENTIONS = "self_attn", "multihead_attn"
 THERE: dict[type, Callable] = {
     nn.MultiheadAttention: functools.partial(_attention, cls=MultiHeadAttention),
     nn.TransformerEncoderLayer: functools.partial(_layer, cls=EncoderLayer, inner=MultiHeadAttention),
