@@ -152,17 +152,13 @@ def accelerate(
             torch.compile or captured in a CUDA graph without padding. Tokens beyond it are dropped, and `overflowed` says so.
             None: as many as there are; a traced or captured call then keeps its padding.
         prove: False skips the comparison. A call that is traced or captured makes none: make one call before.
-        unpad: "auto" leaves padding in where it is known to be read: by a head for question answering, by a loss with labels at
-            padding (with a capacity: by any loss with a label for each token), by a pooler or classifier whose token is padding
-            (the first one, of a sequence that is padded on the left); where distances between tokens count (T5, MPNet, windows)
-            also where a mask has holes (with a capacity: always). "always" is your word that it does not matter what stands at
-            padding; "never" fuses and leaves it in. Hooks on a layer see (B, L, C), so that with them padding stays in always.
+        unpad: "auto" leaves padding in where it is known to be read: by a head, a loss, a pooler, or distances over holes in a
+            mask (docs/accelerate.md lists them). "always" is your word that it does not matter what stands at padding; "never"
+            fuses and leaves it in. Hooks on a layer see (B, L, C), so that with them padding stays in always.
         cuda_graphs: True replays inference calls as CUDA graphs, each captured the first time that its shapes are seen; at most
-            16 are kept, or as many as a number here says. Outputs are copies of the caller's own. With no capacity the number of
-            real tokens is read on the host once in a call, and rounded up by at most an eighth so that batches share graphs. With
-            an attention_mask in the host's memory, beside inputs on the GPU, nothing waits. Calls that cannot be captured run as
-            they would without it, and `report.not_captured` counts them by reason: in training, with a gradient wanted, with
-            hooks, on a CPU. docs/accelerate.md says what is captured and what memory it takes.
+            16 are kept, or as many as a number here says. Outputs are copies of the caller's own. Calls that cannot be captured
+            run as they would without it, and `report.not_captured` counts them by reason. docs/accelerate.md says what is
+            captured, what is read on the host, and what memory it takes.
 
     Returns:
         A handle with `report`, `overflowed`, `restore()` and `refresh()`; a context manager.
@@ -186,16 +182,9 @@ def accelerate(
     _check(model, capacity, unpad)
     graphs, handle = _graphs(cuda_graphs), Handle(Report())
     _undo_on_copies(model)
+    settings = {"strict": strict, "prove": prove}
     for name, module in model.named_modules():
-        if own_class(module) is not None:
-            encoder = _accelerate_encoder(handle, model, name, module, strict=strict, capacity=capacity, prove=prove, unpad=unpad)
-            if encoder is not None and graphs is not None:
-                encoder.graphs = EncoderGraphs(module, graphs)
-        elif type(module) is nn.TransformerEncoder:
-            settings = {"strict": strict, "prove": prove, "unpad": unpad, "graphs": graphs is not None}
-            accelerate_stack(handle, name, module, capacity, **settings)
-        elif kind_of(module) is not None:
-            accelerate_block(handle, name, module, capacity, strict=strict, prove=prove, graphs=graphs is not None)
+        _accelerate_module(handle, model, name, module, graphs, capacity, unpad, settings)
     _conclude(handle, strict)
     return handle
 
@@ -205,6 +194,27 @@ accelerate.__doc__ = (
     .replace("{families}", textwrap.fill(", ".join(FAMILIES), 126, subsequent_indent="    "))
     .replace("{blocks}", MODELS)
 )  # from the data that it goes by
+
+
+def _accelerate_module(
+    handle: Handle,
+    model: nn.Module,
+    name: str,
+    module: Any,
+    graphs: Graphs | None,
+    capacity: int | None,
+    unpad: str,
+    settings: Any,
+) -> None:
+    """One module inside a model, if it is of a kind that is served. settings: `strict` and `prove`."""
+    if own_class(module) is not None:
+        encoder = _accelerate_encoder(handle, model, name, module, capacity=capacity, unpad=unpad, **settings)
+        if encoder is not None and graphs is not None:
+            encoder.graphs = EncoderGraphs(module, graphs)
+    elif type(module) is nn.TransformerEncoder:
+        accelerate_stack(handle, name, module, capacity, unpad=unpad, graphs=graphs is not None, **settings)
+    elif kind_of(module) is not None:
+        accelerate_block(handle, name, module, capacity, graphs=graphs is not None, **settings)
 
 
 def _conclude(handle: Handle, strict: bool) -> None:

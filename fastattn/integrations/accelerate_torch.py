@@ -87,8 +87,8 @@ def stack_forward(at: Replaced, *args: Any, **kwargs: Any) -> Tensor:
     if why is not None:
         stack.report.fell_back(stack, why)
         return at.own(*args, **kwargs)
-    stack.twin.enable_nested_tensor = _unpads(stack, module, **given)
-    out = stack.twin(**given)
+    request = [given.get(name) for name in NAMES]
+    out = stack.twin.computed(*request, unpad=_unpads(stack, module, **given))
     return out if module.norm is None else module.norm(out)  # at padding as well, as torch.nn does
 
 
@@ -108,7 +108,7 @@ def _unpads(stack: Stack, module: Any, src: Tensor, mask=None, src_key_padding_m
     if stack.unpad == "always":
         return True
     if mask is None and src.dim() == 3 and _takes_fast_path(module):
-        keep = real_tokens(src_key_padding_mask, tuple(src_key_padding_mask.shape), NAMES[2])
+        keep = real_tokens(src_key_padding_mask)
         if keep is not None and bool((keep[:, 1:] <= keep[:, :-1]).all()):
             return True
     stack.report.padded[READ] += 1
@@ -125,9 +125,7 @@ def _takes_fast_path(module: Any) -> bool:
 
 def _proven(stack: Stack, module: Any, src: Tensor, mask=None, src_key_padding_mask=None, is_causal=None) -> str | None:
     """Each layer computed both ways on this call's input, padding left in. What differs, or None."""
-    keep = None
-    if src_key_padding_mask is not None:
-        keep = real_tokens(src_key_padding_mask, tuple(src_key_padding_mask.shape), NAMES[2])
+    keep = None if src_key_padding_mask is None else real_tokens(src_key_padding_mask)
     keep = keep if keep is None or module.layers[0].self_attn.batch_first or src.dim() == 2 else keep.T
     causal, proof, x = causal_by_looks(mask, is_causal), Proof(keep), src
     for n, (theirs, ours) in enumerate(zip(module.layers, stack.twin.layers, strict=True)):  # type: ignore[union-attr]

@@ -18,7 +18,7 @@ from fastattn.biases import Bias
 from fastattn.masks import Mask
 from fastattn.nn.attention import MultiHeadAttention, joined_bias
 from fastattn.nn.feed_forward import activation_name, feed_forward, first_rows, own_memory, rate
-from fastattn.nn.masking import causal_by_looks, real_tokens, translated
+from fastattn.nn.masking import causal_by_looks, padding_of, translated
 from fastattn.nn.plain import is_plain
 from fastattn.nn.rotary import Rotary
 from fastattn.nn.shards import Shards
@@ -159,6 +159,10 @@ class Encoder(nn.Module):
         Padding is taken out unless something else than it and causality says what is seen, a `bias`, or ALiBi, whose distances
         it may change, and while the call is traced, since the number of tokens is read on the host.
         """
+        return self.computed(src, mask, src_key_padding_mask, is_causal, bias, packing, self.enable_nested_tensor)
+
+    def computed(self, src: Tensor, mask, src_key_padding_mask, is_causal, bias=None, packing=None, unpad: bool = True) -> Tensor:
+        """`forward`, with padding taken out where it may be, or in no case."""
         visible, attn_mask = (mask, None) if isinstance(mask, Mask) else (None, mask)
         if visible is not None and is_causal:
             raise ValueError("is_causal is about torch.nn's masks: join fastattn.masks.causal() to mask by &")
@@ -168,8 +172,8 @@ class Encoder(nn.Module):
             return self._run(src, *given, mask=visible, bias=bias, packing=packing)
         nothing_else = visible is None and bias is None and (attn_mask is None or is_causal)
         B, L = src.shape[:2] if self._batch_first else src.shape[1::-1]
-        if src_key_padding_mask is not None and nothing_else and self._may_unpad(src):
-            keep = real_tokens(src_key_padding_mask, (B, L), NAMES[0])
+        if src_key_padding_mask is not None and nothing_else and unpad and self._may_unpad(src):
+            keep = padding_of(src_key_padding_mask, (B, L), NAMES[0])
             if keep is not None:
                 return self._unpadded(src, keep, masks.causal() if is_causal else None)
         if self._first.shards is not None:  # it has some of the heads that a mask may be for, and layers perhaps parts of src
@@ -198,7 +202,7 @@ class Encoder(nn.Module):
         shards = self._first.shards
         if shards is not None and shards.sequence is not None:
             return False
-        if not self.enable_nested_tensor or self._first.alibi or type(src) not in PLAIN:
+        if self._first.alibi or type(src) not in PLAIN:
             return False
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
             return False

@@ -82,12 +82,14 @@ def causal_by_looks(mask: Tensor | None, is_causal: bool | None) -> bool:
     return bool(torch.equal(mask, torch.zeros_like(mask).masked_fill(later, float("-inf"))))
 
 
-def real_tokens(key_padding_mask: Tensor, shape: tuple[int, int], name: str) -> Tensor | None:
-    """bool (B, S) of a padding mask, True = a token; None where it adds other floats than 0 and -inf, or the host cannot see.
-
-    Raises ValueError or TypeError, by its name, where it is none.
-    """
+def padding_of(key_padding_mask: Tensor, shape: tuple[int, int], name: str) -> Tensor | None:
+    """`real_tokens`. Raises ValueError or TypeError, by its name, where it is no mask of that shape."""
     _check(key_padding_mask, [shape], "(batch, length)", name)
+    return real_tokens(key_padding_mask)
+
+
+def real_tokens(key_padding_mask: Tensor) -> Tensor | None:
+    """bool (B, S) of a padding mask, True = a token; None where it adds other floats than 0 and -inf, or the host cannot see."""
     return None if _adds(key_padding_mask) else ~_hidden(key_padding_mask)
 
 
