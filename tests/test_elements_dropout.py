@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backends import CUDA, TRITON, device_of, dtype_of
+from exported import assert_exported_trains
 from layouts import LAYOUTS
 from torch.utils.checkpoint import checkpoint
 
@@ -293,17 +294,7 @@ class Layer(torch.nn.Module):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_module_exported_for_inference_trains(backend):
-    layer, x = Layer(backend), torch.randn(2, 4, 8, device=device_of(backend))
-    with torch.no_grad():
-        exported = torch.export.export(layer, (x,)).module()
-    grads = []
-    for module in (layer, exported):
-        module.zero_grad()
-        torch.manual_seed(3)
-        module(x).square().sum().backward()
-        grads.append([parameter.grad.clone() for parameter in module.parameters()])
-    assert all(grad.abs().max() > 0 for grad in grads[0])
-    torch.testing.assert_close(grads[1], grads[0])
+    assert_exported_trains(Layer(backend), torch.randn(2, 4, 8, device=device_of(backend)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from backends import TRITON, device_of
+from exported import assert_exported_trains
 from guarded import assert_no_read_beyond_the_end
 from torch.utils.checkpoint import checkpoint
 
@@ -266,16 +267,7 @@ def test_compile_fullgraph_dynamic(backend, interleaved):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_module_exported_for_inference_trains(backend):
-    layer, x = Layer(backend), torch.randn(2, 4, 8, device=device_of(backend))
-    with torch.no_grad():
-        exported = torch.export.export(layer, (x,)).module()
-    grads = []
-    for module in (layer, exported):
-        module.zero_grad()
-        module(x).square().sum().backward()
-        grads.append([parameter.grad.clone() for parameter in module.parameters()])
-    assert all(grad.abs().max() > 0 for grad in grads[0])
-    torch.testing.assert_close(grads[1], grads[0])
+    assert_exported_trains(Layer(backend), torch.randn(2, 4, 8, device=device_of(backend)))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
