@@ -7,7 +7,7 @@ from fastattn.integrations.accelerate_families import FAMILIES
 from fastattn.integrations.accelerate_parts import BEYOND_PLAIN, Family
 
 HEAD = ["transformers' classes", "a layer", "padding", "on a GPU"]
-NAMES = [f"served by `accelerate`: torch.nn.TransformerEncoder, {MODELS}, and of transformers"]
+NAMES = [f"served by `accelerate`: torch.nn.TransformerEncoder, {MODELS}, and whole encoders of transformers"]
 ENDS = ("Model", "Encoder", "Stack")
 WORDS = {  # of parts beyond those that all layers have
     "joined": "query, key and value as one",
@@ -44,6 +44,7 @@ def _layer(family: Family) -> str:
     words += ["causal"] if family.causal else []
     words += [words_of for part, words_of in WORDS.items() if part in _parts(family)]
     words += ["gated FFN"] if family.gated else []
+    words += ["bias of pairs"] if family.pair_bias and "position_bias" not in _parts(family) else []
     words += ["rotary positions"] if family.rotary else []
     words += ["windows"] if family.window else []
     words += ["grouped heads"] if family.grouped else []

@@ -88,8 +88,14 @@ def outputs(model: nn.Module, given: Inputs) -> dict[str, Tensor]:
     pooled = found.get("pooler_output")
     hidden = found.last_hidden_state
     if "input_ids" in given:
-        hidden = hidden * given["attention_mask"][..., None]
+        hidden = hidden * real_tokens(given, hidden.shape[1])[..., None]
     return {"last_hidden_state": hidden, **({} if pooled is None else {"pooler_output": pooled})}
+
+
+def real_tokens(given: Inputs, length: int) -> Tensor:
+    """(batch, length): those of the text, and all of an image that follows it."""
+    mask = given["attention_mask"]
+    return torch.nn.functional.pad(mask, (0, length - mask.shape[1]), value=1)
 
 
 def exact_outputs(model: nn.Module, given: Inputs) -> dict[str, Tensor]:
@@ -134,13 +140,15 @@ def called(model: nn.Module, given: Inputs) -> timing.Call:
 def described(case: Case, model: Any, full_layers: int, given: Inputs, exact: dict[str, Tensor]) -> dict:
     """What a record says of the model and its input. tokens: real ones, of sounds as many as samples are."""
     config = model.config
-    batch, seq, _ = exact["last_hidden_state"].shape
-    mask = given.get("attention_mask")
+    batch, seq = exact["last_hidden_state"].shape[0], case.length or exact["last_hidden_state"].shape[1]
+    ratio = getattr(config, "mlp_ratio", 4)  # which is in XLM's code
+    layers = full_layers if hasattr(config, "depths") else config.num_hidden_layers
+    mask = real_tokens(given, seq) if "input_ids" in given else given.get("attention_mask")
     fill = 1.0 if mask is None else float(mask.float().mean())
     width = next((getattr(config, name) for name in FFN_WIDTHS if hasattr(config, name)), None)
     return {
-        "model": case.name, "layers": config.num_hidden_layers, "full_layers": full_layers, "hidden": config.hidden_size,
-        "heads": config.num_attention_heads, "intermediate": width or config.mlp_ratio * config.hidden_size,
+        "model": case.name, "layers": layers, "full_layers": full_layers, "hidden": config.hidden_size,
+        "heads": config.num_attention_heads, "intermediate": width or ratio * config.hidden_size,
         "implementation": config._attn_implementation, "input_source": "seeded random", "dtype": "float32", "mode": "infer",
         "batch": batch, "seq": seq, "fill": round(fill, 3), "tokens": round(batch * seq * fill),
     }  # fmt: skip

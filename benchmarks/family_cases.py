@@ -28,6 +28,7 @@ class Case(NamedTuple):
     batch: int = 8
     options: dict[str, Any] = {}  # of the config, where its defaults are not those of the checkpoint
     layers: int = 2
+    length: int | None = None  # of what the first layer is given, where the last gives less
 
     def transformers_class(self) -> Any:
         """Raises ImportError or AttributeError where this transformers has none."""
@@ -35,8 +36,10 @@ class Case(NamedTuple):
         return getattr(importlib.import_module(f"transformers.models.{path}"), self.name)
 
     def config(self, cls: Any) -> tuple[Any, int]:
-        """(the config, with a few of its layers; how many they were)."""
+        """(the config, with a few of its layers; how many they were). Those of a model in stages are all kept."""
         config = cls.config_class(**self.options)
+        if hasattr(config, "depths"):
+            return config, sum(config.depths)
         full = config.num_hidden_layers
         config.num_hidden_layers = min(self.layers, full)
         return config, full
@@ -65,8 +68,16 @@ def text(config: Any, batch: int, length: int = 128) -> Inputs:
     return {"input_ids": ids, "attention_mask": (place < lengths).long()}
 
 
-def images(config: Any, batch: int) -> Inputs:
-    return {"pixel_values": torch.randn(batch, 3, config.image_size, config.image_size, generator=_generator())}
+def document(config: Any, batch: int) -> Inputs:
+    """A text whose tokens have boxes on a page, and the page's image."""
+    given = text(config, batch)
+    corners = torch.randint(0, 1000, (batch, 128, 2, 2), generator=_generator()).sort(-2).values
+    return given | {"bbox": corners.flatten(-2)} | images(config, batch, config.input_size)
+
+
+def images(config: Any, batch: int, size: int | None = None) -> Inputs:
+    size = config.image_size if size is None else size
+    return {"pixel_values": torch.randn(batch, 3, size, size, generator=_generator())}
 
 
 def video(config: Any, batch: int) -> Inputs:
@@ -76,6 +87,11 @@ def video(config: Any, batch: int) -> Inputs:
 
 def spectrogram(config: Any, batch: int) -> Inputs:
     return {"input_values": torch.randn(batch, config.max_length, config.num_mel_bins, generator=_generator())}
+
+
+def ten_seconds(config: Any, batch: int) -> Inputs:
+    """CLAP's spectrogram."""
+    return {"input_features": torch.randn(batch, 1, 1001, config.num_mel_bins, generator=_generator())}
 
 
 def half_a_minute(config: Any, batch: int) -> Inputs:
@@ -100,6 +116,7 @@ ESM_2 = {  # of 150M parameters
     "position_embedding_type": "rotary", "emb_layer_norm_before": False, "token_dropout": True,
     "vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32,
 }  # fmt: skip
+XLM = {"emb_dim": 1024, "n_heads": 8, "n_layers": 6}  # xlm-clm-ende-1024
 T5 = {"d_model": 768, "num_heads": 12, "d_ff": 3072, "num_layers": 12}  # t5-base
 BART = {"d_model": 768, "encoder_attention_heads": 12, "encoder_ffn_dim": 3072, "encoder_layers": 6}  # bart-base
 WHISPER = {"d_model": 512, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048, "encoder_layers": 6}  # whisper-base
@@ -109,6 +126,8 @@ CASES = (
     Case("DistilBertModel", "distilbert", text),
     Case("AlbertModel", "albert", text, options=ALBERT),
     Case("MPNetModel", "mpnet", text),
+    Case("LayoutLMv3Model", "layoutlmv3", document, batch=2),
+    Case("XLMModel", "xlm", text, options=XLM),
     Case("RobertaPreLayerNormModel", "roberta_prelayernorm", text),
     Case("EsmModel", "esm", text, options=ESM_2),
     Case("ModernBertModel", "modernbert", text),
@@ -127,6 +146,7 @@ CASES = (
     Case("Data2VecVisionModel", "data2vec.modeling_data2vec_vision", images, batch=4, options=BEIT),
     Case("VideoMAEModel", "videomae", video, batch=2, options={"num_frames": 4}),
     Case("ASTModel", "audio_spectrogram_transformer", spectrogram, batch=1),
+    Case("ClapAudioModel", "clap", ten_seconds, batch=1, length=4096),
     Case("WhisperEncoder", "whisper", half_a_minute, batch=1, options=WHISPER),
     Case("Wav2Vec2Model", "wav2vec2", sound, batch=4, layers=12),  # with two, convolutions would be most of it
     Case("HubertModel", "hubert", sound, batch=4, layers=12),

@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # it ignores edits of a fake kernel
 
 import pytest
+import quick_interpreter
 import torch
 from failures import Failures
 
@@ -14,6 +15,7 @@ MARGIN = 512  # elements
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported
     os.environ["FASTATTN_EMULATE"] = "1"
+    quick_interpreter.quicken()
 
 
 def pytest_addoption(parser):

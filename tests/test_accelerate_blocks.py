@@ -10,8 +10,7 @@ from stubbed_torchvision import stubbed
 from torch import nn
 
 import fastattn
-from fastattn.integrations import accelerate_blocks
-from fastattn.integrations.accelerate_blocks import KINDS
+from fastattn.integrations.accelerate_prenorm import KINDS, PreNorm
 
 with stubbed():
     vision_transformer = pytest.importorskip("timm.models.vision_transformer")
@@ -22,6 +21,7 @@ with stubbed():
     from timm.models.eva import Eva
 
 IMAGE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2, "num_classes": 5}
+ROTARY, GATED = {"use_rot_pos_emb": True}, {"swiglu_mlp": True}
 TOWER = {"width": 32, "layers": 2, "heads": 4, "mlp_ratio": 2.0, "output_dim": 24}
 CLIP_IMAGE = {"image_size": 32, "patch_size": 8, **TOWER}
 CLIP_TEXT = {"context_length": 10, "vocab_size": 40, **TOWER}
@@ -42,7 +42,12 @@ MODELS = {
     "deit": lambda: VisionTransformerDistilled(**IMAGE),
     "eva": lambda: Eva(**IMAGE, init_values=0.5),
     "eva, unbiased": lambda: Eva(**IMAGE, qkv_bias=False, scale_attn_inner=True),
+    "eva-02": lambda: Eva(**IMAGE, **ROTARY, **GATED, scale_mlp=True, qkv_fused=False),
+    "eva-02, tiny": lambda: Eva(**IMAGE, **ROTARY, **GATED, use_abs_pos_emb=False),
+    "eva, halves": lambda: Eva(**IMAGE, **ROTARY, rope_rotate_half=True, scale_mlp=True, qk_norm=True),
     "beit": lambda: Beit(**IMAGE, use_abs_pos_emb=True, init_values=0.5),
+    "beit, biased": lambda: Beit(**IMAGE, use_rel_pos_bias=True, init_values=0.5),
+    "beit, one bias": lambda: Beit(**IMAGE, use_shared_rel_pos_bias=True, swiglu_mlp=True, scale_mlp=True),
     "clip's images": lambda: clip.VisionTransformer(**CLIP_IMAGE),
     "clip's images, quick gelu": lambda: clip.VisionTransformer(**CLIP_IMAGE, act_layer=clip.QuickGELU, ls_init_value=0.5),
     "clip's text": lambda: clip.TextTransformer(**CLIP_TEXT),
@@ -203,6 +208,18 @@ def test_dropouts_drop_as_much_as_they_say(options):
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["eva-02", "eva-02, tiny"])
+def test_hidden_features_of_a_gated_ffn_are_dropped_before_their_norm(name):
+    """With a rate of 1, by which all are 0, whoever draws."""
+    theirs, ours = models(MODELS[name])
+    fastattn.accelerate(ours, strict=True)
+    for model in (theirs, ours):
+        model(inputs_of(model))
+        for block in model.blocks:
+            block.mlp.drop1.p = 1.0
+    torch.testing.assert_close(ours(inputs_of(ours)), theirs(inputs_of(ours)), rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_not_what_it_seems():
     theirs, ours = models()
     handle, x = fastattn.accelerate(ours), inputs_of(ours)
@@ -244,10 +261,6 @@ def _set(block):
     block.attn.forward = lambda x, **_: x
 
 
-def _normed(block):
-    block.mlp.norm = nn.LayerNorm(64)
-
-
 def _replaced(block):
     own = type(block).forward
     block.forward = lambda x, *args, **kwargs: 2 * own(block, x, *args, **kwargs)
@@ -259,7 +272,6 @@ def _replaced(block):
         (_subclassed, "Own is no class that is known"),
         (_adapted, "OwnLinear"),
         (_set, "a forward that was set"),
-        (_normed, "mlp.norm"),
         (_replaced, "a forward was set on it"),
     ],  # fmt: skip
 )
@@ -318,8 +330,11 @@ def test_others_are_left():
     for block in (vision_transformer.ResPostBlock, vision_transformer.ParallelScalingBlock):
         with pytest.raises(ValueError, match="timm's VisionTransformer"):
             fastattn.accelerate(vit(block_fn=block), strict=True)
-    biased = Beit(**IMAGE, use_rel_pos_bias=True)
-    assert "relative_position_bias_table" in fastattn.accelerate(biased).report.left["blocks.0"]
+    for change, why in (({"gate_last": True}, "second half"), ({"norm": nn.LayerNorm(64)}, "mlp has a norm")):
+        gated = MODELS["eva-02, tiny"]()
+        for name, value in change.items():
+            setattr(gated.blocks[0].mlp, name, value)
+        assert why in fastattn.accelerate(gated).report.left["blocks.0"]
     for options, why in (({"batch_first": False}, "batch_first"), ({"is_cross_attention": True}, "ln_1_kv")):
         block = clip.ResidualAttentionBlock(32, 4, **options)
         assert why in fastattn.accelerate(block).report.left[""]
@@ -332,10 +347,11 @@ def test_calls_that_are_not_served():
     handle, x, k = fastattn.accelerate(ours), torch.randn(2, 7, 32), torch.randn(2, 7, 32)
     torch.testing.assert_close(ours(x, k), theirs(x, k), rtol=1e-4, atol=1e-5)
     assert handle.report.fallbacks == {"k_x was given": 1}
-    eva = Eva(**IMAGE, use_rot_pos_emb=True, use_abs_pos_emb=False).eval()
-    handle = fastattn.accelerate(eva)
-    eva(torch.randn(1, 3, 32, 32))
-    assert handle.report.fallbacks == {"rope was given": 2}
+    theirs, ours = (model.eval().blocks[0] for model in models(MODELS["eva-02"]))
+    handle, x = fastattn.accelerate(ours), torch.randn(2, 7, 32)
+    for rope in (torch.randn(6, 16, requires_grad=True), torch.randn(2, 1, 6, 16)):  # learned, and of each image
+        torch.testing.assert_close(ours(x, rope=rope), theirs(x, rope=rope), rtol=0, atol=0)
+    assert handle.report.fallbacks == {"rope is no plain table of the tokens behind the first ones": 2}
     with pytest.raises(TypeError, match="unknown"):
         ours(x, unknown=None)
     strict = models()[1]
@@ -347,8 +363,8 @@ def test_calls_that_are_not_served():
 def test_the_first_call_proves(monkeypatch):
     """A block that computes otherwise is found out, and its own code runs."""
     theirs, ours = models()
-    computed = accelerate_blocks.computed
-    monkeypatch.setattr(accelerate_blocks, "computed", lambda kind, block, *rest: computed(kind, block, *rest) * 1.001)
+    computed = PreNorm.computed
+    monkeypatch.setattr(PreNorm, "computed", lambda kind, block, *rest: computed(kind, block, *rest) * 1.001)
     handle, x = fastattn.accelerate(ours), inputs_of(ours)
     for _ in range(2):
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
@@ -432,7 +448,7 @@ def test_cuda_graphs_are_said_not_to_be():
     _, ours = models()
     handle = fastattn.accelerate(ours, cuda_graphs=True)
     ours(inputs_of(ours))
-    assert handle.report.not_captured == {"timm's and open_clip's blocks are not captured": 2}
+    assert handle.report.not_captured == {"blocks that stand alone are not captured": 2}
 
 
 def test_all_kinds_are_tested():

@@ -22,6 +22,15 @@ MASKS = {
 }
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 BERT = {**SIZES, "vocab_size": 60, "max_position_embeddings": 40, "pad_token_id": 1}
+LAYOUT = {
+    **BERT,
+    "coordinate_size": 4,
+    "shape_size": 8,
+    "input_size": 16,
+    "patch_size": 4,
+    "rel_pos_bins": 8,
+    "rel_2d_pos_bins": 8,
+}
 CLIP = {**BERT, "eos_token_id": 59, "bos_token_id": 58, "projection_dim": 16, "projection_size": 32}
 VIT = {**SIZES, "image_size": 16, "patch_size": 4, "num_channels": 3}
 DINO = {**VIT, "mlp_ratio": 2, "layerscale_value": 0.5}
@@ -88,6 +97,8 @@ MODELS = {
     "RemBertModel": ("rembert", {**BERT, "input_embedding_size": 16}),
     "MegatronBertModel": ("megatron_bert", BERT),
     "MPNetModel": ("mpnet", BERT),
+    "LayoutLMv3Model": ("layoutlmv3", LAYOUT),
+    "LayoutLMv3Model-distances": ("layoutlmv3", {**LAYOUT, "has_spatial_attention_bias": False}),
     "EsmModel": ("esm", {**BERT, "position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 4}),
     "EsmModel-absolute": ("esm", {**BERT, "mask_token_id": 4}),
     "ModernBertModel": ("modernbert", {**BERT, "num_hidden_layers": 3, "global_attn_every_n_layers": 2, "local_attention": 6}),
@@ -131,7 +142,8 @@ def family_of(name):
     return FAMILIES[name.split("-")[0]]
 
 
-TEXTS = [name for name in MODELS if family_of(name).packs and name != "Siglip2VisionModel"]
+DOCUMENTS = [name for name in MODELS if "LayoutLMv3" in name]  # text, and an image of 17 tokens behind it
+TEXTS = [name for name in MODELS if family_of(name).packs and name != "Siglip2VisionModel"] + DOCUMENTS
 CASES = [(name, side) for name in MODELS for side in (MASKS if name in TEXTS else ("none",))]
 KINDS = list({repr((family_of(name), name.partition("-")[2])): name for name in reversed(MODELS)}.values())[::-1]
 each_kind = pytest.mark.parametrize("name", KINDS)  # the first of those that are described alike
@@ -173,7 +185,7 @@ def inputs(name, side="none"):
         return {"input_features": torch.randn(2, 8, 24, generator=generator)}
     if name == "ASTModel":
         return {"input_values": torch.randn(2, 16, 8, generator=generator)}
-    if family_of(name).masked_at == "encoder":
+    if family_of(name).masked_at == "encoder" and name not in DOCUMENTS:
         mask = torch.arange(120) < torch.tensor([[120], [50], [30]])
         return {"input_values": torch.randn(3, 120, generator=generator), "attention_mask": mask.long()}
     if name not in TEXTS:
@@ -185,11 +197,17 @@ def inputs(name, side="none"):
         ids.scatter_(1, columns.amax(1, keepdim=True), 59)
     if name == "EsmModel":  # the share of masked tokens counts, among the real ones
         ids[1, columns[1].max()] = 4
-    return {"input_ids": ids, "attention_mask": MASKS[side].long()}
+    given = {"input_ids": ids, "attention_mask": MASKS[side].long()}
+    if name in DOCUMENTS:
+        boxes, size = torch.randint(0, 40, (4, L, 4), generator=generator).sort(-1).values, torch.tensor([0, 0, 60, 60])
+        given |= {"bbox": boxes[..., [0, 2, 1, 3]] + size, "pixel_values": torch.randn(4, 3, 16, 16, generator=generator)}
+    return given
 
 
 def keep_of(given):
     mask = given.get("attention_mask", given.get("pixel_attention_mask"))
+    if mask is not None and "bbox" in given:
+        mask = torch.nn.functional.pad(mask, (0, 17), value=1)
     return 1 if mask is None or "input_values" in given else mask[..., None]
 
 

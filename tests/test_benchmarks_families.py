@@ -12,6 +12,7 @@ from benchmarks import families, family_cases, report, results
 from benchmarks.families import OURS, PLAIN
 from benchmarks.family_cases import Case
 from fastattn import timing
+from fastattn.integrations.accelerate_blocks import kind_of
 from fastattn.integrations.accelerate_families import FAMILIES, own_class
 
 pytest.importorskip("transformers")
@@ -150,6 +151,8 @@ def test_every_case_is_of_a_family_that_is_known() -> None:
         config, full_layers = case.config(cls)
         with torch.device("meta"):
             model = cls(config)
-        assert config.num_hidden_layers == min(case.layers, full_layers)
-        seen |= {known.__name__ for known in map(own_class, model.modules()) if known is not None}
-    assert len(seen) == len(SHIPPED) and seen <= FAMILIES.keys()
+        assert hasattr(config, "depths") or config.num_hidden_layers == min(case.layers, full_layers)
+        found = {known.__name__ for known in map(own_class, model.modules()) if known is not None}
+        assert found <= FAMILIES.keys()
+        seen |= found | {kind.models for kind in map(kind_of, model.modules()) if kind is not None}
+    assert len(seen) == len(SHIPPED)

@@ -234,6 +234,14 @@ _ESM = _PRE_BERT._replace(
 )
 _OLD_BERT = _BERT._replace(scale=None, dropout_called=True, tuples=True, hands_on="nobody")
 _MEGATRON_BERT = _OLD_BERT._replace(parts={**_BERT.parts, "first_norm": "attention.ln", "second_norm": "ln"}, pre_norm=True)
+_LAYOUTLMV3 = _BERT._replace(
+    scale=None,
+    dropout_called=True,
+    packs=None,  # tokens of the image stand behind those of the text, and each pair has a bias
+    masked_at="encoder",
+    pair_bias=("rel_pos", "rel_2d_pos"),
+    bias_scaled=True,
+)
 _MPNET = _OLD_BERT._replace(
     parts={
         **_BERT.parts,
@@ -253,12 +261,12 @@ _MPNET = _OLD_BERT._replace(
 _BEIT = _VIT._replace(
     parts={**_VIT.parts, "first_scale": "lambda_1", "second_scale": "lambda_2", "drop_path": "drop_path"},
     optional=(("position_bias", "relative_position_bias"),),
-    image_bias="attention_mask",
+    pair_bias=("attention_mask",),
 )
 _DATA2VEC_VISION = _VIDEOMAE._replace(
     parts={**_VIDEOMAE.parts, "first_scale": "lambda_1", "second_scale": "lambda_2", "drop_path": "drop_path"},
     optional=(("position_bias", "attention.attention.relative_position_bias"),),
-    image_bias="relative_position_bias",
+    pair_bias=("relative_position_bias",),
     scale=None,
     attention_dropout="dropout",
     hands_on="nobody",
@@ -410,6 +418,7 @@ FAMILIES = {
     **dict.fromkeys(("ChineseCLIPTextModel", "ClapTextModel"), _BERT),
     # these warn where a mask is missing
     **dict.fromkeys(("AlignTextModel", "LayoutLMModel", "MarkupLMModel", "SplinterModel"), _BERT._replace(reads_mask=True)),
+    "LayoutLMv3Model": _LAYOUTLMV3,
     "AltRobertaModel": _BERT._replace(layers="encoder.layers"),
     "BlipTextModel": _BLIP_TEXT,
     "AlbertModel": _ALBERT,

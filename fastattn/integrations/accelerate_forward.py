@@ -418,7 +418,7 @@ def _unserved(encoder: Encoder, model: Any, inputs: dict[str, Any]) -> str | Non
     if family.hands_on == "nobody" and any(_checkpointed(x.module) for x in encoder.layers):
         return "gradient checkpointing of layers that are not told what they belong to"
     mask = None if family.mask is None else inputs.get(family.mask)
-    if mask is not None and family.image_bias is not None:
+    if mask is not None and family.pair_bias and family.masked_at == "model":
         return f"{family.mask} was given, beside a bias of positions"
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         return f"{PADDING_ALONE} {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"

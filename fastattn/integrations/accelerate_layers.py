@@ -66,8 +66,8 @@ def beside(family: Family, parts: Parts, x: Tensor, batch: Batch, named: dict[st
         attention: Any = parts.attention
         buckets, reach = family.buckets or (attention.relative_attention_num_buckets, attention.relative_attention_max_distance)
         bias = biases.relative(parts.relative.weight, num_buckets=buckets, max_distance=reach)
-    if family.image_bias is not None:
-        bias = named.get(family.image_bias)
+    if family.pair_bias:
+        bias = _of_pairs(family, parts, named)
         if parts.position_bias is not None:
             own: Any = parts.position_bias
             patches = tuple(side // parts.attention.config.patch_size for side in named["resolution"])  # type: ignore[union-attr]
@@ -75,6 +75,16 @@ def beside(family: Family, parts: Parts, x: Tensor, batch: Batch, named: dict[st
             bias = made if bias is None else made + bias
     rotary = named.get("position_embeddings") if family.rotary else None
     return Beside(bias, None if rotary is None else _of_tokens(x, batch, *rotary))
+
+
+def _of_pairs(family: Family, parts: Parts, named: dict[str, Any]) -> Tensor | None:
+    """(1 or B, H, L, L) of the biases that a layer is given."""
+    first, *more = (named.get(name) for name in family.pair_bias)
+    if first is None:
+        return None
+    bias = sum((x for x in more if x is not None), first)
+    assert parts.attention is not None
+    return bias * family.scale_of(parts.attention) if family.bias_scaled else bias
 
 
 def _of_tokens(x: Tensor, batch: Batch, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,11 +189,11 @@ def attended(family: Family, parts: Parts, x: Tensor, batch: Batch, beside: Besi
     """What attention gives each token before the last projection: (..., H D)."""
     head_size, scale = getattr(parts.attention, family.head_size), family.scale_of(parts.attention)
     dropout, mask, bias = family.rate_of_attention(parts.attention), _mask(family, parts, batch), beside.bias
-    joined = _joined(parts)
-    if joined is not None:
-        q, k, v = linear(x, *joined).unflatten(-1, (3, -1, head_size)).unbind(-3)
+    projections: Any = parts.query, parts.key, parts.value
+    one = joined(*projections) if parts.joined is None else (parts.joined.weight, parts.joined.bias)
+    if one is not None:
+        q, k, v = linear(x, *one).unflatten(-1, (3, -1, head_size)).unbind(-3)
     else:
-        projections: Any = parts.query, parts.key, parts.value
         q, k, v = (linear(x, part.weight, part.bias).unflatten(-1, (-1, head_size)) for part in projections)
     if batch.packing is not None:
         q, k = _rotated(q, k, beside)
@@ -227,15 +237,12 @@ def _mask(family: Family, parts: Parts, batch: Batch) -> Mask | None:
     return mask
 
 
-def _joined(parts: Parts) -> tuple[Tensor, Tensor | None] | None:
-    """Weight (3 H D, C) and bias of query, key and value as one, where they are, or where a single product is worth it.
+def joined(*projections: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
+    """Weight (3 H D, C) and bias of query, key and value as one, where a single product is worth it.
 
     On a CPU a copy that is kept; on a GPU, where asking whether a copy is still right would wait, one made in each call of
     inference, which is expected to cost less than two more products.
     """
-    if parts.joined is not None:
-        return parts.joined.weight, parts.joined.bias
-    projections: Any = parts.query, parts.key, parts.value
     weights: list[Tensor] = [part.weight for part in projections]
     biases: list[Tensor | None] = [part.bias for part in projections]
 

@@ -58,12 +58,13 @@ def padded(encoder: Encoder, keep: Tensor | None, is_decoder: bool = False) -> B
 
 
 def masked(batch: Batch, keep: Tensor | None) -> Batch:
-    """With the padding mask (B, L) that a model has made for its encoder."""
+    """With the padding mask that a model has made for its encoder: (B, L), or (B, 1, L, L), which it adds to scores."""
     if keep is None:
         return batch
+    keep = keep[:, 0, 0] == 0 if keep.dim() == 4 else keep.bool()
     if batch.proof is not None:
-        batch.proof.keep = keep.bool()
-    return batch._replace(mask=masks.key_padding(keep.bool()))
+        batch.proof.keep = keep
+    return batch._replace(mask=masks.key_padding(keep))
 
 
 def _padding_stays(encoder: Encoder, model: Any, inputs: dict[str, Any], keep: Tensor) -> str | None:

@@ -106,7 +106,8 @@ class Family(NamedTuple):
     packs: str | None = None
     mask: str | None = "attention_mask"  # the model's argument for padding; None: it has none, or takes no heed of it
     reads_mask: bool = False  # the model does so itself, beside its layers
-    masked_at: str = "model"  # or at the "encoder", which is given the mask (B, L) that the model makes of its argument
+    # or at the "encoder", which is given the mask that the model makes of its argument: (B, L), or as it is added to scores
+    masked_at: str = "model"
     # who hands keyword arguments on as far as the layers: the "model", only its "encoder", or "nobody"
     hands_on: str = "model"
     causal: bool = False
@@ -117,7 +118,10 @@ class Family(NamedTuple):
     grouped: bool = False  # several heads of queries may have one of keys and values
     hands_bias: bool = False  # a layer is given the bias of the first one beside x, and gives it beside its output
     buckets: tuple[int, int] | None = None  # of `relative`: how many, and the greatest distance; None: attention has them
-    image_bias: str | None = None  # the argument of layers that is one they share; they may have their own, `position_bias`
+    # arguments of layers that are a bias of all pairs, which they share: their sum, if the first is there; layers may have their
+    # own beside it, `position_bias`
+    pair_bias: tuple[str, ...] = ()
+    bias_scaled: bool = False  # as scores are
     rotary: bool = False  # layers are given `position_embeddings`, for all tokens or for all but the first ones
     window: str | None = None  # in the attention module: None, or the number of positions to one side, and one more
     key_unbiased: bool = False  # where query and value have a bias
@@ -156,7 +160,7 @@ class Family(NamedTuple):
     @property
     def given(self) -> bool:
         """Whether a layer is given something beside x."""
-        return self._has("relative") or self.image_bias is not None or self.rotary
+        return self._has("relative") or bool(self.pair_bias) or self.rotary
 
     def _has(self, part: str) -> bool:
         return any(name == part for name, _ in (*self.optional, *self.shared))
@@ -223,3 +227,17 @@ def activation_name(module: nn.Module) -> str | None:
     if type(module) is nn.GELU and module.approximate == "tanh":
         return "gelu_tanh"
     return ACTIVATION_CLASSES.get(type(module).__name__)
+
+
+def inside(block: nn.Module, path: str) -> Any:
+    return operator.attrgetter(path)(block)
+
+
+def full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def own_name(module: Any) -> str | None:
+    """The full name of a module's class; None where its forward is not the one that was written for it."""
+    cls: Any = type(module)
+    return full_name(cls) if getattr(getattr(cls, "forward", None), "__module__", None) == cls.__module__ else None
