@@ -34,12 +34,13 @@ def launches_of(request: Callable[[], object], gpu: GPU = HOPPER) -> list[Launch
 
 def attention_launches(
     dtype: torch.dtype, D: int, mask: str, L: int = 640, inside: bool = True, gpu: GPU = HOPPER, Dv: int | None = None,
-    group: int = 1, packed: bool = False, inference: bool = False, extras: str = "",
+    group: int = 1, packed: bool = False, inference: bool = False, extras: str = "", qkv_bias: bool = False,
 ) -> list[Launch]:  # fmt: skip
     """Forward and backward, or the forward alone as `inference` takes it, without the log-sum-exp.
 
     mask: a name of `_mask` below, or one of `testing.MASKS`. inside: (B, L, H, D) memory. packed: sequences of up to L tokens end
-    to end, (T, H, D). extras: names of `_extras`, with "+" between them; the gradient of a bias is made.
+    to end, (T, H, D). extras: names of `_extras`, with "+" between them; the gradient of a bias is made. qkv_bias: the forward
+    alone, which adds one.
     """
     H = 2
     lowered, tokens = _lowered(mask, H * group, L, packed)
@@ -56,8 +57,9 @@ def attention_launches(
     lse = torch.zeros(B, H * group, rows)
     sequences = lowered.query_starts.shape[0] - 1 if lowered.query_starts is not None else B
     added = _extras(extras, sequences, H * group, L, lse, dtype)
-    if inference:
-        return [attention.forward_launch(q, k, v, out, None, lowered, D**-0.5, gpu, added)]
+    if inference or qkv_bias:
+        shift = torch.zeros(3, H, D, dtype=dtype) if qkv_bias else None
+        return [attention.forward_launch(q, k, v, out, None if inference else lse, lowered, D**-0.5, gpu, added, shift)]
     forward = attention.forward_launch(q, k, v, out, lse, lowered, D**-0.5, gpu, added)
     given = dout, None, q, k, v, out, lse, dq, dk, dv, lowered, D**-0.5, gpu, added
     columns = torch.zeros(sequences, H * group, L) if "row" in extras else None

@@ -67,7 +67,7 @@ def held(kernel) -> dict[str, int]:
 
 
 # dtype, head dimension, mask, and options: length (longer than the one backward kernel takes by default), Dv, heads of a group,
-# whether sequences are packed, whether it is inference, what there is of bias and dropout
+# whether sequences are packed, whether it is inference, what there is of bias and dropout, whether there is a bias of q, k and v
 ATTENTION = [
     (torch.float16, 64, "none", {}),
     (torch.bfloat16, 64, "causal_padding", {}),
@@ -79,9 +79,9 @@ ATTENTION = [
     (torch.bfloat16, 64, "causal_padding", {"packed": True}),
     (torch.float16, 64, "documents", {"packed": True}),
     (torch.float16, 64, "none", {"L": 128, "packed": True}),
-    (torch.float16, 64, "none", {"inference": True}),
     (torch.bfloat16, 64, "padding", {"extras": "pairs+dropout"}),
     (torch.bfloat16, 64, "padding", {"L": 128, "extras": "dropout"}),
+    (torch.bfloat16, 64, "padding", {"qkv_bias": True, "inference": True}),
 ]
 MORE_ATTENTION = [  # with the above, every row of the config tables
     (torch.bfloat16, 64, "none", {"extras": "relative"}),
@@ -91,6 +91,11 @@ MORE_ATTENTION = [  # with the above, every row of the config tables
     (torch.float16, 64, "keys", {}),
     (torch.float16, 64, "prefix", {}),
     *itertools.product([torch.float16], [32, 64], ["prefix"], [{"L": 64}, {"L": 128}]),
+    *itertools.product([torch.float16, torch.float32], [32, 64, 80, 128], ["padding"], [{"qkv_bias": True}]),
+    (torch.bfloat16, 64, "padding", {"qkv_bias": True}),
+    *itertools.product([torch.bfloat16], [64, 128], ["none"], [{"qkv_bias": True, "inference": True}]),
+    (torch.float16, 64, "none", {"inference": True}),
+    (torch.float16, 64, "none", {"qkv_bias": True, "packed": True}),
     (torch.float16, 64, "causal", {"group": 4}),
     (torch.float16, 128, "none", {"group": 4}),
     (torch.float16, 64, "causal_padding", {"Dv": 128}),

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import quick_interpreter
 import torch
 
 import fastattn
@@ -132,6 +133,7 @@ def assert_no_read_beyond_the_end(op: str) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
+    quick_interpreter.quicken()
     {"attention": attention, "packed": packed, "ffn": ffn, "gated": gated, "norm": norm, "rotary": rotary}[
         (sys.argv[1:] or ["attention"])[0]
     ]()

@@ -123,6 +123,68 @@ def test_inference_and_watched_calls():
             grad.sum().backward()
 
 
+ON_LOAD = [(False, name) for name in ("plain", "causal", "scale", "padding", "bool")] + [(True, "plain"), (True, "causal")]
+
+
+@pytest.mark.parametrize("backend", [TRITON])
+@pytest.mark.parametrize(("packed", "name"), ON_LOAD)
+def test_bias_of_qkv_is_added_on_load(backend, packed, name):
+    """By the kernel, which is given qkv as it is; that of k, however large, changes no weight, and has the gradient 0."""
+    device = device_of(backend)
+    options, qkv = cases(device)[name], tensor(backend, packed, "wide rows").requires_grad_()
+    bias = torch.randn(3, H, D, device=device) * torch.tensor([1.0, 30.0, 1.0], device=device)[:, None, None]
+    packing = fastattn.Packing.from_lengths(torch.tensor(LENGTHS, device=device), L) if packed else None
+    bias, way = bias.requires_grad_(), torch.randn(*qkv.shape[:-3], H, D, device=device)
+    exact = fastattn.attention_qkv(qkv.double() + bias.double(), packing=packing, **options, backend="eager")
+    expected = torch.autograd.grad((exact * way).sum(), (qkv, bias))
+    for _ in range(3):
+        out = fastattn.attention_qkv(qkv, qkv_bias=bias, packing=packing, **options, backend=backend)
+        node = out.grad_fn if packed else out.grad_fn.next_functions[0][0]
+        assert type(node).__name__ == "_BiasedBackward"
+        torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-5)
+        for grad, wanted in zip(torch.autograd.grad((out * way).sum(), (qkv, bias)), expected, strict=True):
+            torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=5e-5)
+        with torch.no_grad():
+            again = fastattn.attention_qkv(qkv, qkv_bias=bias.flatten(), packing=packing, **options, backend=backend)
+        assert torch.equal(again, out)
+    if name == "padding":
+        assert not out[2].any()  # of no key at all
+
+
+@pytest.mark.parametrize("backend", [TRITON])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_bias_on_load_is_no_less_exact_than_in_a_pass(backend, dtype):
+    """Of q it is rounded as there, of v and k it is not."""
+    device = device_of(backend)
+    qkv, bias = (x.to(dtype).requires_grad_() for x in (tensor(backend), 3 * torch.randn(3, H, D, device=device)))
+    way = torch.randn(B, L, H, D, device=device)
+
+    def run(call, *leaves):
+        out = call(*leaves)
+        return [out, *torch.autograd.grad((out * way.to(out.dtype)).sum(), leaves)]
+
+    exact = run(
+        lambda x, b: fastattn.attention_qkv(x + b, backend="eager"), *(x.detach().double().requires_grad_() for x in (qkv, bias))
+    )
+    in_a_pass = run(lambda x, b: fastattn.attention_qkv(x + b, backend=backend), qkv, bias)
+    on_load = run(lambda x, b: fastattn.attention_qkv(x, qkv_bias=b, backend=backend), qkv, bias)
+    for right, theirs, ours in zip(exact, in_a_pass, on_load, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - right).norm() <= 1.2 * (theirs - right).norm() + 2e-4 * right.norm()
+
+
+@pytest.mark.parametrize("backend", [TRITON])
+@pytest.mark.parametrize("more", [{"return_lse": True}, {"dropout": 0.3, "seed": 5}, {"bias": torch.ones(1, H, 1, L)}], ids=str)
+def test_bias_of_qkv_in_a_pass(backend, more):
+    """Where lse, dropout or a bias of scores asks for it: equal to the bit to a sum before."""
+    more = {name: x.to(device_of(backend)) if isinstance(x, torch.Tensor) else x for name, x in more.items()}
+    qkv, bias = tensor(backend), torch.randn(3, H, D, device=device_of(backend))
+    found = fastattn.attention_qkv(qkv, qkv_bias=bias, **more, backend=backend)
+    expected = fastattn.attention_qkv(qkv + bias, **more, backend=backend)
+    for x, y in zip(*((z if isinstance(z, tuple) else (z,)) for z in (found, expected)), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_bias_of_qkv():
     qkv, bias = tensor("cpu"), torch.randn(3, H, D, requires_grad=True)
     out = fastattn.attention_qkv(qkv, qkv_bias=bias)

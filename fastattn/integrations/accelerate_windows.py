@@ -92,7 +92,8 @@ KINDS = {f"{kind.home}.{kind.prefix}Layer": kind for kind in (CLAP, DONUT)}
 def _attended(layer: Any, x: Tensor) -> Tensor:
     """What attention gives each place, (B, height width, C), its last product included. x: (B, height, width, C)."""
     batch, height, width, _ = x.shape
-    numbers, out, size, shift = layer.attention.self, layer.attention.output.dense, layer.window_size, layer.shift_size
+    numbers, out = layer.attention.self, layer.attention.output.dense
+    size, shift = int(layer.window_size), int(layer.shift_size)  # in a trace they may be tensors
     grid, _ = layer.maybe_pad(x, height, width)  # to whole windows
     _, rows, columns, _ = grid.shape
     grid = grid.roll((-shift, -shift), (1, 2)) if shift else grid

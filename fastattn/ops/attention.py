@@ -381,14 +381,20 @@ def first(q, k, v, mask, bias, scale, dropout, seed, return_lse: bool, backend: 
     q, k, v, lowered, checked_scale = checked(q, k, v, mask, scale, backend)
     extras = extras_of(bias, dropout, seed, q, k, lowered, backend)
     if not observed() and not watched() and plain(q, k, v, *lowered.tensors, *extras.tensors) and isinstance(scale, SCALES):
-        prepared = NO_MASK if mask is None else Prepared(lowered)
-        if type(mask) is Mask:
-            mask.keep_prepared((q.shape, k.shape, q.device), prepared)
+        prepared = prepare(q, k, mask, lowered)
         if extras is NO_EXTRAS:
             return direct(q, k, v, prepared, scale, backend, return_lse, True, None, record)
         return direct_with(q, k, v, prepared, bias, extras, scale, backend, return_lse, record)
     out, lse = forward_autograd(q, k, v, *lowered, *extras, checked_scale, backend, return_lse)
     return (out, lse) if return_lse else out
+
+
+def prepare(q, k, mask: Any, lowered: LoweredMask) -> Prepared:
+    """A lowered mask for plans; a mask of ours keeps it for calls to come."""
+    prepared = NO_MASK if mask is None else Prepared(lowered)
+    if type(mask) is Mask:
+        mask.keep_prepared((q.shape, k.shape, q.device), prepared)
+    return prepared
 
 
 def checked(q, k, v, mask, scale, backend) -> tuple[Tensor, Tensor, Tensor, LoweredMask, float]:

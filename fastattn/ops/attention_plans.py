@@ -81,6 +81,18 @@ UNWANTED, SAVED, EXACT = range(3)  # the log-sum-exp: for nobody, for the backwa
 NO_MASK = Prepared(LoweredMask())
 
 
+def plan_with_qkv_bias(q, k, v, mask: Prepared, scale: float, backend: str, lse: int, qkv_bias: Tensor):
+    """(q, k, v, mask, qkv_bias=) -> out, lse or None: of a backend that adds the bias itself, (3, H, D) and contiguous, and
+    leaves that of k, which changes no weight, out of lse. None where another backend serves the call."""
+    problem = problem_of(batched(q), batched(k), batched(v), mask.fields)
+    module: Any = dispatch.choose("attention", BACKENDS, backend, problem)
+    if not getattr(module, "ADDS_QKV_BIAS", False) or q.stride(-1) != 1:
+        return None
+    key = "qkv_bias", forward_key(q, k, v, mask, scale, backend, lse), unaligned(qkv_bias)
+    made = PLANS.get(key)
+    return made or keep(key, module.forward_plan(q, k, v, mask, scale, False, lse != UNWANTED, qkv_bias=qkv_bias))
+
+
 def forward_by_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse: int, extras: Extras = NO_EXTRAS):
     plan = plan_of(q, k, v, mask, scale, backend, lse, extras)
     return plan(q, k, v, mask) if extras is NO_EXTRAS else plan(q, k, v, mask, extras=extras)

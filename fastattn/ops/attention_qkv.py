@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from fastattn.biases import Bias
-from fastattn.lowering import NO_EXTRAS
+from fastattn.lowering import NO_EXTRAS, Prepared
 from fastattn.masks import Mask
 from fastattn.ops import dispatch
-from fastattn.ops.attention import direct, first, gradients
+from fastattn.ops.attention import SCALES, checked, direct, first, gradients, prepare
+from fastattn.ops.attention_plans import NO_MASK, SAVED, UNWANTED, plan_with_qkv_bias
+from fastattn.ops.varlen import checked_packing, known
 from fastattn.ops.varlen import first as first_packed
-from fastattn.ops.varlen import known
 from fastattn.packing import Packing
-from fastattn.planned import observed
+from fastattn.planned import fp32_precision, observed, plain, recall, remember, watched
 
 
 class _Joined(torch.autograd.Function):
@@ -48,6 +49,31 @@ class _Joined(torch.autograd.Function):
         return dqkv.view(qkv.shape), None, None, None, None, None, None, dbias
 
 
+class _Biased(torch.autograd.Function):
+    """qkv, qkv_bias -> out by a plan that adds the bias as it goes. The backward makes q and v anew as they were multiplied;
+    weights and the log-sum-exp are of k without its bias, which has the gradient 0."""
+
+    @staticmethod
+    def forward(ctx, qkv, qkv_bias, mask, scale, backend, plan):
+        out, lse = plan(*_parts(qkv), mask, qkv_bias=qkv_bias)
+        ctx.save_for_backward(qkv, qkv_bias, out, lse, *mask.tensors)
+        ctx.request = mask, scale, backend
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        qkv, qkv_bias, out, lse, *_ = ctx.saved_tensors
+        q, k, v = _parts(qkv)
+        at_q, _, at_v = (part if qkv.dim() == 4 else part[:, None] for part in qkv_bias.unbind(0))
+        mask, scale, backend = ctx.request
+        dqkv = gradients(dout, None, q + at_q, k, v + at_v, out, lse, mask, scale, backend, joined=True).view(qkv.shape)
+        dbias = None
+        if ctx.needs_input_grad[1]:
+            dbias = dqkv.flatten(0, -4).sum(0)
+            dbias[1] = 0
+        return dqkv, dbias, None, None, None, None
+
+
 _record = super(torch.autograd.Function, _Joined).apply  # less what transforms need, for which nothing is direct
 
 
@@ -66,8 +92,8 @@ def attention_qkv(
         qkv: (B, L, 3, H, D), of any strides: queries, keys and values of H heads each; with a packing (T, 3, H, D). It is read
             in place, and its gradient is one tensor of its shape.
         mask: as for `attention`, with M = N = L.
-        qkv_bias: (3, H, D) or as many in one dimension, added to qkv. It costs a pass over qkv: a bias of the product before is
-            better added there.
+        qkv_bias: (3, H, D) or as many in one dimension, added to qkv: on a GPU where qkv is loaded, unless there is a bias of
+            scores or dropout, or lse is returned; else in a pass over qkv.
         packing: where the sequences lie, as for `varlen_attention`.
         bias, scale, dropout, seed, return_lse, backend: as for `attention`, or `varlen_attention`.
 
@@ -84,7 +110,12 @@ def attention_qkv(
     """
     _check(qkv, packing)
     if qkv_bias is not None:
-        qkv = qkv + _shaped(qkv_bias, qkv)
+        qkv_bias = _shaped(qkv_bias, qkv)
+        if bias is None and dropout == 0.0 and seed is None and not return_lse:
+            found = _biased(qkv, qkv_bias, mask, packing, scale, backend)
+            if found is not None:
+                return found
+        qkv = qkv + qkv_bias
     q, k, v = _parts(qkv)
     record, prepared = partial(_record_joined, qkv), mask if packing is None else known(q, k, v, packing, mask, None)
     found = None
@@ -97,6 +128,39 @@ def attention_qkv(
     if packing is not None:
         return found
     return (found[0].transpose(1, 2), found[1]) if return_lse else found.transpose(1, 2)
+
+
+def _biased(qkv: Tensor, qkv_bias: Tensor, mask: Any, packing: Packing | None, scale: Any, backend: str) -> Tensor | None:
+    """out by a backend that adds the bias itself; None where another one serves the call, and where something watches."""
+    if not (backend == "triton" or (backend == "auto" and qkv.is_cuda)) or not isinstance(scale, SCALES):
+        return None
+    if observed() or watched() or not plain(qkv, qkv_bias):
+        return None
+    q, k, v = _parts(qkv)
+    prepared: Prepared | None = NO_MASK
+    if packing is not None:
+        prepared = known(q, k, v, packing, mask, None)
+    elif mask is not None:
+        prepared = mask.prepared.get((q.shape, k.shape, q.device)) if type(mask) is Mask else None
+    request, given = ("attention_qkv", scale, backend, torch.is_grad_enabled()), (qkv, qkv_bias)
+    found = None if prepared is None else recall((*request, prepared.key), (), given)
+    number = float(q.shape[-1] ** -0.5 if scale is None else scale) if q.shape[-1] else 1.0
+    if found is None:
+        if packing is not None:
+            prepared = checked_packing(q, k, v, packing, mask, scale, backend)
+        else:
+            prepared = prepare(q, k, mask, checked(q, k, v, mask, scale, backend)[3])
+        recorded = torch.is_grad_enabled() and (qkv.requires_grad or qkv_bias.requires_grad)
+        found = plan_with_qkv_bias(q, k, v, prepared, number, backend, SAVED if recorded else UNWANTED, qkv_bias), recorded
+        remember(((*request, prepared.key), (), given), found, fp32_precision(q.dtype), tokens=1 if packing is not None else 0)
+    plan, recorded = found
+    if plan is None:
+        return None
+    if recorded:
+        out = _Biased.apply(qkv, qkv_bias, prepared, number, backend, plan)
+    else:
+        out, _ = plan(q, k, v, prepared, qkv_bias=qkv_bias)
+    return out if packing is not None else out.transpose(1, 2)
 
 
 def _parts(qkv: Tensor) -> tuple[Tensor, ...]:
@@ -123,4 +187,4 @@ def _shaped(qkv_bias: Any, qkv: Tensor) -> Tensor:
         raise ValueError(f"qkv_bias is on {qkv_bias.device}, but qkv is on {qkv.device}")
     if qkv_bias.dtype != qkv.dtype and dispatch.autocast_dtype(qkv) is None:
         raise TypeError(f"qkv_bias is {qkv_bias.dtype}, but qkv is {qkv.dtype}")
-    return qkv_bias.reshape(shape).to(qkv.dtype)
+    return qkv_bias.reshape(shape).to(qkv.dtype).contiguous()

@@ -101,17 +101,30 @@ def first(
     *four, lowered, checked_scale = checked(batched(q), batched(k), batched(v), lowered, scale, backend)
     extras = extras_of(bias, dropout, seed, four[0], four[1], lowered, backend)
     if not observed() and not watched() and plain(q, k, v, *lowered.tensors, *extras.tensors) and isinstance(scale, SCALES):
-        prepared = Prepared(lowered)
-        if mask is None:
-            packing.keep_prepared(key_packing, prepared)
-        elif type(mask) is Mask:
-            mask.keep_prepared((packing, key_packing, q.shape[1]), prepared)
+        prepared = _prepared(packing, key_packing, mask, q.shape[1], lowered)
         if extras is NO_EXTRAS:
             return direct(q, k, v, prepared, scale, backend, return_lse, True, None, record)
         return direct_with(q, k, v, prepared, bias, extras, scale, backend, return_lse, record)
     out, lse = forward_autograd(*four, *lowered, *extras, checked_scale, backend, return_lse)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
+
+
+def checked_packing(q, k, v, packing, mask, scale, backend) -> Prepared:
+    """The packing and the mask of a call of self-attention, all of whose arguments are checked here."""
+    _check_packings(q, k, v, packing, packing)
+    lowered = _lowered(packing, packing, mask, q.shape[1])
+    checked(batched(q), batched(k), batched(v), lowered, scale, backend)
+    return _prepared(packing, packing, mask, q.shape[1], lowered)
+
+
+def _prepared(packing: Packing, key_packing: Packing, mask: Any, H: int, lowered: LoweredMask) -> Prepared:
+    prepared = Prepared(lowered)
+    if mask is None:
+        packing.keep_prepared(key_packing, prepared)
+    elif type(mask) is Mask:
+        mask.keep_prepared((packing, key_packing, H), prepared)
+    return prepared
 
 
 def _lowered(packing: Packing, key_packing: Packing, mask: Mask | Tensor | None, H: int) -> LoweredMask:

@@ -21,12 +21,12 @@ from torch import Tensor
 from fastattn.kernels.triton import attention_backward, attention_bias, attention_forward, primitives, tiles
 from fastattn.kernels.triton import extras as added_to_tiles
 from fastattn.kernels.triton.attention_backward import _attention_backward_kernel, _attention_dkdv_kernel, _attention_dq_kernel
-from fastattn.kernels.triton.attention_bias import bias_launch, bias_launcher
+from fastattn.kernels.triton.attention_bias import bias_launch, bias_launcher, bias_sums, make_columns, reduced_by
 from fastattn.kernels.triton.attention_forward import _attention_forward_kernel
 from fastattn.kernels.triton.extras import NOTHING
 from fastattn.kernels.triton.launch import GPU, Launch, gpu_here, gpu_of, precision, ready, refusals, settle_keys, vector
 from fastattn.kernels.triton.tuned import ONE_KERNEL, Config, Row, dtype_class, sources, tiles_of
-from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask, Prepared, batched, classed, packed_rows, three
+from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask, Prepared, batched, classed, three
 from fastattn.plans import KernelPlan, tensor_bytes
 
 settle_keys(primitives, tiles, added_to_tiles, attention_forward, attention_backward, attention_bias)
@@ -34,6 +34,7 @@ settle_keys(primitives, tiles, added_to_tiles, attention_forward, attention_back
 # What a mask gives kernels, in the order of their parameters: these and one of its lists of tiles follow the call's own tensors
 MASK_TENSORS = ("prefix", "key_begin", "key_end", "query_end", "keys", "ids", "key_ids", "bits", "query_starts", "key_starts")
 KEY_TILES, QUERY_TILES = 0, 1
+ADDS_QKV_BIAS = True  # the forward does, on load
 LONGEST = 2**29  # queries or keys: sums of a place, a bound and a tile stay below 2^31
 # Scales with which the forward is compiled for a multiply-add; any other takes two steps, as do listed tiles, which have no
 # registers to spare for it.
@@ -74,20 +75,26 @@ def unsupported(problem) -> list[str]:
     return reasons
 
 
-def forward_plan(q, k, v, mask: Prepared, scale: float, exact_lse: bool, want_lse: bool, extras: Extras = NO_EXTRAS):
-    """For calls like this one: (q, k, v, mask) -> (out, lse or None), with the call's own extras. q, k and v are (B, H, L, D), or
-    (T, H, D) of a packing. A caller that has memory for out, as it is made here, gives it."""
+def forward_plan(
+    q, k, v, mask: Prepared, scale: float, exact_lse: bool, want_lse: bool, extras: Extras = NO_EXTRAS,
+    qkv_bias: Tensor | None = None,
+):  # fmt: skip
+    """For calls like this one: (q, k, v, mask) -> (out, lse or None), with the call's own extras or qkv_bias, (3, H, D) and
+    contiguous, which lse is without. q, k and v are (B, H, L, D), or (T, H, D) of a packing. A caller that has memory for out, as
+    it is made here, gives it."""
     make_out, make_lse = result(q, v.shape[-1], mask), statistics(q, mask, float("-inf"))
     out, lse = make_out(q.to("meta")), make_lse(q.to("meta")) if want_lse else None
     four = (batched(x) for x in (q, k, v, out))
-    go, handle = launcher(forward_launch(*four, lse, mask.fields, scale, gpu_of(q.device), extras), "q", KEY_TILES)
+    launch = forward_launch(*four, lse, mask.fields, scale, gpu_of(q.device), extras, qkv_bias)
+    go, handle = launcher(launch, "q", KEY_TILES)
     packed, rows, extended = mask.packed, -2 if q.dim() == 4 else 0, extras.biased or extras.kept is not None
 
-    def call(q: Tensor, k: Tensor, v: Tensor, mask: Prepared, out: Tensor | None = None, extras: Extras = NO_EXTRAS):
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Prepared, out=None, extras: Extras = NO_EXTRAS, qkv_bias=None):
         if out is None:
             out = make_out(q)
         lse = make_lse(q) if want_lse else None
-        tensors = handle(q), handle(k), handle(v), handle(out), None if lse is None else handle(lse)
+        at_bias = None if qkv_bias is None else handle(qkv_bias)
+        tensors = handle(q), handle(k), handle(v), handle(out), None if lse is None else handle(lse), at_bias
         added = added_to_tiles.handles(extras, handle) if extended else NOTHING
         if packed:
             go(tensors, mask, added, q.shape[rows], k.shape[rows])
@@ -206,10 +213,12 @@ def _handles(mask: Prepared, handle: Callable[[Tensor], Any]) -> tuple[tuple, tu
     return mask.handles[handle]
 
 
-def forward_launch(q, k, v, out, lse, mask: LoweredMask, scale: float, gpu: GPU, extras: Extras = NO_EXTRAS) -> Launch:
+def forward_launch(
+    q, k, v, out, lse, mask: LoweredMask, scale: float, gpu: GPU, extras: Extras = NO_EXTRAS, qkv_bias: Tensor | None = None
+) -> Launch:
     (_, N), block_d = _classed_sizes(q, k, mask), _block(max(q.shape[3], v.shape[3]))
     config = _row("attention_forward", gpu, q.dtype, block_d, N, _crowded(mask, extras)).config
-    return forward_with(config, q, k, v, out, lse, mask, scale, extras)
+    return forward_with(config, q, k, v, out, lse, mask, scale, extras, qkv_bias)
 
 
 def backward_launches(
@@ -244,8 +253,11 @@ def _crowded(mask: LoweredMask, extras: Extras) -> bool:
     return mask.key_tiles is not None or extras.biased or extras.kept is not None
 
 
-def forward_with(config: Config, q, k, v, out, lse, mask: LoweredMask, scale: float, extras: Extras = NO_EXTRAS) -> Launch:
-    arguments = {**_shared({"q": q, "k": k, "v": v, "out": out}, mask, mask.key_tiles, scale, extras), "lse": lse}
+def forward_with(
+    config: Config, q, k, v, out, lse, mask: LoweredMask, scale: float, extras: Extras = NO_EXTRAS, qkv_bias: Tensor | None = None
+) -> Launch:
+    arguments = _shared({"q": q, "k": k, "v": v, "out": out}, mask, mask.key_tiles, scale, extras)
+    arguments.update(lse=lse, qkv_bias=qkv_bias)
     arguments.update(FUSED=extras.biased or (FUSED[0] <= scale <= FUSED[1] and mask.key_tiles is None))
     B, M, _ = _sizes(q, k, mask)
     return Launch(_attention_forward_kernel, _programs(B * q.shape[1], M, config.BLOCK_M), arguments, config)
@@ -453,35 +465,6 @@ def statistics(x: Tensor, mask: Prepared, dead: float) -> Callable[[Tensor], Ten
         return x.new_empty(size, dtype=torch.float32) if whole else x.new_full(size, dead, dtype=torch.float32)
 
     return rows
-
-
-def reduced_by(extras: Extras) -> str | None:
-    """Over which dimension of the scores the gradient of a bias is a sum: of "keys" it is the gradient of the log-sum-exp, which
-    needs no kernel, of "queries" the kernel of dK and dV makes it. None: of neither."""
-    if extras.bias is None:
-        return None
-    return "keys" if extras.bias.shape[3] == 1 else "queries" if extras.bias.shape[2] == 1 else None
-
-
-def make_columns(q: Tensor, k: Tensor, mask: Prepared) -> Tensor:
-    """Memory for the sums of dS over the queries, (B, H, N)."""
-    if not mask.packed:
-        return q.new_empty((*q.shape[:2], k.shape[2]), dtype=torch.float32)
-    sequences, H = mask.fields.query_starts.shape[0] - 1, q.shape[-3 if q.dim() == 4 else 1]
-    return q.new_zeros((sequences, H, mask.fields.max_keys), dtype=torch.float32)
-
-
-def bias_sums(columns: Tensor | None, dlse: Tensor | None, lse: Tensor, mask: Prepared, bias: Tensor) -> Tensor:
-    """The gradient of a bias from `columns`, or of a bias for all keys from that of the log-sum-exp."""
-    if columns is not None:
-        return columns[:, :, None].sum_to_size(bias.shape).to(bias.dtype)
-    if dlse is None:
-        return bias.new_zeros(bias.shape)
-    live = torch.where(lse == float("-inf"), 0, dlse)
-    if mask.packed:
-        row = packed_rows(mask.fields.query_starts, mask.fields.max_queries, lse.shape[-1])
-        live = torch.nn.functional.pad(live.flatten(0, -2), (0, 1))[:, row].transpose(0, 1)
-    return live[..., None].sum_to_size(bias.shape).to(bias.dtype)
 
 
 def _classed_sizes(q: Tensor, k: Tensor, mask: LoweredMask) -> tuple[int, int]:

@@ -34,7 +34,7 @@ from fastattn.kernels.triton.tiles import (
     visible_pairs,
 )
 from fastattn.kernels.triton.tuned import Config
-from fastattn.lowering import Extras, LoweredMask
+from fastattn.lowering import Extras, LoweredMask, Prepared, packed_rows
 
 PROGRAMS = 264  # two for each multiprocessor of an H100: where there would be fewer, what is reduced is split
 DBIAS_RUNTIME = ["batches", "heads", "reduced_heads", "reduced", "share", "num_buckets"]
@@ -275,3 +275,32 @@ def _memory(given: Tensor, partials: int, dtype: torch.dtype) -> Tensor:
 
 def _sum(memory: Tensor, given: Tensor) -> Tensor:
     return (memory[0] if memory.shape[0] == 1 else memory.sum(0)).to(given.dtype)
+
+
+def reduced_by(extras: Extras) -> str | None:
+    """Over which dimension of the scores the gradient of a bias is a sum: of "keys" it is the gradient of the log-sum-exp, which
+    needs no kernel, of "queries" the kernel of dK and dV makes it. None: of neither."""
+    if extras.bias is None:
+        return None
+    return "keys" if extras.bias.shape[3] == 1 else "queries" if extras.bias.shape[2] == 1 else None
+
+
+def make_columns(q: Tensor, k: Tensor, mask: Prepared) -> Tensor:
+    """Memory for the sums of dS over the queries, (B, H, N)."""
+    if not mask.packed:
+        return q.new_empty((*q.shape[:2], k.shape[2]), dtype=torch.float32)
+    sequences, H = mask.fields.query_starts.shape[0] - 1, q.shape[-3 if q.dim() == 4 else 1]
+    return q.new_zeros((sequences, H, mask.fields.max_keys), dtype=torch.float32)
+
+
+def bias_sums(columns: Tensor | None, dlse: Tensor | None, lse: Tensor, mask: Prepared, bias: Tensor) -> Tensor:
+    """The gradient of a bias from `columns`, or of a bias for all keys from that of the log-sum-exp."""
+    if columns is not None:
+        return columns[:, :, None].sum_to_size(bias.shape).to(bias.dtype)
+    if dlse is None:
+        return bias.new_zeros(bias.shape)
+    live = torch.where(lse == float("-inf"), 0, dlse)
+    if mask.packed:
+        row = packed_rows(mask.fields.query_starts, mask.fields.max_queries, lse.shape[-1])
+        live = torch.nn.functional.pad(live.flatten(0, -2), (0, 1))[:, row].transpose(0, 1)
+    return live[..., None].sum_to_size(bias.shape).to(bias.dtype)

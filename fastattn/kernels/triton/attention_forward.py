@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fastattn.kernels.triton.extras import RUNTIME as EXTRA_RUNTIME
 from fastattn.kernels.triton.extras import biased, kept_tile
-from fastattn.kernels.triton.primitives import LN_2, LOG2_E, dot, round_to, rows_of, store_rows
+from fastattn.kernels.triton.primitives import LN_2, LOG2_E, columns_of, dot, round_to, rows_of, store_rows
 from fastattn.kernels.triton.tiles import (
     key_run,
     list_row,
@@ -40,7 +40,7 @@ RUNTIME = [
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _attention_forward_kernel(
-    q, k, v, out, lse,
+    q, k, v, out, lse, qkv_bias,
     prefix, key_begin, key_end, query_end, keys, ids, key_ids, bits, query_starts, key_starts, tiles,
     bias, table, buckets, slopes, kept,
     total_queries, total_keys, M, N,
@@ -54,7 +54,12 @@ def _attention_forward_kernel(
     FUSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """lse is None where nobody wants it. FUSED: whether the scale is one that `_accumulate` may leave to the multiply-add; with a
-    bias it is 1, of scores that have both."""
+    bias it is 1, of scores that have both.
+
+    qkv_bias (3, H, D), contiguous, or None; without dropout and groups of heads. That of q is added as q is loaded, and that of v
+    to the output, since the weights of a row add up to 1. That of k adds one number to all scores of a row, by which no weight
+    changes; lse is without it.
+    """
     blocks = tl.cdiv(M, BLOCK_M)
     head = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -81,6 +86,8 @@ def _attention_forward_kernel(
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_live, row_id = live_queries(m, bounds, terms)
     q_tile = rows_of(q, m, q_l, row_live, D, BLOCK_D)
+    if qkv_bias is not None:
+        q_tile = round_to(q_tile.to(tl.float32) + columns_of(qkv_bias + h * D, D, BLOCK_D)[None, :], q_tile.dtype)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -123,6 +130,8 @@ def _attention_forward_kernel(
     total = tl.where(row_live, total, 0.0)
     dead = total == 0.0
     acc = tl.where(dead[:, None], 0.0, acc / tl.where(dead, 1.0, total)[:, None])
+    if qkv_bias is not None:
+        acc = tl.where(dead[:, None], 0.0, acc + columns_of(qkv_bias + (2 * H + h) * D, D, BLOCK_D)[None, :])
     if kept is not None:
         acc *= kept_scale
     store_rows(out, m, out_l, m < M, acc, DV, BLOCK_DV)

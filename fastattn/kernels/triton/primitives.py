@@ -44,6 +44,13 @@ def rows_of(base, index, stride, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def columns_of(base, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """D adjacent elements in fp32, (BLOCK_D,); 0 beyond D."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(base + d, mask=d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def store_rows(base, index, stride, live, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
     pointers = base + index.to(tl.int64)[:, None] * stride + d[None, :]
