@@ -21,8 +21,9 @@ KERNELS = (("triton", "attention"), ("triton", "ffn"), ("triton", "norm"), ("cud
 COPIES = ("copy_", "__set__", "_has_compatible_shallow_copy_type")  # what may meet tensors of two devices
 NEEDS_A_GPU = ("Torch not compiled with CUDA enabled", "requires CUDA support", "Found no NVIDIA driver")
 # What PyTorch's own code would do on a GPU (capture, compile, recompute), a kernel that is better than the specification in the
-# same dtype, and 250 runs that would each be slow here.
+# same dtype, and 250 runs that would each be slow here; and what is done only where nothing watches.
 NOT_REHEARSED = ("graph", "capture", "compile", "export", "opcheck", "checkpoint", "vmap", "half_precision_is", "250_runs")
+NOT_REHEARSED += ("on_load",)
 # What launches kernels or Triton's host code by itself, in whose place the specification answers, or a process that sees no GPU
 OWN_CODE = (
     "test_ahead.py",
