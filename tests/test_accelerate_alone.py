@@ -251,6 +251,21 @@ def test_half_precision(name, dtype):
     assert found.dtype == dtype and (found - right).norm() < 2 * (expected - right).norm() + 1e-3 * right.norm()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    """Donut's; of the others transformers has none. What is computed again draws the same."""
+    grads = []
+    for checkpointing in (False, True):
+        _, ours = models("donut", hidden_dropout_prob=0.3)
+        handle, given = fastattn.accelerate(ours, strict=True), inputs("donut")
+        ours(**given)
+        if checkpointing:
+            ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(5)
+        grads.append(run(ours, given))
+    assert all(torch.equal(grads[1][key], grad) for key, grad in grads[0].items()) and not handle.report.fallbacks
+
+
 @each_model
 def test_copied_compiled_and_under_autocast(name):
     theirs, ours = (model.eval() for model in models(name))
@@ -263,6 +278,9 @@ def test_copied_compiled_and_under_autocast(name):
     torch.testing.assert_close(twin(**given)[0], theirs(**given)[0], rtol=2e-5, atol=2e-5)
     fastattn.restore(twin)
     assert not any("forward" in vars(part) for part in twin.modules()) and not handle.report.fallbacks
+    with torch.no_grad():
+        compiled = torch.compile(ours, backend="eager")(**given)[0]
+        torch.testing.assert_close(compiled, theirs(**given)[0], rtol=2e-5, atol=2e-5)
 
 
 def test_every_kind_is_here():
