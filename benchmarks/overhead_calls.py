@@ -217,7 +217,7 @@ def parts(setting: Setting) -> dict[str, Case]:
         if where not in bound:
             bound[where] = kernels.launcher(kernel, "q", kernels.KEY_TILES)
         go, handle = bound[where]
-        go((handle(q), handle(k), handle(v), handle(out), None), none)
+        go((handle(q), handle(k), handle(v), handle(out), None, None), none)
 
     trained = q.detach().requires_grad_()
     return {

@@ -278,6 +278,7 @@ def test_copied_compiled_and_under_autocast(name):
     torch.testing.assert_close(twin(**given)[0], theirs(**given)[0], rtol=2e-5, atol=2e-5)
     fastattn.restore(twin)
     assert not any("forward" in vars(part) for part in twin.modules()) and not handle.report.fallbacks
+    torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(ours, backend="eager")(**given)[0]
         torch.testing.assert_close(compiled, theirs(**given)[0], rtol=2e-5, atol=2e-5)

@@ -177,6 +177,7 @@ def test_a_capacity_reads_no_labels(compiled):
         handle = fastattn.accelerate(ours, strict=True, capacity=60, unpad=unpad)
         ours(**inputs)
         if compiled:
+            torch._dynamo.reset()
             ours.compile(backend="aot_eager", fullgraph=True)
         assert_same_training(model, ours, inputs)
         assert bool(handle.report.padded) == (unpad == "auto")
