@@ -7,6 +7,7 @@ encoder, Donut's) and `accelerate_xlm`.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from fastattn.integrations.accelerate_layers import traced
 from fastattn.integrations.accelerate_parts import full_name, own_name
 from fastattn.integrations.accelerate_prenorm import Seen
 from fastattn.integrations.accelerate_proof import Proof, tell
+from fastattn.kept import nothing_kept
 from fastattn.planned import PLAIN
 
 
@@ -38,7 +40,7 @@ class Kind(Protocol):
     def made_otherwise(self, block: Any) -> str | None:
         """Why a block cannot be computed from its weights, or None. Raises AttributeError where it lacks a part."""
 
-    def unserved(self, block: Any, given: dict[str, Any]) -> str | None:
+    def unserved(self, block: Any, given: dict[str, Any], seen: Seen) -> str | None:
         """Why a call cannot be served, or None."""
 
     def computed(self, block: Any, x: Tensor, given: dict[str, Any], seen: Seen) -> Tensor:
@@ -51,7 +53,8 @@ class Kind(Protocol):
 KINDS: dict[str, Kind] = {**accelerate_prenorm.KINDS, **accelerate_windows.KINDS, **accelerate_xlm.KINDS}
 MODELS = ", ".join(dict.fromkeys(kind.models for kind in KINDS.values()))
 # what `why_not` reads beside modules; other numbers are read where they are used
-NUMBERS = ("approximate", "batch_first", "add_zero_attn", "_qkv_same_embed_dim", "attention", "act")
+NUMBERS = ("approximate", "batch_first", "add_zero_attn", "_qkv_same_embed_dim", "act", "gate_last", "chunk_dim")
+METHODS = ("attention", "ff_chunk")  # of blocks, which their forward calls
 
 
 @dataclass
@@ -113,12 +116,12 @@ def accelerate_block(handle: Any, name: str, module: nn.Module, capacity: int | 
 def block_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
     block, module = at.settings, at.module
     kind = block.kind
-    if torch.compiler.is_dynamo_compiling():  # which would have to trace how a block is looked at
+    if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():  # which would have to trace how a block is looked at
         return at.own(*args, **kwargs)
     if block.graphs:
         block.report.not_captured["blocks that stand alone are not captured"] += 1
     given = {**dict(zip(kind.inputs, args, strict=False)), **kwargs}
-    why = block.refusal(module) or _unserved(kind, module, len(args), given)
+    why = block.refusal(module) or _unserved(block, module, len(args), given)
     if why is not None:
         block.report.fell_back(block, why)
         return at.own(*args, **kwargs)
@@ -128,7 +131,9 @@ def block_forward(at: Replaced, *args: Any, **kwargs: Any) -> Any:
         if block.differs is not None:
             block.report.fell_back(block, block.differs)
             return at.own(*args, **kwargs)
-    y = kind.computed(module, x, given, block.seen)
+    kept = contextlib.nullcontext() if torch.is_grad_enabled() or not module.training or traced(x) else nothing_kept()
+    with kept:
+        y = kind.computed(module, x, given, block.seen)
     return (y,) if kind.tupled else y
 
 
@@ -148,26 +153,28 @@ def _prove(at: Replaced, x: Tensor, given: dict[str, Any]) -> None:
     block.differs = block.report.left[block.name] = tell(proof.difference)
 
 
-def _unserved(kind: Kind, module: nn.Module, count: int, given: dict[str, Any]) -> str | None:
+def _unserved(block: Block, module: nn.Module, count: int, given: dict[str, Any]) -> str | None:
     """Why a call cannot be served, or None."""
+    kind = block.kind
     x = given.get(kind.inputs[0])
     if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or count > len(kind.inputs) or not set(given) <= set(kind.inputs):
         return "it was not called with a plain tensor (batch, length, features) and the arguments that are known"
-    return kind.unserved(module, given)
+    return kind.unserved(module, given, block.seen)
 
 
 # Whether a block is what it seems
 
 
 def _noted(module: nn.Module) -> tuple:
-    """Modules by identity, with all that `why_not` reads. The block's own hooks and `forward` stand around what is computed."""
-    found: list[Any] = [len(hooks) for hooks in GLOBAL_HOOKS]
+    """Modules by identity, with all that `why_not` reads, and how many attributes they have: a method that is set on one is one
+    more. The block's own hooks and `forward` stand around what is computed."""
+    found: list[Any] = [len(hooks) for hooks in GLOBAL_HOOKS] + [getattr(type(module), name, None) for name in METHODS]
     for part in module.modules():
         here = vars(part)
         own = None if part is module else here.get("forward")
         hooked = () if part is module else [len(here[hooks]) for hooks in HOOKS]
         numbers = [here.get(name) for name in NUMBERS]
-        found += (part, type(part), type(part).forward, own, *hooked, *numbers, *map(type, part._parameters.values()))
+        found += (part, type(part), type(part).forward, len(here), own, *hooked, *numbers, *map(type, part._parameters.values()))
     return tuple(found)
 
 
@@ -182,6 +189,10 @@ def why_not(block: nn.Module, kind: Kind) -> str | None:
             return f"{name} has hooks, or a forward that was set, which would not run"
         if any(p is not None and type(p) not in PLAIN for p in part._parameters.values()) and not torch.compiler.is_compiling():
             return f"{name or 'it'} has parameters that are no plain tensors"
+    for name in METHODS:
+        method = getattr(type(block), name, None)
+        if name in vars(block) or getattr(method, "__module__", type(block).__module__) != type(block).__module__:
+            return f"its method {name} was replaced"
     try:
         return kind.made_otherwise(block)
     except AttributeError as error:

@@ -239,7 +239,7 @@ _LAYOUTLMV3 = _BERT._replace(
     dropout_called=True,
     packs=None,  # tokens of the image stand behind those of the text, and each pair has a bias
     masked_at="encoder",
-    pair_bias=("rel_pos", "rel_2d_pos"),
+    pair_bias=(("rel_pos", "has_relative_attention_bias"), ("rel_2d_pos", "has_spatial_attention_bias")),
     bias_scaled=True,
 )
 _MPNET = _OLD_BERT._replace(
@@ -261,12 +261,12 @@ _MPNET = _OLD_BERT._replace(
 _BEIT = _VIT._replace(
     parts={**_VIT.parts, "first_scale": "lambda_1", "second_scale": "lambda_2", "drop_path": "drop_path"},
     optional=(("position_bias", "relative_position_bias"),),
-    pair_bias=("attention_mask",),
+    pair_bias=(("attention_mask", None),),
 )
 _DATA2VEC_VISION = _VIDEOMAE._replace(
     parts={**_VIDEOMAE.parts, "first_scale": "lambda_1", "second_scale": "lambda_2", "drop_path": "drop_path"},
     optional=(("position_bias", "attention.attention.relative_position_bias"),),
-    pair_bias=("relative_position_bias",),
+    pair_bias=(("relative_position_bias", None),),
     scale=None,
     attention_dropout="dropout",
     hands_on="nobody",

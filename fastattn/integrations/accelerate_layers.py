@@ -79,11 +79,11 @@ def beside(family: Family, parts: Parts, x: Tensor, batch: Batch, named: dict[st
 
 def _of_pairs(family: Family, parts: Parts, named: dict[str, Any]) -> Tensor | None:
     """(1 or B, H, L, L) of the biases that a layer is given."""
-    first, *more = (named.get(name) for name in family.pair_bias)
+    read = (flag is None or getattr(parts.attention, flag) for _, flag in family.pair_bias)
+    first, *more = (named.get(name) if is_read else None for (name, _), is_read in zip(family.pair_bias, read, strict=True))
     if first is None:
         return None
     bias = sum((x for x in more if x is not None), first)
-    assert parts.attention is not None
     return bias * family.scale_of(parts.attention) if family.bias_scaled else bias
 
 

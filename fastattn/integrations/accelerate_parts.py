@@ -118,9 +118,9 @@ class Family(NamedTuple):
     grouped: bool = False  # several heads of queries may have one of keys and values
     hands_bias: bool = False  # a layer is given the bias of the first one beside x, and gives it beside its output
     buckets: tuple[int, int] | None = None  # of `relative`: how many, and the greatest distance; None: attention has them
-    # arguments of layers that are a bias of all pairs, which they share: their sum, if the first is there; layers may have their
-    # own beside it, `position_bias`
-    pair_bias: tuple[str, ...] = ()
+    # arguments of layers that are a bias of all pairs, which they share, and what in the attention module says that each is read:
+    # their sum, if the first is there; layers may have their own beside it, `position_bias`
+    pair_bias: tuple[tuple[str, str | None], ...] = ()
     bias_scaled: bool = False  # as scores are
     rotary: bool = False  # layers are given `position_embeddings`, for all tokens or for all but the first ones
     window: str | None = None  # in the attention module: None, or the number of positions to one side, and one more

@@ -6,7 +6,6 @@ features and of other kinds) is the block's own module, which is called.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ from fastattn import masks
 from fastattn.activations import GATED
 from fastattn.integrations.accelerate_layers import joined, rate, traced
 from fastattn.integrations.accelerate_parts import ACTIVATION_CLASSES, activation_name, full_name, inside, own_name
-from fastattn.kept import nothing_kept
 from fastattn.masks import Mask
 from fastattn.nn.masking import causal_by_looks
 from fastattn.ops.attention import attention
@@ -38,12 +36,14 @@ GATES = {inner: name for name, inner in GATED.items()}
 
 @dataclass
 class Seen:
-    """The last attn_mask that a model's blocks were given, held, its version, and the Mask that it is; None: it is added."""
+    """What was read of the last tensors that a model's blocks were given. On a CPU, where a buffer may be written to without a
+    version that counts it, `values` are compared."""
 
-    last: tuple[Tensor, int, Mask | None] | None = None
+    last: tuple[Tensor, int, Tensor | None, Mask | None] | None = None  # attn_mask, version, values, the Mask that it is, if any
+    turning: tuple[Tensor, int] | None = None  # a rope whose pairs have one angle each; of a GPU alone
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"last": None}
+        return {"last": None, "turning": None}
 
 
 class Mlp(NamedTuple):
@@ -87,32 +87,39 @@ class PreNorm(NamedTuple):
     def proving(self, given: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         return given, None
 
-    def unserved(self, block: Any, given: dict[str, Any]) -> str | None:
+    def unserved(self, block: Any, given: dict[str, Any], seen: Seen) -> str | None:
         more = [name for name in self.inputs[1:] if given.get(name) is not None and given[name] is not False]
         for name in more:
             if name not in self.served:
                 return f"{name} was given"
         if "is_causal" in more and "attn_mask" in more:
             return "attn_mask was given beside is_causal"
+        x = given[self.inputs[0]]
         for added in ("attn_mask", *([self.bias] if self.bias else [])):
             mask = given.get(added)
-            if mask is not None and not _is_mask(mask):
-                return f"{added} is no bool or float tensor of two to four dimensions"
-        rope, x = given.get("rope"), given[self.inputs[0]]
-        if rope is not None and not _turns(rope, x, block.attn):
+            if mask is not None and not self._is_mask(mask, x, block.attn.num_heads):
+                return f"{added} is no bool or float tensor that the model itself takes"
+        rope = given.get("rope")
+        if rope is not None and not (_turns(rope, x, block.attn) and _alike(rope, block.attn.rotate_half, seen)):
             return "rope is no plain table of the tokens behind the first ones"
         return None
+
+    def _is_mask(self, mask: Any, x: Tensor, heads: int) -> bool:
+        if not isinstance(mask, Tensor) or not 2 <= mask.dim() <= 4:
+            return False
+        if self.joined is None:  # open_clip casts it
+            shapes = (x.shape[1],) * 2, (x.shape[0] * heads, *(x.shape[1],) * 2)
+            return mask.shape in shapes and (mask.dtype == torch.bool or mask.is_floating_point())
+        return mask.dtype in (torch.bool, x.dtype) or (mask.is_floating_point() and autocast_dtype(x) is not None)
 
     def computed(self, block: Any, x: Tensor, given: dict[str, Any], seen: Seen) -> Tensor:
         first, second = (getattr(block, name) for name in self.norms)
         after, hidden, last = (0.0,) * 3 if self.dropouts is None else (rate(inside(block, path)) for path in self.dropouts)
-        training = block.training and not torch.is_grad_enabled() and not traced(x)
-        with nothing_kept() if training else contextlib.nullcontext():
-            normal = norm_of_sum(first, x, None, 0.0)[0]
-            y, dropout = self._branch(block, 0, self._attended(block, normal, given, seen), after)
-            normal, x = norm_of_sum(second, y, x, dropout)
-            y, dropout = self._branch(block, 1, _ffn(block.mlp, normal, hidden), last)
-            return x + (F.dropout(y, dropout) if dropout else y)
+        normal = norm_of_sum(first, x, None, 0.0)[0]
+        y, dropout = self._branch(block, 0, self._attended(block, normal, given, seen), after)
+        normal, x = norm_of_sum(second, y, x, dropout)
+        y, dropout = self._branch(block, 1, _ffn(block.mlp, normal, hidden), last)
+        return x + (F.dropout(y, dropout) if dropout else y)
 
     def _attended(self, block: Any, x: Tensor, given: dict[str, Any], seen: Seen) -> Tensor:
         """What attention gives each token, (B, L, C), its last product included."""
@@ -169,9 +176,11 @@ class PreNorm(NamedTuple):
         if attn_mask is None:
             return None, None
         torchs = self.joined is None
-        if torchs and attn_mask.dtype == torch.bool:  # which open_clip adds, as 0 and 1
-            attn_mask = attn_mask.to(x.dtype)
-        readable = self.bias is None and not traced(x) and not attn_mask.is_inference()
+        if attn_mask.dtype == torch.bool and (torchs or (self.bias is not None and not module.fused_attn)):
+            attn_mask = attn_mask.to(
+                x.dtype
+            )  # as 0 and 1, which open_clip adds, and timm's Beit where it does not call PyTorch's
+        readable = self.bias is None and not traced(x) and not attn_mask.is_inference() and not attn_mask.requires_grad
         mask = _known_mask(seen, attn_mask) if readable else _mask(attn_mask, False)
         if mask is not None:
             return mask, None
@@ -205,8 +214,6 @@ class PreNorm(NamedTuple):
             owner, _, name = path.rpartition(".")
             if getattr(inside(block, owner) if owner else block, name, None) is not None:
                 return f"it has {path}, which is not served"
-        if "attention" in vars(block):  # of open_clip's blocks, a method
-            return "its method attention was set"
         if self.joined is not None:
             return _glu_otherwise(block.mlp) if mlp.gated else None
         attn = block.attn
@@ -295,6 +302,19 @@ def _turns(rope: Any, x: Tensor, attn: Any) -> bool:
     return rope.shape == (x.shape[1] - attn.num_prefix_tokens, 2 * attn.head_dim) and attn.head_dim % 2 == 0
 
 
+def _alike(rope: Tensor, half: bool, seen: Seen) -> bool:
+    """Whether both features of each pair have one angle. Of a table on a GPU it is read once."""
+    if seen.turning is not None and seen.turning[1] == rope._version and _place(seen.turning[0]) == _place(rope):
+        return True
+    if traced(rope):
+        return False
+    pairs = rope.unflatten(1, (2, 2, -1) if half else (2, -1, 2)).unbind(2 if half else 3)
+    alike = torch.equal(*pairs)
+    if alike and rope.is_cuda:
+        seen.turning = rope.detach(), rope._version
+    return alike
+
+
 def _turned(q: Tensor, k: Tensor, rope: Tensor, attn: Any) -> tuple[Tensor, Tensor]:
     """By the angles of timm's table, which has those of a pair twice; the first tokens are not turned."""
     half, count = attn.rotate_half, attn.num_prefix_tokens
@@ -302,12 +322,6 @@ def _turned(q: Tensor, k: Tensor, rope: Tensor, attn: Any) -> tuple[Tensor, Tens
     if count:
         cos, sin = torch.cat((cos.new_ones(count, cos.shape[1]), cos)), torch.cat((sin.new_zeros(count, sin.shape[1]), sin))
     return rotary(q, k, cos, sin, interleaved=not half)
-
-
-def _is_mask(mask: Any) -> bool:
-    if not isinstance(mask, Tensor) or not 2 <= mask.dim() <= 4:
-        return False
-    return mask.is_floating_point() or mask.dtype == torch.bool
 
 
 def _mask(attn_mask: Tensor, readable: bool) -> Mask | None:
@@ -320,9 +334,15 @@ def _mask(attn_mask: Tensor, readable: bool) -> Mask | None:
 def _known_mask(seen: Seen, attn_mask: Tensor) -> Mask | None:
     """Made, and floats read, once for all blocks, and again only of another tensor or after a write."""
     last = seen.last
-    if last is None or last[1] != attn_mask._version or _place(last[0]) != _place(attn_mask):
-        seen.last = last = attn_mask.detach(), attn_mask._version, _mask(attn_mask, True)
-    return last[2]
+    if (
+        last is None
+        or last[1] != attn_mask._version
+        or _place(last[0]) != _place(attn_mask)
+        or (last[2] is not None and not torch.equal(last[2], attn_mask))
+    ):
+        values = None if attn_mask.is_cuda else attn_mask.detach().clone()
+        seen.last = last = attn_mask.detach(), attn_mask._version, values, _mask(attn_mask, True)
+    return last[3]
 
 
 def _place(x: Tensor) -> tuple:

@@ -6,17 +6,14 @@ layers a window that lies around the edge hides its parts from one another, by w
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.integrations.accelerate_layers import joined, rate, traced
+from fastattn.integrations.accelerate_layers import joined, rate
 from fastattn.integrations.accelerate_parts import activation_name
 from fastattn.integrations.accelerate_prenorm import DROPOUTS, LINEARS, NORMS, Seen, bias_of, norm_of_sum, otherwise
-from fastattn.kept import nothing_kept
 from fastattn.ops.attention import attention
 from fastattn.ops.ffn import ffn
 from fastattn.ops.linear import linear
@@ -36,7 +33,7 @@ class Windows(NamedTuple):
     def proving(self, given: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         return given, None
 
-    def unserved(self, layer: Any, given: dict[str, Any]) -> str | None:
+    def unserved(self, layer: Any, given: dict[str, Any], seen: Seen) -> str | None:
         if given.get("output_attentions"):
             return "output_attentions=True"
         size = given.get("input_dimensions")
@@ -59,16 +56,14 @@ class Windows(NamedTuple):
         if not given.get("always_partition"):
             layer.set_shift_and_window_size(size)
         up, down = layer.intermediate.dense, layer.output.dense
-        training = layer.training and not torch.is_grad_enabled() and not traced(x)
-        with nothing_kept() if training else contextlib.nullcontext():
-            normal = norm_of_sum(layer.layernorm_before, x, None, 0.0)[0]
-            y, dropout = _attended(layer, normal.unflatten(1, size)), rate(layer.attention.output.dropout)
-            if layer.drop_path.training and getattr(layer.drop_path, "drop_prob", 0.0):
-                y, dropout = layer.drop_path(F.dropout(y, dropout) if dropout else y), 0.0
-            normal, x = norm_of_sum(layer.layernorm_after, y, x, dropout)
-            name: Any = activation_name(layer.intermediate.intermediate_act_fn)
-            y, dropout = ffn(normal, up.weight, up.bias, down.weight, down.bias, activation=name), rate(layer.output.dropout)
-            return x + (F.dropout(y, dropout) if dropout else y)
+        normal = norm_of_sum(layer.layernorm_before, x, None, 0.0)[0]
+        y, dropout = _attended(layer, normal.unflatten(1, size)), rate(layer.attention.output.dropout)
+        if layer.drop_path.training and getattr(layer.drop_path, "drop_prob", 0.0):
+            y, dropout = layer.drop_path(F.dropout(y, dropout) if dropout else y), 0.0
+        normal, x = norm_of_sum(layer.layernorm_after, y, x, dropout)
+        name: Any = activation_name(layer.intermediate.intermediate_act_fn)
+        y, dropout = ffn(normal, up.weight, up.bias, down.weight, down.bias, activation=name), rate(layer.output.dropout)
+        return x + (F.dropout(y, dropout) if dropout else y)
 
 
 CLASSES = {  # what follows the prefix
@@ -93,7 +88,7 @@ def _attended(layer: Any, x: Tensor) -> Tensor:
     """What attention gives each place, (B, height width, C), its last product included. x: (B, height, width, C)."""
     batch, height, width, _ = x.shape
     numbers, out = layer.attention.self, layer.attention.output.dense
-    size, shift = int(layer.window_size), int(layer.shift_size)  # in a trace they may be tensors
+    size, shift = layer.window_size, layer.shift_size
     grid, _ = layer.maybe_pad(x, height, width)  # to whole windows
     _, rows, columns, _ = grid.shape
     grid = grid.roll((-shift, -shift), (1, 2)) if shift else grid

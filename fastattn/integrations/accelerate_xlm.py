@@ -32,7 +32,7 @@ class Attention(NamedTuple):
         padding."""
         return {**given, "cache": None}, None if given["mask"].dim() == 3 else given["mask"] != 0
 
-    def unserved(self, block: Any, given: dict[str, Any]) -> str | None:
+    def unserved(self, block: Any, given: dict[str, Any], seen: Seen) -> str | None:
         for name in ("kv", "output_attentions"):
             if given.get(name) is not None and given[name] is not False:
                 return f"{name} was given"
@@ -71,7 +71,7 @@ class FeedForward(NamedTuple):
     def proving(self, given: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         return given, None
 
-    def unserved(self, block: Any, given: dict[str, Any]) -> str | None:
+    def unserved(self, block: Any, given: dict[str, Any], seen: Seen) -> str | None:
         return None
 
     def made_otherwise(self, block: Any) -> str | None:

@@ -92,8 +92,9 @@ def attention_qkv(
         qkv: (B, L, 3, H, D), of any strides: queries, keys and values of H heads each; with a packing (T, 3, H, D). It is read
             in place, and its gradient is one tensor of its shape.
         mask: as for `attention`, with M = N = L.
-        qkv_bias: (3, H, D) or as many in one dimension, added to qkv: on a GPU where qkv is loaded, unless there is a bias of
-            scores or dropout, or lse is returned; else in a pass over qkv.
+        qkv_bias: (3, H, D) or as many in one dimension, added to qkv. On `triton` without a pass over qkv: q's is added as q is
+            loaded, v's to the output, and k's, which adds one number to all scores of a query, is not read. With a bias of
+            scores, dropout or a seed, with `return_lse`, under autocast, compiled, and on other backends it is a pass.
         packing: where the sequences lie, as for `varlen_attention`.
         bias, scale, dropout, seed, return_lse, backend: as for `attention`, or `varlen_attention`.
 
