@@ -30,7 +30,7 @@ FAMILIES_NOTE = (
 )
 FAMILIES_CPU_NOTE = (
     "No kernel of fastattn's runs in this table: its CPU backend calls PyTorch's own flash-attention kernel, or where there is a "
-    "bias PyTorch's products for blocks of rows, and oneDNN's linears with the activation fused."
+    "bias of distances PyTorch's products for blocks of rows, and oneDNN's linears with the activation fused."
 )
 CAPTURED_NOTE = "“captured” is the replay of a CUDA graph of the same call: the time without the host."
 TRAIN_NOTE = "Training steps have no dropout: `benchmarks.models` sets it to 0; `benchmarks.finetune` times a step with it."

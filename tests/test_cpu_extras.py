@@ -419,3 +419,49 @@ def test_heads_of_no_width(narrow):
     found, expected = (computed(backend, (dout, dlse, q, k, v), lowered, extras) for backend in (cpu, eager))
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
+
+
+LAYOUTS = {
+    "contiguous": lambda bias: bias,
+    "heads inside": lambda bias: bias.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "a step": lambda bias: torch.stack([bias, bias], -1)[..., 0],
+    "of all": lambda bias: bias[:1, :1].expand(bias.shape),
+    "one key": lambda bias: bias[..., :1],
+    "one query": lambda bias: bias[..., :1, :],
+}
+
+
+@pytest.mark.parametrize("mask", ["none", "padding", "holes"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_finite_bias_goes_to_pytorchs_kernel(dtype, layout, mask, monkeypatch):
+    """Beside padding too, whose keys may hold NaN; a sequence that is all padding has nothing."""
+    if (layout, mask == "none") != ("one key", False):  # which is left small
+        monkeypatch.setattr(attention_extras, "forward", None)
+    q, k, v = (normal(3, 37, 2, 16, seed=seed).to(dtype).transpose(1, 2) for seed in (1, 2, 3))
+    bias, lowered = LAYOUTS[layout](normal(3, 2, 37, 37, seed=4).to(dtype)), LoweredMask()
+    if mask != "none":
+        lengths, keep = torch.tensor([37, 5, 0]), normal(3, 37, seed=5) > 0
+        keep[2] = False
+        made = masks.padding(lengths) if mask == "padding" else masks.key_padding(keep)
+        lowered = made.lower(37, 37, None)
+    extras = Extras(bias=bias)
+    right_out, right_lse = reference.attention(q.double(), k.double(), v.double(), lowered, 0.25, Extras(bias=bias.double()))
+    if mask != "none":
+        hidden = ~lowered.visible(3, 1, 1, 37).mT
+        k, v = (x.masked_fill(hidden, float("nan")) for x in (k, v))
+    out, lse = cpu.forward(q, k, v, lowered, 0.25, True, extras)
+    torch.testing.assert_close(out.double(), right_out.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), right_lse.double(), rtol=1e-5, atol=1e-5)
+    assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous()
+
+
+@pytest.mark.parametrize("bad", [NONE, -NONE, float("nan"), torch.finfo(torch.float32).min])
+def test_a_bias_that_hides_does_not(bad, monkeypatch):
+    monkeypatch.setattr(cpu, "_flash", None)
+    q, k, v = (normal(2, 2, 9, 16, seed=seed) for seed in (1, 2, 3))
+    bias = normal(1, 2, 9, 9, seed=4)
+    bias[0, 1, 3, 4] = bad
+    out, lse = cpu.forward(q, k, v, LoweredMask(), 0.25, True, Extras(bias=bias))
+    expected = eager.forward(q, k, v, LoweredMask(), 0.25, True, Extras(bias=bias))
+    torch.testing.assert_close((out, lse), expected, equal_nan=True)

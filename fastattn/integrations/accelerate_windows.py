@@ -113,7 +113,8 @@ def _attended(layer: Any, x: Tensor) -> Tensor:
 def _bias(numbers: Any, hidden: Tensor | None, batch: int) -> Tensor:
     """For each pair of places in a window, (1, H, S S, S S), and what hides them, (B W, H, S S, S S)."""
     area = numbers.window_size[0] * numbers.window_size[1]
-    bias = numbers.relative_position_bias_table[numbers.relative_position_index.view(-1)].view(area, area, -1).permute(2, 0, 1)
+    bias = numbers.relative_position_bias_table[numbers.relative_position_index.view(-1)].view(area, area, -1)
+    bias = bias.permute(2, 0, 1).contiguous()  # every window reads it
     if hidden is None:
         return bias[None]
     return (bias + hidden[:, None]).expand(batch, -1, -1, -1, -1).flatten(0, 1)

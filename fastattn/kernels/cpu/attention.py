@@ -4,8 +4,8 @@ What that kernel gets wrong or refuses is handled here: an empty M or N kills th
 lse 0.0, bool masks are refused, NaN in a padded key leaks, lse is inexact in half precision, a causal mask with scale <= 0
 gives NaN or Inf, q, k and v must have one width and one number of heads, and no gradient of the log-sum-exp is taken.
 Padding alone is served by few calls, see `attention_padded`; any other mask by a call for each block of queries, on the keys that
-it sees: `attention_parts` says which. Bias and dropout are not for that kernel: `attention_extras`. No tensor has an element for
-each query and key.
+it sees: `attention_parts` says which. Dropout is not for that kernel, nor a bias but in the forward, where all of it is finite:
+`attention_extras`. No tensor has an element for each query and key, unless the bias has.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastattn.lowering import NO_EXTRAS, Extras, LoweredMask
 INF = float("inf")
 HALF = (torch.float16, torch.bfloat16)
 FEW_ROWS, FEW_COLUMNS = 32, 8  # of q or k
+LARGEST = 1e30  # of a bias that the kernel adds: no score with it comes near LEAST_SCORE
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -31,7 +32,12 @@ def unsupported(problem) -> list[str]:
 
 def notes(problem) -> list[str]:
     if problem.bias or problem.relative or problem.alibi or problem.dropout:
-        return ["computed by PyTorch's products and exp, block by block of scores, on real tokens alone"]
+        found = ["computed by PyTorch's products and exp, block by block of scores, on real tokens alone"]
+        if problem.bias and not problem.dropout:
+            found.append(
+                "the forward of a finite bias, not in half precision, with padding at most by PyTorch's flash-attention kernel"
+            )
+        return found
     tokens = "on real tokens alone where that pays" if not problem.packed else "in calls for one sequence or some of one length"
     found = [f"computed by PyTorch's flash-attention kernel for CPUs, {tokens}"]
     if problem.Dv != problem.D:
@@ -46,6 +52,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, exact_lse: bool, extras: Extras = NO_EXTRAS
 ) -> tuple[Tensor, Tensor]:
     if extras.biased or extras.kept is not None:
+        if _added_by_the_kernel(q, k, v, mask, scale, extras):
+            return _forward_with_bias(q, k, v, mask, scale, extras.bias)
         return attention_extras.forward(q, k, v, mask, scale, extras)
     if mask.query_starts is not None:
         return attention_packed.forward(forward, q, k, v, mask, scale, exact_lse)
@@ -103,6 +111,33 @@ def backward(
         dq, dk, dv = (_heads_inside(grad[..., : x.shape[3]]) for grad, x in zip(grads, (q, k, v), strict=True))
         return dq, dk, dv
     return _backward(dout, q, k, v, out, lse, mask, scale)
+
+
+def _added_by_the_kernel(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, extras: Extras) -> bool:
+    """Whether a bias alone, of which every number is finite, goes to PyTorch's kernel as what it adds to scores, beside a mask
+    that hides keys of whole sequences if that makes it no larger. Forward alone: it takes half of the time that
+    `attention_extras` does."""
+    bias, keys = extras.bias, {"keys", "key_begin", "key_end"}
+    if bias is None or extras.kept is not None or q.dtype in HALF or scale <= 0 or not (q.numel() and k.numel()):
+        return False
+    if q.shape[1] != k.shape[1] or q.shape[3] != v.shape[3]:
+        return False
+    if any(field is not None for name, field in zip(mask._fields, mask, strict=True) if name not in keys):
+        return False
+    if not _unmasked(mask) and (bias.shape[0], bias.shape[3]) != (q.shape[0], k.shape[2]):
+        return False
+    return -LARGEST < float(bias.amin()) <= float(bias.amax()) < LARGEST
+
+
+def _forward_with_bias(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask, scale: float, bias: Tensor) -> tuple[Tensor, Tensor]:
+    additive, dead = bias.to(q.dtype), None
+    if not _unmasked(mask):
+        visible = mask.visible(q.shape[0], 1, 1, k.shape[2])
+        additive = torch.where(visible, additive, -INF)
+        k, v = (x.masked_fill(~visible.mT, 0) for x in (k, v))  # they may hold NaN
+        dead = dead_rows(visible)
+    out, lse = _forward_block(q, k, v, additive, dead, False, scale)
+    return _heads_inside(out), lse.contiguous()
 
 
 def _in_single(q: Tensor, k: Tensor) -> bool:
