@@ -138,17 +138,18 @@ def called(model: nn.Module, given: Inputs) -> timing.Call:
 
 
 def described(case: Case, model: Any, full_layers: int, given: Inputs, exact: dict[str, Tensor]) -> dict:
-    """What a record says of the model and its input. tokens: real ones, of sounds as many as samples are."""
+    """What a record says of the model and its input. tokens: real ones, of sounds as many as samples are; of a model in stages
+    sizes are the last one's."""
     config = model.config
     batch, seq = exact["last_hidden_state"].shape[0], case.length or exact["last_hidden_state"].shape[1]
-    ratio = getattr(config, "mlp_ratio", 4)  # which is in XLM's code
+    heads, ratio = config.num_attention_heads, getattr(config, "mlp_ratio", 4)  # which is in XLM's code
     layers = full_layers if hasattr(config, "depths") else config.num_hidden_layers
     mask = real_tokens(given, seq) if "input_ids" in given else given.get("attention_mask")
     fill = 1.0 if mask is None else float(mask.float().mean())
     width = next((getattr(config, name) for name in FFN_WIDTHS if hasattr(config, name)), None)
     return {
         "model": case.name, "layers": layers, "full_layers": full_layers, "hidden": config.hidden_size,
-        "heads": config.num_attention_heads, "intermediate": width or ratio * config.hidden_size,
+        "heads": heads if isinstance(heads, int) else heads[-1], "intermediate": width or int(ratio * config.hidden_size),
         "implementation": config._attn_implementation, "input_source": "seeded random", "dtype": "float32", "mode": "infer",
         "batch": batch, "seq": seq, "fill": round(fill, 3), "tokens": round(batch * seq * fill),
     }  # fmt: skip
