@@ -142,11 +142,12 @@ def _unit_forward_plan(q, k, v, mask: Prepared, scale: float, backend: str, lse:
     added = () if extras is NO_EXTRAS else (extras,)
     if hasattr(module, "forward_plan"):
         return module.forward_plan(q, k, v, mask, scale, lse == EXACT, lse != UNWANTED, *added)
+    exact = lse == EXACT or (lse == SAVED and extras is not NO_EXTRAS)  # the backward of extras makes weights of it
     if q.dim() == 4:
-        return lambda q, k, v, mask, extras=NO_EXTRAS: module.forward(q, k, v, mask.fields, scale, lse == EXACT, extras)
+        return lambda q, k, v, mask, extras=NO_EXTRAS: module.forward(q, k, v, mask.fields, scale, exact, extras)
 
     def packed(q, k, v, mask, extras=NO_EXTRAS):
-        out, statistics = module.forward(batched(q), batched(k), batched(v), mask.fields, scale, lse == EXACT, extras)
+        out, statistics = module.forward(batched(q), batched(k), batched(v), mask.fields, scale, exact, extras)
         return out[0].transpose(0, 1), statistics[0]
 
     return packed
