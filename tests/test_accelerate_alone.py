@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from modules import perturbed
+from test_accelerate_families import MASKS as PADDED
+from test_accelerate_families import L
 from torch import nn
 
 import fastattn
@@ -35,15 +37,7 @@ MODELS = {
     "xlm": (transformers.XLMModel, transformers.XLMConfig, XLM),
     "xlm, causal": (transformers.XLMModel, transformers.XLMConfig, {**XLM, "causal": True, "gelu_activation": False}),
 }
-L = 12
-LENGTHS = torch.tensor([L, 5, 1, 8])[:, None]
-MASKS = {
-    "none": torch.ones(4, L).bool(),
-    "right": torch.arange(L) < LENGTHS,
-    "left": torch.arange(L) >= L - LENGTHS,
-    "holes": torch.rand(4, L, generator=torch.Generator().manual_seed(2)) > 0.4,
-    "a sequence of padding": torch.arange(L) < torch.tensor([L, 0, 4, 8])[:, None],
-}
+MASKS = {**PADDED, "a sequence of padding": torch.arange(L) < torch.tensor([L, 0, 4, 8])[:, None]}
 CASES = [(name, side) for name in MODELS for side in (MASKS if "xlm" in name else ("none",))]
 each_case = pytest.mark.parametrize(("name", "side"), CASES)
 each_model = pytest.mark.parametrize("name", ["clap", "donut", "xlm"])
