@@ -247,7 +247,8 @@ def test_half_precision(name, dtype):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant):
-    """Donut's; of the others transformers has none. What is computed again draws the same."""
+    """Donut's; of the others transformers has none. What is computed again draws the same; a reentrant one computes it first
+    without gradients, as inference does, which rounds otherwise."""
     grads = []
     for checkpointing in (False, True):
         _, ours = models("donut", hidden_dropout_prob=0.3)
@@ -257,7 +258,9 @@ def test_gradient_checkpointing(reentrant):
             ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(5)
         grads.append(run(ours, given))
-    assert all(torch.equal(grads[1][key], grad) for key, grad in grads[0].items()) and not handle.report.fallbacks
+    for key, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][key], grad, rtol=1e-4, atol=1e-5)
+    assert not handle.report.fallbacks
 
 
 @each_model
