@@ -453,7 +453,7 @@ def test_a_finite_bias_goes_to_pytorchs_kernel(dtype, layout, mask, monkeypatch)
         k, v = (x.masked_fill(hidden, float("nan")) for x in (k, v))
     out, lse = cpu.forward(q, k, v, lowered, 0.25, False, extras)
     torch.testing.assert_close(out.double(), right_out.double(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(lse.double(), right_lse.double(), rtol=1e-4, atol=1e-4)  # which nobody is given
+    torch.testing.assert_close(lse.double(), right_lse.double(), rtol=1e-5, atol=1e-5)
     assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous()
 
 
@@ -470,8 +470,8 @@ def test_a_bias_that_hides_does_not(bad, monkeypatch):
     torch.testing.assert_close((out, lse), expected, equal_nan=True)
 
 
-def test_what_trains_with_a_bias_has_an_exact_log_sum_exp(monkeypatch):
-    """In inference the kernel adds it; what a backward pass is to read comes from elsewhere."""
+def test_what_trains_with_a_bias_has_its_log_sum_exp_by_products(monkeypatch):
+    """As its backward makes scores; in inference the kernel adds the bias."""
     called = []
     kernel = cpu._forward_with_bias
     monkeypatch.setattr(cpu, "_forward_with_bias", lambda *given: called.append(1) or kernel(*given))

@@ -134,19 +134,15 @@ def accelerate(
     Serves these of transformers, alone, with any head on top, or inside another module such as a SentenceTransformer:
 
     {families}.
-
     And torch.nn.TransformerEncoder, {blocks}.
 
-    Outputs at real tokens, losses and gradients are those of the model, up to rounding; hidden states at padding are 0. Only the
-    given model is changed.
-
-    What is not exactly what it seems is left to its own code: layers, attention or MLPs of other classes, a `forward` that was
-    set or replaced, adapters, quantized or parametrized weights, hooks inside a layer. That is looked at in each call. In its
-    first call, and after each such change, an encoder computes its layers both ways and compares.
+    Outputs at real tokens, losses and gradients are those of the model, up to rounding; hidden states at padding that is taken
+    out are 0. What is not exactly what it seems is left to its own code: layers, attention or MLPs of other classes, a `forward`
+    that was set or replaced, adapters, quantized or parametrized weights, hooks inside a layer. That is looked at in each call.
+    In its first call, and after each such change, an encoder computes its layers both ways and compares.
 
     Args:
-        model: any module; what is not served in it is left as it is and named in the report. Give the whole model, its head
-            included: a head may read padding.
+        model: any module; what is not served is left and named in the report. Give it whole: a head may read padding.
         strict: raise where something would be left, and where a call would have to run the model's own code.
         capacity: rows of packed batches, for static shapes: with it nothing is read on the host, so that a call can be traced by
             torch.compile or captured in a CUDA graph without padding. Tokens beyond it are dropped, and `overflowed` says so.
@@ -157,8 +153,7 @@ def accelerate(
             fuses and leaves it in. Hooks on a layer see (B, L, C), so that with them padding stays in always.
         cuda_graphs: True replays inference calls as CUDA graphs, each captured the first time that its shapes are seen; at most
             16 are kept, or as many as a number here says. Outputs are copies of the caller's own. Calls that cannot be captured
-            run as they would without it, and `report.not_captured` counts them by reason. docs/accelerate.md says what is
-            captured, what is read on the host, and what memory it takes.
+            run as they would without it, and `report.not_captured` counts them by reason.
 
     Returns:
         A handle with `report`, `overflowed`, `restore()` and `refresh()`; a context manager.
@@ -167,9 +162,8 @@ def accelerate(
         TypeError, ValueError: an argument does not fit, the model is accelerated already, or `strict` and nothing is served.
         NotImplementedError: `strict` and a part of it would be left.
 
-    Training drops what the model's dropout modules say, mostly by fastattn's own draws: docs/accelerate.md says which.
-    A call that asks for attention weights or a cache, or passes a mask other than padding, runs the model's own code;
-    `report.fallbacks` counts it, and the logger "fastattn" says so once for each reason.
+    `report.fallbacks` counts calls that run the model's own code, and the logger "fastattn" says so once for each reason. More,
+    also of dropout and of captures: docs/accelerate.md.
 
     >>> from transformers import BertConfig, BertModel
     >>> bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)).eval()
@@ -182,9 +176,8 @@ def accelerate(
     _check(model, capacity, unpad)
     graphs, handle = _graphs(cuda_graphs), Handle(Report())
     _undo_on_copies(model)
-    settings = {"strict": strict, "prove": prove}
     for name, module in model.named_modules():
-        _accelerate_module(handle, model, name, module, graphs, capacity, unpad, settings)
+        _accelerate_module(handle, model, name, module, graphs, capacity, unpad, {"strict": strict, "prove": prove})
     _conclude(handle, strict)
     return handle
 

@@ -237,6 +237,14 @@ def _mask(family: Family, parts: Parts, batch: Batch) -> Mask | None:
     return mask
 
 
+def heads_of(x: Tensor, heads: int, *projections: nn.Linear) -> tuple[Tensor, ...]:
+    """q, k and v, (B, H, L, D) each, of x (B, L, C), by one product where `joined` gives one."""
+    one = joined(*projections)
+    if one is not None:
+        return linear(x, *one).unflatten(-1, (3, heads, -1)).transpose(1, 3).unbind(2)
+    return tuple(linear(x, part.weight, part.bias).unflatten(-1, (heads, -1)).transpose(1, 2) for part in projections)
+
+
 def joined(*projections: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
     """Weight (3 H D, C) and bias of query, key and value as one, where a single product is worth it.
 

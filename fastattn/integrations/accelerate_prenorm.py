@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastattn import masks
 from fastattn.activations import GATED
-from fastattn.integrations.accelerate_layers import joined, rate, traced
+from fastattn.integrations.accelerate_layers import heads_of, rate, traced
 from fastattn.integrations.accelerate_parts import ACTIVATION_CLASSES, activation_name, full_name, inside, own_name
 from fastattn.masks import Mask
 from fastattn.nn.masking import causal_by_looks
@@ -133,32 +133,30 @@ class PreNorm(NamedTuple):
         options: Any = {"bias": bias, "scale": scale, "dropout": dropout}
         norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
         normed = not all(norm is None or type(norm) is nn.Identity for norm in norms)
-        weights = self._joined(block)
-        if weights is not None:
-            qkv = linear(x, *weights).unflatten(-1, (3, module.num_heads, -1))
-        if weights is not None and given.get("rope") is None and not normed:
+        weights, rope = self._joined(block), given.get("rope")
+        qkv = None if weights is None else linear(x, *weights).unflatten(-1, (3, module.num_heads, -1))
+        if qkv is not None and rope is None and not normed:
             y = attention_qkv(qkv, mask, **options)
         else:
-            if weights is not None:
+            if qkv is not None:
                 q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, L, D) each
             else:
-                parts = (inside(block, path) for path in self.apart or ())
-                q, k, v = (linear(x, p.weight, p.bias).unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for p in parts)
+                q, k, v = heads_of(x, module.num_heads, *(inside(block, path) for path in self.apart or ()))
             q, k = (norms[0](q), norms[1](k)) if normed else (q, k)  # type: ignore[misc]
-            q, k = (q, k) if given.get("rope") is None else _turned(q, k, given["rope"], module)
+            q, k = (q, k) if rope is None else _turned(q, k, rope, module)
             y = attention(q, k, v, mask, **options).transpose(1, 2)
         y = _through(getattr(module, "norm", None), y.flatten(-2))
         gate = getattr(module, "gate", None)
         return linear(y if gate is None else y * gate(x).sigmoid(), out.weight, out.bias)
 
     def _joined(self, block: Any) -> tuple[Tensor, Tensor | None] | None:
-        """Weight (3 C, C) and bias of query, key and value as one, where there are or should be such."""
+        """Weight (3 C, C) and bias of query, key and value as one, where a block has them so."""
         module = block.attn
         if self.joined is None:
             return module.in_proj_weight, module.in_proj_bias
         one = inside(block, self.joined)
         if one is None:
-            return joined(*(inside(block, path) for path in self.apart or ()))
+            return None
         if getattr(module, "q_bias", None) is not None:
             return one.weight, torch.cat((module.q_bias, module.k_bias, module.v_bias))
         return one.weight, one.bias
@@ -177,9 +175,8 @@ class PreNorm(NamedTuple):
             return None, None
         torchs = self.joined is None
         if attn_mask.dtype == torch.bool and (torchs or (self.bias is not None and not module.fused_attn)):
-            attn_mask = attn_mask.to(
-                x.dtype
-            )  # as 0 and 1, which open_clip adds, and timm's Beit where it does not call PyTorch's
+            # 0 and 1, which open_clip adds, and timm's Beit where it does not call PyTorch's function
+            attn_mask = attn_mask.to(x.dtype)
         readable = self.bias is None and not traced(x) and not attn_mask.is_inference() and not attn_mask.requires_grad
         mask = _known_mask(seen, attn_mask) if readable else _mask(attn_mask, False)
         if mask is not None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.integrations.accelerate_layers import joined, rate
+from fastattn.integrations.accelerate_layers import heads_of, rate
 from fastattn.integrations.accelerate_parts import activation_name
 from fastattn.integrations.accelerate_prenorm import DROPOUTS, LINEARS, NORMS, Seen, bias_of, norm_of_sum, otherwise
 from fastattn.ops.attention import attention
@@ -95,13 +95,7 @@ def _attended(layer: Any, x: Tensor) -> Tensor:
     grid = grid.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # (B, rows / S, S, columns / S, S, C)
     windows = grid.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # (B W, S S, C)
     hidden = layer.get_attn_mask(rows, columns, dtype=x.dtype, device=x.device)  # (W, S S, S S), added, or None
-    projections = numbers.query, numbers.key, numbers.value
-    one = joined(*projections)
-    if one is not None:
-        q, k, v = linear(windows, *one).unflatten(-1, (3, numbers.num_attention_heads, -1)).transpose(1, 3).unbind(2)
-    else:
-        heads = numbers.num_attention_heads, -1
-        q, k, v = (linear(windows, part.weight, part.bias).unflatten(-1, heads).transpose(1, 2) for part in projections)
+    q, k, v = heads_of(windows, numbers.num_attention_heads, numbers.query, numbers.key, numbers.value)
     y = attention(q, k, v, bias=bias_of(_bias(numbers, hidden, batch), x), dropout=rate(numbers.dropout))
     y = linear(y.transpose(1, 2).flatten(-2), out.weight, out.bias)
     grid = y.unflatten(1, (size, size)).unflatten(0, (batch, rows // size, columns // size)).transpose(2, 3)

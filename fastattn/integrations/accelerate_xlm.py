@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import masks
-from fastattn.integrations.accelerate_layers import joined
+from fastattn.integrations.accelerate_layers import heads_of
 from fastattn.integrations.accelerate_parts import activation_name
 from fastattn.integrations.accelerate_prenorm import LINEARS, Seen, otherwise
 from fastattn.ops.attention import attention
@@ -49,12 +49,7 @@ class Attention(NamedTuple):
     def computed(self, block: Any, x: Tensor, given: dict[str, Any], seen: Seen) -> Tensor:
         keep = given["mask"] != 0
         mask = masks.key_padding(keep) if keep.dim() == 2 else masks.dense(keep[:, None])
-        projections = block.q_lin, block.k_lin, block.v_lin
-        one, heads = joined(*projections), block.n_heads
-        if one is not None:
-            q, k, v = linear(x, *one).unflatten(-1, (3, heads, -1)).transpose(1, 3).unbind(2)
-        else:
-            q, k, v = (linear(x, part.weight, part.bias).unflatten(-1, (heads, -1)).transpose(1, 2) for part in projections)
+        q, k, v = heads_of(x, block.n_heads, block.q_lin, block.k_lin, block.v_lin)
         cache = _of_keys(given.get("cache"))
         if cache is not None:
             k, v = cache.update(k, v, block.layer_id)
